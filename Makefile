@@ -1,0 +1,29 @@
+# Every target sets up what it needs: a virtual environment in .venv, and the package in it.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: demo test test-slow check clean
+
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: .venv/installed  ## the whole way on synthetic music, two ranks on the CPU
+	$(RUN) python launch/demo.py
+
+test: .venv/installed  ## everything but the slow tests
+	$(RUN) python -m pytest -m "not slow"
+
+test-slow: .venv/installed  ## the real size with random weights: 13 GB of memory, 10 GB of disk
+	$(RUN) python -m pytest -m slow
+
+check: .venv/installed  ## style, types, and that rooms import only from below
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) lint-imports
+
+clean:  ## remove what `make demo` made, not the virtual environment
+	rm -rf data/demo shards/demo runs/demo-poe runs/demo-ce runs/demo-times.json

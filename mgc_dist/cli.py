@@ -1,0 +1,211 @@
+"""Typed configurations to command lines and YAML files, and back.
+
+One parser: a preset is read as flags that stand before the user's own, so that types,
+precedence (default < preset < config file < flag) and error messages are the same for both.
+YAML scalars stay text until tyro reads them, so `1e-4`, `no` and `012` mean what was typed.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+import yaml
+
+from mgc_dist.errors import UserError
+
+C = TypeVar("C")
+
+EXIT_BAD_INPUT = 2
+EXIT_BROKEN_PIPE = 141  # as a shell reports SIGPIPE: the work was not finished
+PRESETS = Path(__file__).resolve().parent.parent / "launch" / "presets"
+
+_HELP = """{about}
+
+Before the flags below: --preset NAME reads launch/presets/NAME.yaml, --config FILE reads
+any file of that form (a run's config.yaml too); flags typed by you win. --debug shows
+tracebacks."""
+
+
+def main(command: str, config_type: type[C], body: Callable[[C], int | None]) -> NoReturn:
+    """Parse the command line, run the command, and turn its outcome into an exit code.
+
+    Args:
+        command: the verb; names the section of a YAML file that is meant for it.
+        config_type: dataclass of the command's knobs; its docstring is the help text.
+        body: the command; returns an exit code, None for 0.
+    """
+    argv = sys.argv[1:]
+    debug = "--debug" in argv
+    try:
+        config = parse(command, config_type, [arg for arg in argv if arg != "--debug"])
+        code = body(config)
+    except UserError as error:
+        if debug:
+            raise
+        if error.this_rank_only or os.environ.get("RANK", "0") == "0":
+            print(f"mgc_dist {command}: error: {error}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code or 0)
+
+
+def parse(command: str, config_type: type[C], argv: Sequence[str]) -> C:
+    """Read presets, configuration files and flags into a configuration.
+
+    Args:
+        command: section of a YAML file to read.
+        config_type: a frozen dataclass, possibly of sections; flag names carry no section.
+        argv: words of the command line; `--local_rank=N` of the deepspeed launcher is dropped.
+
+    Raises:
+        UserError: a YAML file is missing, malformed or has an unknown key.
+        SystemExit: with code 2 on a bad flag (tyro prints the near miss), 0 on `--help`.
+    """
+    words = [word for word in argv if not word.startswith("--local_rank=")]
+    files, words = _take_files(words)
+    flags = [flag for file in files for flag in flags_of_file(file, command, config_type)]
+    return tyro.cli(
+        config_type,
+        config=(tyro.conf.OmitArgPrefixes,),
+        prog=f"mgc_dist {command}",
+        description=_HELP.format(about=(config_type.__doc__ or "").strip()),
+        args=[*flags, *words],
+    )
+
+
+def dump(command: str, config: object) -> str:
+    """YAML text that `--config` reads back to an equal configuration."""
+
+    def plain(value: object) -> object:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return value if isinstance(value, (bool, int, float, NoneType)) else str(value)
+
+    return yaml.safe_dump({command: plain(config)}, sort_keys=False, allow_unicode=True)
+
+
+def flags_of_file(file: Path, command: str, config_type: type[Any]) -> list[str]:
+    """The flags that a YAML file stands for.
+
+    Args:
+        file: a mapping of commands to (nested) mappings of knobs; other commands' are ignored.
+        command: whose section is read; a missing section gives no flags.
+        config_type: decides which keys exist, in which section, and which are booleans.
+
+    Raises:
+        UserError: unreadable file, unknown section or key, or a value of the wrong form.
+    """
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"configuration file {file}",
+            got=" ".join(str(error).split()),
+            expected="a readable YAML file",
+            cure=f"presets in {PRESETS}: {', '.join(preset_names())}",
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise UserError(
+            f"configuration file {file}",
+            got=type(content).__name__,
+            expected="commands at the top level, each a mapping of knobs",
+            cure=f"write `{command}:` and indent its knobs below it",
+        )
+    _refuse_unknown(file, "command", content, {command, *COMMANDS})
+    return _flags(file, content.get(command, {}), config_type)
+
+
+def preset_names() -> list[str]:
+    """Names that `--preset` accepts."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+COMMANDS = ("synth", "shard", "bias", "train", "evaluate", "predict", "export")
+
+
+def _take_files(words: list[str]) -> tuple[list[Path], list[str]]:
+    files: dict[str, list[Path]] = {"--preset": [], "--config": []}
+    rest: list[str] = []
+    stream = iter(words)
+    for word in stream:
+        flag, equals, value = word.partition("=")
+        if flag not in files:
+            rest.append(word)
+            continue
+        value = value if equals else next(stream, "")
+        if not value:
+            raise UserError(flag, got="nothing", expected="a name or a file", cure=f"{flag} NAME")
+        is_name = flag == "--preset" and not value.endswith((".yaml", ".yml"))
+        files[flag].append(_preset(value) if is_name else Path(value))
+    return files["--preset"] + files["--config"], rest
+
+
+def _preset(name: str) -> Path:
+    names = preset_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        raise UserError(
+            f"--preset {name}",
+            got=name,
+            expected=f"one of {', '.join(names)}, or the path of a .yaml file",
+            cure=f"did you mean {near[0]}?" if near else f"presets live in {PRESETS}",
+        )
+    return PRESETS / f"{name}.yaml"
+
+
+def _flags(file: Path, section: dict[str, Any], config_type: type[Any]) -> list[str]:
+    hints = typing.get_type_hints(config_type)
+    _refuse_unknown(file, "key", section, set(hints))
+    flags: list[str] = []
+    for key, value in section.items():
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{file}: {key}",
+                    got=value,
+                    expected="a section of knobs",
+                    cure="indent its knobs below it",
+                )
+            flags += _flags(file, value, typing.cast(type, hints[key]))
+        else:
+            flags += _flag(file, key, value, hints[key])
+    return flags
+
+
+def _flag(file: Path, key: str, value: object, hint: object) -> list[str]:
+    name = "--" + key.replace("_", "-")
+    if isinstance(value, list):
+        return [name, *map(str, value)]
+    text = str(value)
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{file}: {key}", got=text, expected="true or false", cure="correct it")
+        return [name if text.lower() == "true" else f"--no-{name[2:]}"]
+    if NoneType in typing.get_args(hint) and text.lower() in ("null", "~", ""):
+        text = "None"
+    return [f"{name}={text}"]
+
+
+def _refuse_unknown(file: Path, kind: str, given: dict[str, Any], known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            raise UserError(
+                f"{file}: unknown {kind} {key}",
+                got=key,
+                expected=", ".join(sorted(known)),
+                cure=f"did you mean {near[0]}?" if near else "remove it",
+            )

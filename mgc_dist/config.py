@@ -1,0 +1,394 @@
+"""Every knob of every command, typed; nothing here imports torch, so `--help` is quick.
+
+A configuration is read-only after parsing. Flags are the field names without their section
+(`--global-batch`, not `--optim.global-batch`), so a field name is used once per command.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from mgc_dist.errors import UserError
+
+Device = Literal["auto", "cpu", "cuda"]
+SplitName = Literal["train", "validation", "test"]
+SplitRule = Literal["auto", "fault-filtered", "stratified"]
+LossName = Literal["ce", "poe", "mixture"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def _require(flag: str, ok: bool, got: object, expected: str, cure: str) -> None:
+    if not ok:
+        raise UserError(flag, got=got, expected=expected, cure=cure)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthConfig:
+    """Write a synthetic data set in GTZAN's folder layout: ten genres that differ in tempo,
+    pattern, harmony and timbre, with artists that keep a sound of their own.
+    """
+
+    out: Positional[Path]
+    """Folder to write `genres_original/GENRE/GENRE.NNNNN.wav` and `artists.csv` into."""
+    tracks_per_genre: int = 100
+    """Tracks of each of the ten genres."""
+    tracks_per_artist: int = 4
+    """Consecutive tracks of a genre that share an artist."""
+    duration_s: float = 30.0
+    """Length of a track in seconds."""
+    seed: int = 0
+    """Same seed and settings, same bytes."""
+    jobs: int = 0
+    """Processes; 0 means one a core. The output does not depend on it."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "--tracks-per-genre",
+            1 <= self.tracks_per_genre <= 100_000,
+            self.tracks_per_genre,
+            "1 to 100000",
+            "names have five digits",
+        )
+        _require(
+            "--duration-s",
+            self.duration_s >= 1,
+            self.duration_s,
+            "at least 1",
+            "choose a longer one",
+        )
+        _require(
+            "--tracks-per-artist",
+            self.tracks_per_artist >= 1,
+            self.tracks_per_artist,
+            "at least 1",
+            "choose 1 for a different artist on every track",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """Cut tracks into segments and pack them into webdataset tar shards."""
+
+    data: Path = Path("data/genres_original")
+    """Folder of `GENRE/*.wav` (or .flac, .ogg, .mp3)."""
+    out: Path = Path("shards")
+    """Folder for the shards, index.npy and manifest.json."""
+    split: SplitRule = "auto"
+    """`fault-filtered` (GTZAN's; Kereliuk et al. 2015), `stratified` (by genre, artists kept
+    together), or `auto`: fault-filtered if all its tracks are there, else stratified."""
+    groups: Path | None = None
+    """CSV table of `track` and `artist` (or `group`); a group is never in two splits."""
+    validation_fraction: float = 0.15
+    """Share of each genre's tracks for validation (`stratified`)."""
+    test_fraction: float = 0.15
+    """Share of each genre's tracks for test (`stratified`)."""
+    seed: int = 0
+    """Seed of the stratified split."""
+    segment_s: float = 3.0
+    """Length of a segment in seconds."""
+    hop_s: float = 1.5
+    """Seconds from the start of a segment to the start of the next."""
+    sample_rate: int = 16_000
+    """Sample rate of the shards in Hz; wav2vec2 wants 16000."""
+    rows_per_shard: int = 512
+    """Segments in a shard; 512 of 3 s are 50 MB."""
+    allow_bad: int = 0
+    """Unusable files that may be left out (they are listed in the manifest)."""
+    jobs: int = 0
+    """Processes; 0 means one a core. The output does not depend on it."""
+    overwrite: bool = False
+    """Replace a different data set in the output folder."""
+    dry_run: bool = False
+    """Print the plan (tracks, segments, shards, bytes, leak check) and stop."""
+
+    @property
+    def segment_samples(self) -> int:
+        """T: audio samples of a segment."""
+        return round(self.segment_s * self.sample_rate)
+
+    @property
+    def hop_samples(self) -> int:
+        """Audio samples from a segment's start to the next one's."""
+        return round(self.hop_s * self.sample_rate)
+
+    def __post_init__(self) -> None:
+        _require(
+            "--sample-rate",
+            4_000 <= self.sample_rate <= 192_000,
+            self.sample_rate,
+            "4000 to 192000 Hz",
+            "wav2vec2 models want 16000",
+        )
+        _require(
+            "--segment-s",
+            self.segment_samples >= 400,
+            self.segment_s,
+            "0.025 s or more",
+            "3 is usual",
+        )
+        _require("--hop-s", self.hop_samples >= 1, self.hop_s, "a positive time", "1.5 is usual")
+        _require(
+            "--rows-per-shard",
+            self.rows_per_shard >= 1,
+            self.rows_per_shard,
+            "at least 1",
+            "512 is usual",
+        )
+        fractions = (self.validation_fraction, self.test_fraction)
+        _require(
+            "--validation-fraction and --test-fraction",
+            min(fractions) > 0 and sum(fractions) < 1,
+            fractions,
+            "positive and together below 1",
+            "0.15 each is usual",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasConfig:
+    """Run the frozen bias model over all shards once, fit its heads, and store its logits."""
+
+    shards: Path = Path("shards")
+    """Folder that `python -m mgc_dist.shard` has filled."""
+    bias_table: Path | None = None
+    """Folder of the table; SHARDS/bias by default."""
+    backbone: str = "facebook/wav2vec2-base"
+    """Hub name or folder of a transformers model, or `logmel` (40 log-mel bands, no weights)."""
+    layer: int = -1
+    """Hidden layer to pool: 0 is the input of the encoder, -1 its last layer."""
+    folds: int = 5
+    """Folds of the cross-fitting; no row's logits come from a head that saw its track or group."""
+    head_c: float = 1.0
+    """Inverse strength of the heads' L2 penalty (scikit-learn's C)."""
+    batch: int = 32
+    """Segments in a batch of the pass."""
+    seed: int = 0
+    """Seed of the folds."""
+    device: Device = "auto"
+    """Where the pass runs."""
+    overwrite: bool = False
+    """Replace a table made with other settings."""
+
+    @property
+    def table(self) -> Path:
+        """Folder of the table."""
+        return self.bias_table or self.shards / "bias"
+
+    def __post_init__(self) -> None:
+        _require("--folds", self.folds >= 2, self.folds, "at least 2", "5 is usual")
+        _require("--head-c", self.head_c > 0, self.head_c, "a positive number", "1.0 is usual")
+        _require("--batch", self.batch >= 1, self.batch, "at least 1", "32 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learned from."""
+
+    shards: Path = Path("shards")
+    """Folder that `python -m mgc_dist.shard` has filled."""
+    bias_table: Path | None = None
+    """Folder of the bias table; SHARDS/bias by default; not read with `--loss ce`."""
+    read_ahead: int = 4
+    """Batches that the reader thread keeps ready."""
+
+    @property
+    def table(self) -> Path:
+        """Folder of the bias table."""
+        return self.bias_table or self.shards / "bias"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The main model."""
+
+    model: str = "facebook/wav2vec2-large-960h-lv60-self"
+    """Hub name or folder of a transformers waveform model, or a config .json (random weights)."""
+    freeze: str = "feature_encoder"
+    """`none`, `feature_encoder`, `layers:N` (the CNN and the lower N layers) or `backbone`."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @property
+    def frozen_layers(self) -> int | None:
+        """N of `layers:N`, else None."""
+        match = re.fullmatch(r"layers:(\d+)", self.freeze)
+        return int(match[1]) if match else None
+
+    def __post_init__(self) -> None:
+        _require(
+            "--freeze",
+            self.freeze in ("none", "feature_encoder", "backbone")
+            or (self.frozen_layers is not None and self.frozen_layers > 0),
+            self.freeze,
+            "none, feature_encoder, layers:N with N > 0, or backbone",
+            "for example --freeze layers:12",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """How the frozen bias logits enter the loss."""
+
+    loss: LossName = "poe"
+    """`ce` (no bias), `poe` (product of experts) or `mixture` (of probabilities)."""
+    beta: float = 0.5
+    """Weight of the bias log-probabilities in `poe`; 0 is `ce`."""
+    bias_ratio: float = 0.1
+    """Share r of the bias model in `mixture`: -log((1 - r) p + r b)."""
+
+    def __post_init__(self) -> None:
+        _require("--beta", self.beta >= 0, self.beta, "0 or more", "0.5 is the default")
+        _require(
+            "--bias-ratio", 0 <= self.bias_ratio < 1, self.bias_ratio, "0 to below 1", "try 0.1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Batches, learning rates and their schedule."""
+
+    epochs: float = 10.0
+    """Passes over the training rows."""
+    global_batch: int = 64
+    """Rows of an optimizer step over all ranks; it does not change with the machine."""
+    lr: float = 3e-5
+    """Peak learning rate of the backbone."""
+    head_lr: float = 1e-3
+    """Peak learning rate of the classification head."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    warmup_fraction: float = 0.1
+    """Share of the run in which the rates rise linearly; after it they follow a cosine."""
+    final_lr_fraction: float = 0.02
+    """Rate at the end of the run as a share of the peak."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        _require("--epochs", self.epochs > 0, self.epochs, "a positive number", "10 is usual")
+        _require(
+            "--global-batch", self.global_batch >= 1, self.global_batch, "at least 1", "64 is usual"
+        )
+        _require(
+            "--warmup-fraction",
+            0 <= self.warmup_fraction < 1,
+            self.warmup_fraction,
+            "0 to below 1",
+            "0.1 is usual",
+        )
+        for flag, value in (("--lr", self.lr), ("--head-lr", self.head_lr)):
+            _require(flag, value >= 0, value, "0 or more", "1e-5 to 1e-3 is usual")
+        _require(
+            "--clip-norm", self.clip_norm > 0, self.clip_norm, "a positive number", "1.0 is usual"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How DeepSpeed spreads the work."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What ZeRO shards: 1 optimizer states, 2 gradients too, 3 parameters too."""
+    micro_batch: int = 8
+    """Largest batch of one rank that fits its memory; accumulation follows from it."""
+    precision: Precision = "auto"
+    """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it."""
+    device: Device = "auto"
+    """Where the ranks compute."""
+    bucket_elements: int = 50_000_000
+    """Elements of a ZeRO communication bucket; the default overlaps on models of 300 M."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "--micro-batch", self.micro_batch >= 1, self.micro_batch, "at least 1", "8 is usual"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run folder and what is written when."""
+
+    run: Path = Path("runs/train")
+    """Run folder: checkpoints, best model, metrics, logs. Never overwritten."""
+    resume: str = "never"
+    """`never`, `auto` (the newest checkpoint if there is one), `latest`, or a checkpoint folder."""
+    seed: int = 0
+    """Seed of the order, the new weights, dropout and masking."""
+    validate_every_epochs: float = 1.0
+    """Epochs between validations; the last step is always validated."""
+    checkpoint_every_epochs: float = 1.0
+    """Epochs between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    log_every_steps: int = 10
+    """Optimizer steps between log lines and metrics."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--validate-every-epochs", self.validate_every_epochs),
+            ("--checkpoint-every-epochs", self.checkpoint_every_epochs),
+            ("--keep-checkpoints", self.keep_checkpoints),
+            ("--log-every-steps", self.log_every_steps),
+        ):
+            _require(flag, value > 0, value, "a positive number", "1 is the smallest usual value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train the main model on ranks that stream the shards; the bias logits enter the loss."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    main: ModelConfig = field(default_factory=ModelConfig)
+    objective: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    output: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure a run's best model on a split: every row once, tracks first."""
+
+    run: Positional[Path]
+    """Run folder, or a folder that `export` wrote."""
+    split: SplitName = "test"
+    """Split to measure."""
+    data: Path | None = None
+    """Shards to measure on; the run's own by default. The genres must be the same."""
+    batch: int = 32
+    """Segments in a batch."""
+    device: Device = "auto"
+    """Where the model runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Name the genre of audio files of any length, rate and channel count."""
+
+    run: Positional[Path]
+    """Run folder, or a folder that `export` wrote."""
+    files: Positional[tuple[Path, ...]]
+    """Audio files."""
+    top: int = 3
+    """Genres to print for a file."""
+    json: bool = False
+    """Print JSON: all probabilities of the file and of each segment."""
+    hop_s: float = 1.5
+    """Seconds from the start of a segment to the start of the next."""
+    batch: int = 16
+    """Segments in a batch."""
+    device: Device = "auto"
+    """Where the model runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a run's best model as a folder that transformers loads without our code."""
+
+    run: Positional[Path]
+    """Run folder."""
+    out: Positional[Path]
+    """Folder to write; must not exist or be empty."""

@@ -1,0 +1,134 @@
+"""`deepspeed launch/evaluate.py RUN`: every row of a split once, judged by track."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from mgc_dist import cli
+from mgc_dist.config import EvaluateConfig, TrainConfig
+from mgc_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from mgc_dist.manifest import Manifest
+    from mgc_dist.model import WaveClassifier
+    from mgc_dist.score import SplitScores
+
+
+def run(config: EvaluateConfig) -> None:
+    """Walk the split with the run's best model; print and write what it shows.
+
+    Raises:
+        UserError: no model or data there, or the genres of the two differ.
+    """
+    from mgc_dist import display, model, ranks
+    from mgc_dist.data import ShardSet
+    from mgc_dist.display import progress
+    from mgc_dist.score import all_score
+
+    classifier = model.load_exported(model.find_exported(config.run))
+    with ShardSet(config.data or _own_shards(config.run)) as shards:
+        _refuse_other(config, classifier, shards.manifest)
+        with ranks.join(config.device) as peers:
+            display.start_logging(peers.rank)
+            first, stop = shards.rows_of(config.split)
+            batches = -(-(stop - first) // (config.batch * peers.world))
+            with progress(f"evaluating {config.split}", batches, shown=peers.is_first) as bar:
+                result = all_score(
+                    classifier.to(peers.device),
+                    shards,
+                    config.split,
+                    peers,
+                    batch=config.batch,
+                    progress=bar.over,
+                )
+            if peers.is_first:
+                _write(config, shards.manifest, result)
+                _print(config, shards.manifest, result)
+
+
+def _own_shards(run_folder: Path) -> Path:
+    settings = run_folder / "config.yaml"
+    if not settings.is_file():
+        raise UserError(
+            "--data",
+            got=f"nothing, and {run_folder} is no run folder that names its shards",
+            expected="a folder of shards",
+            cure="add --data shards",
+        )
+    return cli.parse("train", TrainConfig, ["--config", str(settings)]).data.shards
+
+
+def _refuse_other(config: EvaluateConfig, classifier: "WaveClassifier", found: "Manifest") -> None:
+    from mgc_dist.model import find_exported, sample_rate_of
+
+    if classifier.genres != found.genres:
+        raise UserError(
+            f"genres of the shards for {config.run}",
+            got=", ".join(found.genres),
+            expected=", ".join(classifier.genres),
+            cure="give shards with the same genres: --data FOLDER",
+        )
+    wanted = sample_rate_of(find_exported(config.run))
+    if wanted != found.sample_rate:
+        raise UserError(
+            f"sample rate of the shards for {config.run}",
+            got=f"{found.sample_rate} Hz",
+            expected=f"{wanted} Hz",
+            cure=f"pack again: python -m mgc_dist.shard --sample-rate {wanted}",
+        )
+
+
+def _write(config: EvaluateConfig, found: "Manifest", result: "SplitScores") -> None:
+    import json
+
+    from mgc_dist import report
+
+    folder = config.run / "evaluation"
+    report.write_confusion(
+        folder,
+        f"confusion-{config.split}",
+        result.track.confusion,
+        found.genres,
+        f"{config.run.name}, {config.split}: {result.track.count} tracks, "
+        f"accuracy {result.track.accuracy:.3f}",
+    )
+    ids = [track.id for track in found.tracks]
+    path = config.run / "predictions" / f"{config.split}.jsonl"
+    report.write_predictions(path, result, ids, found.genres)
+    content = {"dataset_id": found.dataset_id} | report.summary(result, found.genres)
+    (folder / f"{config.split}.json").write_text(json.dumps(content, indent=1))
+
+
+def _print(config: EvaluateConfig, found: "Manifest", result: "SplitScores") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    figures = Table(title=f"{config.run}: {config.split} split, data set {found.dataset_id[:12]}")
+    for column in ("unit", "count", "accuracy", "balanced", "macro-F1", "NLL"):
+        figures.add_column(column, justify="left" if column == "unit" else "right")
+    for unit, scores in (("track", result.track), ("segment", result.segment)):
+        values = (scores.accuracy, scores.balanced_accuracy, scores.macro_f1, scores.nll)
+        figures.add_row(unit, str(scores.count), *(f"{value:.4f}" for value in values))
+    genres = Table(title="by genre, over tracks")
+    for column in ("genre", "precision", "recall", "F1", "tracks"):
+        genres.add_column(column, justify="left" if column == "genre" else "right")
+    for genre, row in zip(found.genres, result.track.per_genre(), strict=True):
+        shown = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
+        genres.add_row(genre, *shown, str(row["support"]))
+    console = Console()
+    console.print(figures)
+    console.print(genres)
+    console.print(
+        f"confusion matrix: {config.run / 'evaluation' / f'confusion-{config.split}.png'}\n"
+        f"predictions: {config.run / 'predictions' / f'{config.split}.jsonl'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def main() -> NoReturn:
+    """Entry of `launch/evaluate.py` and `python -m mgc_dist.evaluate`."""
+    cli.main("evaluate", EvaluateConfig, run)
+
+
+if __name__ == "__main__":
+    main()

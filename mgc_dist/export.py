@@ -1,0 +1,73 @@
+"""`python -m mgc_dist.export RUN OUT`: the best model as a Hugging Face folder."""
+
+import json
+import shutil
+
+from mgc_dist import cli
+from mgc_dist.config import ExportConfig
+from mgc_dist.errors import UserError
+
+CARD = """---
+pipeline_tag: audio-classification
+---
+# {name}
+
+A music genre classifier, trained with mgc_dist. Give it {seconds:g} s of mono audio at
+{sample_rate} Hz:
+
+```python
+from transformers import pipeline
+
+classify = pipeline("audio-classification", model="{folder}", top_k=None)
+classify({{"array": wave, "sampling_rate": {sample_rate}}})
+```
+
+A track's genre is the mean of its segments' probabilities; `python -m mgc_dist.predict` does that.
+
+- genres: {genres}
+- loss: {loss}; main model: {model}
+- data set: {dataset_id}
+"""
+
+
+def run(config: ExportConfig) -> None:
+    """Copy the best model, with a card that says what it was trained on.
+
+    Raises:
+        UserError: no best model in the run, or a folder with files in the way.
+    """
+    from mgc_dist import model
+    from mgc_dist.config import TrainConfig
+
+    source, settings = config.run / "best", config.run / "config.yaml"
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise UserError(
+            f"OUT {config.out}",
+            got="something that is there already",
+            expected="a new or empty folder",
+            cure="choose another name",
+        )
+    classifier = model.load_exported(source)  # refuses a folder that lacks weights
+    trained = cli.parse("train", TrainConfig, ["--config", str(settings)])
+    environment = json.loads((config.run / "env.json").read_text())
+    shutil.copytree(source, config.out, dirs_exist_ok=True)
+    sample_rate = model.sample_rate_of(source)
+    card = CARD.format(
+        name=config.out.name,
+        seconds=classifier.segment_samples / sample_rate,
+        sample_rate=sample_rate,
+        folder=config.out,
+        genres=", ".join(classifier.genres),
+        loss=f"{trained.objective.loss} (beta {trained.objective.beta:g})",
+        model=trained.main.model,
+        dataset_id=environment["dataset_id"],
+    )
+    (config.out / "README.md").write_text(card, encoding="utf-8")
+    print(
+        f"Wrote {config.out}; load it with "
+        f'transformers.pipeline("audio-classification", model="{config.out}")'
+    )
+
+
+if __name__ == "__main__":
+    cli.main("export", ExportConfig, run)

@@ -1,0 +1,200 @@
+"""manifest.json: what a data set is, read and checked before a byte of a shard is trusted.
+
+It is written last: without a manifest there is no data set.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from mgc_dist.errors import UserError
+from mgc_dist.tracks import SPLITS, Track, refuse_leaks
+
+FORMAT = "mgc_dist shards"
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+INDEX = "index.npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackEntry:
+    """A packed track: its name, genre, group, split, segments and the hash of its source."""
+
+    id: str
+    genre: str
+    group: str | None
+    split: str
+    segments: int
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """A tar file: its name, rows, bytes and hash."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a data set but its audio.
+
+    Attributes:
+        dataset_id: hash of what is learned from (see `dataset_id`), free of paths and versions.
+        settings: of the packing: segment_samples, hop_samples, sample_rate, split, seed, ...
+        genres: names in label order.
+        splits: name -> [first row, last row + 1].
+        tracks: packed tracks; the index refers to them by position.
+        excluded: id -> reason of the tracks that were left out.
+        shards: the tar files in row order.
+        index_sha256: hash of index.npy.
+        versions: of the tool and its libraries, for the record only.
+    """
+
+    dataset_id: str
+    settings: dict[str, int | float | str]
+    genres: tuple[str, ...]
+    splits: dict[str, tuple[int, int]]
+    tracks: tuple[TrackEntry, ...]
+    excluded: dict[str, str]
+    shards: tuple[ShardEntry, ...]
+    index_sha256: str
+    versions: dict[str, str]
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def segment_samples(self) -> int:
+        """T."""
+        return int(self.settings["segment_samples"])
+
+    def labelled_tracks(self) -> list[Track]:
+        """The packed tracks with their splits, in the order that the index refers to."""
+        return [
+            Track(id=t.id, genre=t.genre, path=Path(t.source), group=t.group, split=t.split)
+            for t in self.tracks
+        ]
+
+    @property
+    def sample_rate(self) -> int:
+        """In Hz."""
+        return int(self.settings["sample_rate"])
+
+
+def dataset_id(
+    settings: dict[str, int | float | str],
+    genres: Iterable[str],
+    rows: Iterable[tuple[str, str, str | None, int, str]],
+) -> str:
+    """Hash of what a data set teaches: no paths, times, versions or shard sizes.
+
+    Args:
+        settings: of the packing.
+        genres: in label order.
+        rows: (key, split, group, label, sha256 of the audio payload) in row order.
+    """
+    text = json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            "segment_samples": settings["segment_samples"],
+            "hop_samples": settings["hop_samples"],
+            "sample_rate": settings["sample_rate"],
+            "genres": list(genres),
+            "rows": list(rows),
+        },
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest under a temporary name, flush it, and rename it."""
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(manifest)
+    temporary = folder / f"{NAME}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / NAME)
+
+
+def read(folder: Path) -> Manifest:
+    """Read and check a manifest: form, version, counts, and that nothing leaks between splits.
+
+    Raises:
+        UserError: no manifest, or one that is damaged, of another version, or leaks.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise UserError(
+            f"data set {folder}",
+            got=f"no {NAME}" if folder.is_dir() else "no such folder",
+            expected="a folder of packed shards",
+            cure=f"python -m mgc_dist.shard --data data/genres_original --out {folder}  makes it",
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = (content.pop("format"), content.pop("format_version"))
+        manifest = _from_json(content) if version == (FORMAT, FORMAT_VERSION) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    if manifest is None:
+        raise UserError(
+            f"manifest {path}",
+            got=f"{version[0]!r} version {version[1]}",
+            expected=f"{FORMAT!r} version {FORMAT_VERSION}",
+            cure="pack the data set again with this version of mgc_dist",
+        )
+    _check(path, manifest)
+    return manifest
+
+
+def _from_json(content: dict[str, object]) -> Manifest:
+    if set(content) != {field.name for field in fields(Manifest)}:
+        raise ValueError(f"keys {sorted(content)}")
+    parts: dict[str, object] = dict(content)
+    parts["genres"] = tuple(_strings(content["genres"]))
+    parts["splits"] = {k: (int(v[0]), int(v[1])) for k, v in dict(content["splits"]).items()}  # type: ignore[call-overload]
+    parts["tracks"] = tuple(TrackEntry(**entry) for entry in content["tracks"])  # type: ignore[attr-defined]
+    parts["shards"] = tuple(ShardEntry(**entry) for entry in content["shards"])  # type: ignore[attr-defined]
+    return Manifest(**parts)  # type: ignore[arg-type]
+
+
+def _strings(value: object) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{value!r} is no list of names")
+    return value
+
+
+def _check(path: Path, manifest: Manifest) -> None:
+    bounds = [manifest.splits.get(split) for split in SPLITS]
+    ends = [0, *(pair[1] if pair else -1 for pair in bounds)]
+    starts = [pair[0] if pair else -1 for pair in bounds]
+    if starts != ends[:-1] or ends[-1] != manifest.rows or ends != sorted(ends):
+        raise _damaged(path, f"splits {manifest.splits} of {manifest.rows} rows")
+    if sum(track.segments for track in manifest.tracks) != manifest.rows:
+        raise _damaged(path, "segments of the tracks that do not add up to the rows")
+    for shard in manifest.shards:
+        if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
+            raise _damaged(path, f"shard name {shard.name!r}")
+    refuse_leaks(manifest.labelled_tracks())
+
+
+def _damaged(path: Path, got: str) -> UserError:
+    return UserError(
+        f"manifest {path}",
+        got=got,
+        expected="a whole manifest as `shard` wrote it",
+        cure="pack the data set again, or copy it again",
+    )

@@ -1,0 +1,445 @@
+"""Waveform classifiers and bias backbones; the only file that knows transformers.
+
+The main model is any `AutoModelForAudioClassification` with a convolutional feature encoder
+over raw audio (wav2vec2, HuBERT, WavLM, data2vec-audio). Segments have one length, so no
+attention mask is ever given: the base flavour of wav2vec2 (group norm) must not get one, and
+for the large flavour (layer norm) a mask of ones changes nothing.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torchaudio
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioClassification,
+    PreTrainedModel,
+    Wav2Vec2FeatureExtractor,
+)
+
+from mgc_dist.errors import UserError
+from mgc_dist.ranks import seed_everything
+
+log = logging.getLogger(__name__)
+
+
+def normalise(wave: Tensor) -> Tensor:
+    """Zero mean, unit variance per segment: int16 [B, T] -> float32 [B, T].
+
+    Same formula as transformers' Wav2Vec2FeatureExtractor (population variance, 1e-7).
+    """
+    x = wave.float() / 32768.0
+    mean = x.mean(dim=1, keepdim=True)
+    variance = x.var(dim=1, keepdim=True, correction=0)
+    return (x - mean) / torch.sqrt(variance + 1e-7)
+
+
+class WaveClassifier(nn.Module):
+    """A transformers audio classifier that takes int16 segments.
+
+    Args:
+        net: an `AutoModelForAudioClassification`.
+        do_normalize: whether its feature extractor normalises.
+        frozen: modules that stay in eval mode, so that no dropout or mask changes them.
+    """
+
+    def __init__(
+        self, net: PreTrainedModel, *, do_normalize: bool, frozen: Sequence[nn.Module] = ()
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.do_normalize = do_normalize
+        self._frozen = list(frozen)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """int16 [B, T] -> logits [B, K]."""
+        x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
+        logits: Tensor = self.net(x).logits  # [B, K]
+        return logits
+
+    def train(self, mode: bool = True) -> "WaveClassifier":
+        """Switch the mode; frozen modules stay in eval mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    @property
+    def genres(self) -> tuple[str, ...]:
+        """Names in label order."""
+        names: Mapping[int, str] = self.net.config.id2label
+        return tuple(names[label] for label in range(len(names)))
+
+    @property
+    def segment_samples(self) -> int:
+        """T: audio samples of the segments that it was trained on."""
+        return int(self.net.config.segment_samples)
+
+    def head_and_backbone(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Trainable parameters of the head (everything above the base model) and below."""
+        inner = {id(p) for p in self.net.base_model.parameters()}
+        trained = [p for p in self.parameters() if p.requires_grad]
+        head = [p for p in trained if id(p) not in inner]
+        return head, [p for p in trained if id(p) in inner]
+
+
+def build_main(
+    name: str,
+    genres: Sequence[str],
+    *,
+    freeze: str,
+    frozen_layers: int | None,
+    activation_checkpointing: bool,
+    seed: int,
+    segment_samples: int,
+    sample_rate: int,
+) -> WaveClassifier:
+    """The main model, with a new head.
+
+    Args:
+        name: hub name, folder, or config .json (random weights).
+        genres: in label order.
+        freeze: `none`, `feature_encoder`, `layers:N` or `backbone`.
+        frozen_layers: N of `layers:N`.
+        activation_checkpointing: recompute activations in the backward pass.
+        seed: of the new weights.
+        segment_samples: T.
+        sample_rate: of the segments in Hz.
+
+    Raises:
+        UserError: the model cannot be found, does not fit, or has BatchNorm.
+    """
+    _quiet()
+    labels = {
+        "num_labels": len(genres),
+        "id2label": dict(enumerate(genres)),
+        "label2id": {genre: label for label, genre in enumerate(genres)},
+        "layerdrop": 0.0,  # ranks would drop different layers: ZeRO aborts or hangs
+    }
+    seed_everything(seed)
+    if name.endswith(".json"):
+        net = _from_config_file(Path(name), labels)
+    else:
+        net = _from_checkpoint(name, labels)
+    net.config.segment_samples = segment_samples  # ours: what `predict` cuts files into
+    _refuse_unfit(name, net, segment_samples)
+    frozen = _freeze(net, freeze, frozen_layers)
+    if activation_checkpointing:
+        net.activation_checkpointing_enable()
+    extractor = _feature_extractor(name, sample_rate)
+    return WaveClassifier(net, do_normalize=extractor.do_normalize, frozen=frozen)
+
+
+def find_exported(run_or_export: Path) -> Path:
+    """`RUN/best` for a run folder, else the folder itself."""
+    is_run = (run_or_export / "config.yaml").is_file() or (run_or_export / "best").is_dir()
+    return run_or_export / "best" if is_run else run_or_export
+
+
+def load_exported(folder: Path) -> WaveClassifier:
+    """A classifier from a folder that `save_exported` or `save_pretrained` wrote, in eval mode.
+
+    Raises:
+        UserError: no such folder, or weights are missing in it.
+    """
+    _quiet()
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model folder {folder}",
+            got="no config.json" if folder.is_dir() else "no such folder",
+            expected="a run folder with best/, or an exported model",
+            cure="train first: deepspeed launch/train.py",
+        )
+    net, missing = _load(AutoModelForAudioClassification, str(folder))
+    if missing or not hasattr(net.config, "segment_samples"):
+        raise UserError(
+            f"model folder {folder}",
+            got=f"no {sorted(missing)[0] if missing else 'segment_samples in config.json'}",
+            expected="an audio classifier that mgc_dist has exported",
+            cure="export the run again: python -m mgc_dist.export RUN OUT",
+        )
+    extractor = AutoFeatureExtractor.from_pretrained(str(folder))
+    return WaveClassifier(net, do_normalize=extractor.do_normalize).eval()
+
+
+def sample_rate_of(folder: Path) -> int:
+    """Sample rate in Hz that an exported model wants."""
+    return int(AutoFeatureExtractor.from_pretrained(str(folder)).sampling_rate)
+
+
+def save_exported(
+    model: WaveClassifier, weights: Mapping[str, Tensor], folder: Path, sample_rate: int
+) -> None:
+    """Write a folder that `transformers.pipeline("audio-classification")` loads.
+
+    The live engine's module is never saved: under ZeRO its weights are in parts, and its
+    config may carry bf16. A fresh float32 model takes the gathered weights, strictly.
+
+    Args:
+        model: whose configuration and feature settings are used.
+        weights: full float32 state dict of the wrapped model (`net.` names), on the CPU.
+        folder: replaced if it exists, under a temporary name until whole.
+        sample_rate: in Hz.
+    """
+    fresh = AutoModelForAudioClassification.from_config(model.net.config).float()
+    fresh.load_state_dict({k.removeprefix("net."): v for k, v in weights.items()}, strict=True)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    fresh.save_pretrained(temporary)
+    Wav2Vec2FeatureExtractor(
+        feature_size=1,
+        sampling_rate=sample_rate,
+        do_normalize=model.do_normalize,
+        return_attention_mask=getattr(model.net.config, "feat_extract_norm", "") == "layer",
+    ).save_pretrained(temporary)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)
+
+
+class LogMel(nn.Module):
+    """Time-mean of 40 log-mel bands: a weak model without weights that knows only the timbre."""
+
+    def __init__(self, sample_rate: int) -> None:
+        super().__init__()
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate, n_fft=512, hop_length=256, n_mels=40
+        )
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """int16 [B, T] -> float32 [B, 40]."""
+        mel = self.mel(normalise(wave))  # [B, 40, F]
+        return torch.log(mel + 1e-3).mean(dim=2)  # [B, 40]
+
+
+class HiddenMean(nn.Module):
+    """Time-mean of one hidden layer of a frozen transformers model.
+
+    Args:
+        net: an `AutoModel` over raw audio.
+        layer: 0 is the input of the encoder, -1 its last layer.
+        do_normalize: whether its feature extractor normalises.
+    """
+
+    def __init__(self, net: PreTrainedModel, layer: int, *, do_normalize: bool) -> None:
+        super().__init__()
+        self.net = net
+        self.layer = layer
+        self.do_normalize = do_normalize
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """int16 [B, T] -> float32 [B, D]."""
+        x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
+        hidden: Tensor = self.net(x, output_hidden_states=True).hidden_states[self.layer]
+        return hidden.float().mean(dim=1)  # [B, F, D] -> [B, D]
+
+
+def build_bias(name: str, *, layer: int, sample_rate: int) -> nn.Module:
+    """A frozen backbone in eval mode that maps int16 [B, T] to float32 [B, D].
+
+    Args:
+        name: `logmel`, hub name or folder.
+        layer: hidden layer to pool (transformers models).
+        sample_rate: of the segments in Hz.
+
+    Raises:
+        UserError: the model cannot be found, or has no such layer.
+    """
+    _quiet()
+    if name == "logmel":
+        return LogMel(sample_rate).eval().requires_grad_(False)
+    net, missing = _load(AutoModel, name)
+    lost = sorted(key for key in missing if not key.endswith("masked_spec_embed"))
+    if lost:
+        raise _incomplete(name, lost)
+    layers = net.config.num_hidden_layers + 1
+    if not -layers <= layer < layers:
+        raise UserError(
+            f"--layer {layer}",
+            got=layer,
+            expected=f"{-layers} to {layers - 1} for {name}",
+            cure="-1 is the last layer",
+        )
+    extractor = _feature_extractor(name, sample_rate)
+    module = HiddenMean(net, layer, do_normalize=extractor.do_normalize)
+    return module.eval().requires_grad_(False)
+
+
+def fingerprint(module: nn.Module, *settings: str) -> str:
+    """sha256 of a frozen model: names, shapes, dtypes and bytes of its weights, its config.
+
+    Args:
+        module: from `build_bias`.
+        settings: anything else that its output depends on.
+    """
+    digest = hashlib.sha256()
+    config = module.net.config.to_dict() if isinstance(module, HiddenMean) else {"logmel": 40}
+    for volatile in ("_name_or_path", "transformers_version"):
+        config.pop(volatile, None)
+    digest.update(json.dumps([config, *settings], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _load(kind: type, name: str, **settings: object) -> tuple[PreTrainedModel, set[str]]:
+    try:
+        net, info = kind.from_pretrained(  # type: ignore[attr-defined]
+            name,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **settings,
+        )
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from error
+    missing = set(info["missing_keys"]) | {item[0] for item in info["mismatched_keys"]}
+    return net, missing
+
+
+def _from_checkpoint(name: str, labels: dict[str, object]) -> PreTrainedModel:
+    net, missing = _load(AutoModelForAudioClassification, name, **labels)
+    lost = sorted(
+        key
+        for key in missing
+        if key.startswith(f"{net.base_model_prefix}.") and not key.endswith("masked_spec_embed")
+    )
+    if lost:
+        raise _incomplete(name, lost)
+    log.info("new weights, the rest from %s: %s", name, ", ".join(sorted(missing)) or "none")
+    return net
+
+
+def _from_config_file(path: Path, labels: dict[str, object]) -> PreTrainedModel:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        config = AutoConfig.for_model(**(settings | labels))
+        net: PreTrainedModel = AutoModelForAudioClassification.from_config(config)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"--model {path}",
+            got=" ".join(str(error).split())[:200],
+            expected="a transformers config of an audio classifier, with model_type",
+            cure="see launch/presets/wav2vec2-demo.json",
+        ) from error
+    return net
+
+
+def _refuse_unfit(name: str, net: PreTrainedModel, segment_samples: int) -> None:
+    if not hasattr(net.base_model, "feature_extractor"):
+        raise UserError(
+            f"--model {name}",
+            got=f"{net.config.model_type}, which has no feature encoder over raw audio",
+            expected="wav2vec2, hubert, wavlm, data2vec-audio or the like",
+            cure="choose such a model",
+        )
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
+        raise UserError(
+            f"--model {name}",
+            got="a BatchNorm layer",
+            expected="layer norm or group norm",
+            cure="padding and per-rank statistics would change the result; choose another model",
+        )
+    frames = int(net._get_feat_extract_output_lengths(torch.tensor(segment_samples)))
+    masks = net.config.apply_spec_augment and net.config.mask_time_prob > 0
+    needed = net.config.mask_time_length if masks else 1
+    if frames < needed:
+        raise UserError(
+            f"segments of {segment_samples} samples for {name}",
+            got=f"{frames} frames",
+            expected=f"at least {needed} (its SpecAugment mask)",
+            cure="pack longer segments: python -m mgc_dist.shard --segment-s 3",
+        )
+
+
+def _freeze(net: PreTrainedModel, freeze: str, frozen_layers: int | None) -> list[nn.Module]:
+    """Take parts out of training and of the backward pass; returns them.
+
+    `requires_grad = False` alone would still back-propagate through all frozen parts: the
+    feature encoder marks its input as requiring gradients unless it is told (1.49 x the time
+    at half the layers frozen).
+    """
+    base, encoder = net.base_model, net.base_model.encoder
+    if freeze == "none":
+        return []
+    net.freeze_feature_encoder()
+    if freeze == "feature_encoder":
+        return [base.feature_extractor]
+    if freeze == "backbone":
+        base.requires_grad_(False)
+        return [base]
+    assert frozen_layers is not None
+    if frozen_layers > len(encoder.layers):
+        raise UserError(
+            f"--freeze layers:{frozen_layers}",
+            got=frozen_layers,
+            expected=f"1 to {len(encoder.layers)} for this model",
+            cure="--freeze backbone freezes everything below the head",
+        )
+    parts = [base.feature_extractor, base.feature_projection, encoder.pos_conv_embed]
+    parts += [encoder.dropout, *encoder.layers[:frozen_layers]]
+    if not getattr(net.config, "do_stable_layer_norm", False):
+        parts.append(encoder.layer_norm)  # stands before the layers in the post-norm flavour
+    for part in parts:
+        part.requires_grad_(False)
+    if hasattr(base, "masked_spec_embed"):
+        base.masked_spec_embed.requires_grad_(False)
+    return parts
+
+
+def _feature_extractor(name: str, sample_rate: int) -> Wav2Vec2FeatureExtractor:
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=sample_rate, do_normalize=True)
+    has_own = Path(name, "preprocessor_config.json").is_file()
+    if has_own or not (Path(name).exists() or name.endswith(".json")):
+        try:
+            extractor = AutoFeatureExtractor.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise _not_found(name, error) from error
+    if extractor.sampling_rate != sample_rate:
+        raise UserError(
+            f"sample rate of the shards for {name}",
+            got=f"{sample_rate} Hz",
+            expected=f"{extractor.sampling_rate} Hz",
+            cure=f"pack again: python -m mgc_dist.shard --sample-rate {extractor.sampling_rate}",
+        )
+    return extractor
+
+
+def _not_found(name: str, error: Exception) -> UserError:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return UserError(
+        f"model {name}",
+        got=lines[0][:200] if lines else type(error).__name__,
+        expected="a folder with config.json and weights, or a hub name and a network",
+        cure=f"on a machine with a network: hf download {name} --local-dir models/"
+        f"{Path(name).name}; bring that folder and give its path instead",
+    )
+
+
+def _incomplete(name: str, lost: Sequence[str]) -> UserError:
+    return UserError(
+        f"model {name}",
+        got=f"a checkpoint without {len(lost)} weights such as {lost[0]}",
+        expected="all weights of the backbone",
+        cure="give a checkpoint of the same architecture as its config.json",
+    )

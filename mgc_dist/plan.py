@@ -1,0 +1,245 @@
+"""The order in which rows are visited: a pure function of one integer.
+
+Position t of a run lies in epoch t // n, at place p = bijection(t mod n) of the training
+rows; a keyed bijection of [0, n) replaces the shuffled list. The global batch G is what the
+user sets: step s covers positions [sG, (s + 1)G) on any machine. With `world` ranks of micro
+batch m the step takes `accumulation` = ceil(G / (world m)) micro steps, and
+
+    slot = (micro_step * world + rank) * m + k      holds position      s G + slot.
+
+Slots past G, like positions past the end of the run, are padding: place -1, weight 0. So every
+row comes exactly once per epoch at any world size, all ranks take equal steps, and a given G
+means the same rows in the same step on 1, 3 or 64 ranks. Example: G = 4, world = 3, m = 1
+gives accumulation 2; step 0 is
+
+    rank 0: positions 0, 3     rank 1: positions 1, padding     rank 2: positions 2, padding
+
+The state of a run is `samples_seen`, the number of positions consumed; resuming from it is
+O(1) and needs nothing else, whatever the world size becomes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mgc_dist.errors import UserError
+
+ORDER_VERSION = 1
+"""Changes whenever the order does; golden vectors in the tests freeze it."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ROUNDS = 8
+
+
+def bijection(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
+    """A keyed one-to-one map of [0, size): a balanced Feistel network with cycle walking.
+
+    Own integer arithmetic, because numpy promises no stable random streams across versions.
+
+    Args:
+        index: int64 [...], values in [0, size).
+        size: of the set, at least 1.
+        key: any 64-bit integer.
+
+    Returns:
+        int64 of index's shape, values in [0, size), all different for different indices.
+
+    Source: Feistel cipher with splitmix64's finaliser as round function (Steele et al.,
+    OOPSLA 2014); cycle walking after Black and Rogaway, CT-RSA 2002.
+    """
+    half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    with np.errstate(over="ignore"):
+        base = np.uint64(key & 0xFFFFFFFFFFFFFFFF)
+        keys = _mix(np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN + base)
+        values = np.array(index, dtype=np.uint64)
+        outside = np.ones(values.shape, dtype=bool)
+        while outside.any():
+            left, right = values[outside] >> half, values[outside] & mask
+            for round_key in keys:
+                left, right = right, left ^ (_mix(right + round_key) & mask)
+            values[outside] = (left << half) | right
+            outside[outside] = values[outside] >= np.uint64(size)
+    return values.astype(np.int64)
+
+
+def key_of(*numbers: int) -> int:
+    """A 64-bit key that depends on each of the numbers and on their order."""
+    key = np.zeros(1, np.uint64)
+    with np.errstate(over="ignore"):
+        for number in numbers:
+            key = _mix(key * _GOLDEN + np.uint64(number & 0xFFFFFFFFFFFFFFFF) + _GOLDEN)
+    return int(key[0])
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a global batch is laid over ranks.
+
+    Attributes:
+        world: number of ranks.
+        global_batch: G, rows of an optimizer step.
+        micro_batch: m, rows of one forward pass of one rank.
+        accumulation: micro steps of an optimizer step.
+    """
+
+    world: int
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def slots(self) -> int:
+        """Rows of a step including padding: what DeepSpeed is told."""
+        return self.world * self.micro_batch * self.accumulation
+
+    @property
+    def waste(self) -> float:
+        """Share of the slots that are padding, 0 to 1."""
+        return 1 - self.global_batch / self.slots
+
+
+def lay_out(*, global_batch: int, world: int, largest_micro_batch: int) -> Layout:
+    """The layout with the fewest micro steps, and among those the least padding.
+
+    Args:
+        global_batch: G.
+        world: number of ranks.
+        largest_micro_batch: what fits a rank's memory.
+
+    Raises:
+        UserError: fewer rows than ranks, so that a rank would only ever see padding.
+    """
+    if global_batch < world:
+        raise UserError(
+            f"--global-batch {global_batch} on {world} ranks",
+            got=f"{global_batch} rows for {world} ranks",
+            expected="at least one row a rank",
+            cure=f"use --global-batch {world} or more, or fewer ranks",
+        )
+    accumulation = math.ceil(global_batch / (world * largest_micro_batch))
+    return Layout(
+        world=world,
+        global_batch=global_batch,
+        micro_batch=math.ceil(global_batch / (world * accumulation)),
+        accumulation=accumulation,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The order of a run.
+
+    Attributes:
+        rows: n, training rows.
+        total: positions of the run (epochs x n, rounded).
+        global_batch: G.
+        seed: of the order.
+    """
+
+    rows: int
+    total: int
+    global_batch: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return math.ceil(self.total / self.global_batch)
+
+    def places(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Place in [0, n) of each position; -1 for a position outside the run.
+
+        Args:
+            positions: int64 [...].
+        """
+        places = np.full(positions.shape, -1, np.int64)
+        inside = (positions >= 0) & (positions < self.total)
+        epochs = positions // self.rows
+        for epoch in np.unique(epochs[inside]):
+            here = inside & (epochs == epoch)
+            key = key_of(ORDER_VERSION, self.seed, int(epoch))
+            places[here] = bijection(positions[here] % self.rows, self.rows, key)
+        return places
+
+    def seen_after(self, step: int) -> int:
+        """samples_seen after optimizer step `step` (counted from 0)."""
+        return min((step + 1) * self.global_batch, self.total)
+
+    def true_rows(self, step: int) -> int:
+        """D: rows of a step that are not padding, over all ranks; no collective is needed."""
+        return self.seen_after(step) - step * self.global_batch
+
+    def due(self, every: float, step: int) -> bool:
+        """Whether an event that is due every `every` positions fires after this step.
+
+        It fires after the first step with samples_seen >= k * every, and after the last step.
+        """
+        before, after = step * self.global_batch, self.seen_after(step)
+        return after // every > before // every or after == self.total
+
+    def step_of(self, samples_seen: int) -> int:
+        """The next optimizer step of a run that has consumed `samples_seen` positions.
+
+        Raises:
+            UserError: samples_seen is not the end of a step of this plan.
+        """
+        step, rest = divmod(samples_seen, self.global_batch)
+        if samples_seen == self.total:
+            return self.steps
+        if rest or samples_seen > self.total:
+            raise UserError(
+                "samples_seen of the checkpoint",
+                got=samples_seen,
+                expected=f"a multiple of the global batch {self.global_batch} up to {self.total}",
+                cure="resume with the global batch and epochs that the run was started with",
+            )
+        return step
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one rank reads for one forward pass.
+
+    Attributes:
+        step: optimizer step (batch number for a sweep).
+        micro_step: 0 .. accumulation - 1.
+        place: int64 [B], place in the split; -1 is padding.
+    """
+
+    step: int
+    micro_step: int
+    place: NDArray[np.int64]
+
+
+def training_batches(
+    plan: Plan, layout: Layout, rank: int, first_step: int
+) -> Iterator[MicroBatch]:
+    """The micro batches of a rank, from `first_step` to the end of the run."""
+    lane = np.arange(layout.micro_batch, dtype=np.int64)
+    for step in range(first_step, plan.steps):
+        for micro_step in range(layout.accumulation):
+            slot = (micro_step * layout.world + rank) * layout.micro_batch + lane
+            positions = np.where(slot < plan.global_batch, step * plan.global_batch + slot, -1)
+            yield MicroBatch(step=step, micro_step=micro_step, place=plan.places(positions))
+
+
+def sweep_batches(rows: int, batch: int, world: int, rank: int) -> Iterator[MicroBatch]:
+    """Every place in [0, rows) once, in order, in equal numbers of batches on all ranks.
+
+    Batch b holds places [bB, (b + 1)B) and belongs to rank b mod world, so that a row meets
+    the same neighbours, and gets the same digits, at any world size.
+    """
+    lane = np.arange(batch, dtype=np.int64)
+    for step in range(math.ceil(rows / (batch * world))):
+        place = (step * world + rank) * batch + lane
+        yield MicroBatch(step=step, micro_step=0, place=np.where(place < rows, place, -1))

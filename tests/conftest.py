@@ -1,0 +1,193 @@
+"""Fixtures: ranks by fork, a tiny packed data set, a tiny wav2vec2. No network, no GPU."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two ranks on two cores
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import json
+import multiprocessing
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+
+from mgc_dist import shard, synth
+from mgc_dist.config import BiasConfig, ShardConfig
+
+torch.set_num_threads(1)
+
+TINY = {
+    "model_type": "wav2vec2",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "conv_dim": [16] * 7,
+    "conv_bias": True,
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "classifier_proj_size": 16,
+    "apply_spec_augment": False,
+    "mask_time_prob": 0.0,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "layerdrop": 0.1,
+}
+NOISY = {
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "apply_spec_augment": True,
+    "mask_time_prob": 0.2,
+    "mask_time_length": 3,
+}
+BASE_FLAVOUR = {"conv_bias": False, "feat_extract_norm": "group", "do_stable_layer_norm": False}
+
+
+def run_ranks(
+    world: int, body: Callable[..., Any], *args: Any, timeout_s: float = 180
+) -> list[Any]:
+    """Call body(*args) on forked ranks; returns each rank's value, raises the first error."""
+    port = _free_port()
+    context = multiprocessing.get_context("fork")
+    pipes, processes = [], []
+    for rank in range(world):
+        here, there = context.Pipe(duplex=False)
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        process = context.Process(target=_child, args=(there, environment, body, args))
+        process.start()
+        pipes.append(here)
+        processes.append(process)
+    results, errors = [], []
+    for rank, pipe in enumerate(pipes):
+        if pipe.poll(0.0 if errors else timeout_s):
+            kind, value = pipe.recv()
+            (results if kind == "value" else errors).append(value)
+        else:
+            errors.append(f"rank {rank} gave no answer")
+    for process in processes:
+        process.join(1.0 if errors else 30.0)
+        process.kill()
+    if errors:
+        raise next((e for e in errors if isinstance(e, BaseException)), RuntimeError(errors))
+    return results
+
+
+def _child(pipe: Any, environment: dict[str, str], body: Callable[..., Any], args: Any) -> None:
+    os.environ.update(environment)
+    try:
+        answer = ("value", body(*args))
+    except BaseException as error:
+        traceback.print_exc()
+        answer = ("error", error)
+    try:
+        pipe.send(answer)
+    except Exception:
+        pipe.send(("error", RuntimeError(repr(answer))))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_tracks(
+    folder: Path, *, genres: int = 3, tracks: int = 6, duration_s: float = 3.0
+) -> None:
+    """A small tree of GENRE/*.wav and artists.csv, two tracks an artist."""
+    lines = ["track,genre,artist"]
+    for genre in list(synth.STYLES)[:genres]:
+        (folder / genre).mkdir(parents=True)
+        for number in range(tracks):
+            wave = synth.compose(genre, number, seed=5, duration_s=duration_s, per_artist=2)
+            name = f"{genre}.{number:05d}"
+            soundfile.write(folder / genre / f"{name}.wav", wave, synth.SAMPLE_RATE, "PCM_16")
+            lines.append(f"{name},{genre},{genre} artist {number // 2}")
+    (folder / "artists.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session")
+def tracks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 genres x 6 tracks of 3 s at 22,050 Hz, two tracks an artist."""
+    folder = tmp_path_factory.mktemp("tracks")
+    write_tracks(folder)
+    return folder
+
+
+def shard_config(tracks: Path, out: Path, **changes: Any) -> ShardConfig:
+    """Segments of 0.5 s with a hop of 0.25 s: 11 a track."""
+    settings: dict[str, Any] = {
+        "data": tracks,
+        "out": out,
+        "groups": tracks / "artists.csv",
+        "segment_s": 0.5,
+        "hop_s": 0.25,
+        "rows_per_shard": 20,
+        "validation_fraction": 0.3,
+        "test_fraction": 0.3,
+        "jobs": 1,
+    }
+    return ShardConfig(**(settings | changes))
+
+
+@pytest.fixture(scope="session")
+def shards(tracks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracks, packed: 66 rows in each split."""
+    out = tmp_path_factory.mktemp("data") / "shards"
+    shard.run(shard_config(tracks, out))
+    return out
+
+
+def bias_config(shards: Path, **changes: Any) -> BiasConfig:
+    """A log-mel bias model in two folds (there are two training artists a genre at most)."""
+    settings: dict[str, Any] = {"shards": shards, "backbone": "logmel", "folds": 2, "batch": 8}
+    return BiasConfig(**(settings | changes))
+
+
+def make_table(config: BiasConfig) -> None:
+    """Run the bias command; for `run_ranks`."""
+    from mgc_dist import bias
+
+    bias.run(config)
+
+
+@pytest.fixture(scope="session")
+def table(shards: Path) -> Path:
+    """The bias table of the shards."""
+    run_ranks(1, make_table, bias_config(shards))
+    return shards / "bias"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config file of a tiny wav2vec2 of the large flavour, without dropout."""
+    return write_model(tmp_path_factory.mktemp("model") / "tiny.json")
+
+
+def write_model(path: Path, **changes: Any) -> Path:
+    """A config file of a tiny wav2vec2."""
+    path.write_text(json.dumps(TINY | changes))
+    return path

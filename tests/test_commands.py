@@ -1,0 +1,155 @@
+"""evaluate, predict, export on a trained run: files, figures, refusals."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import run_ranks, shard_config, write_tracks
+from sklearn.metrics import accuracy_score, f1_score
+from test_train import config, train_on
+from transformers import pipeline
+
+from mgc_dist import evaluate, export, predict, shard, synth
+from mgc_dist.config import EvaluateConfig, ExportConfig, PredictConfig
+from mgc_dist.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def trained(
+    shards: Path, table: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of 33 steps that has learned a little."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    train_on(2, config(shards, tiny_model, run, epochs=5.0, checkpoint_every_epochs=5.0))
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may write into."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_evaluate_writes_the_same_digits_at_any_world_size(run: Path) -> None:
+    written = []
+    for world in (1, 2, 4):
+        run_ranks(world, evaluate.run, EvaluateConfig(run=run, batch=8))
+        names = ("evaluation/test.json", "predictions/test.jsonl", "evaluation/confusion-test.csv")
+        written.append([(run / name).read_bytes() for name in names])
+    assert written[0] == written[1] == written[2]
+
+
+def test_figures_follow_from_the_predictions(run: Path) -> None:
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run, split="validation"))
+    lines = [json.loads(line) for line in (run / "predictions/validation.jsonl").open()]
+    found = json.loads((run / "evaluation" / "validation.json").read_text())
+    truth, guess = [line["truth"] for line in lines], [line["prediction"] for line in lines]
+    assert found["track"]["count"] == len(lines) == 6
+    assert found["segment"]["count"] == 66
+    assert found["track"]["accuracy"] == pytest.approx(accuracy_score(truth, guess))
+    expected = f1_score(truth, guess, average="macro", labels=found["genres"], zero_division=0)
+    assert found["track"]["macro_f1"] == pytest.approx(expected)
+    for line in lines:
+        assert sum(line["probabilities"].values()) == pytest.approx(1)
+        assert max(line["probabilities"], key=line["probabilities"].get) == line["prediction"]
+    with (run / "evaluation" / "confusion-validation.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["truth", *found["genres"]]
+    assert [[int(x) for x in row[1:]] for row in rows[1:]] == found["confusion"]
+    picture = (run / "evaluation" / "confusion-validation.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_validation_while_training_said_the_same(run: Path) -> None:
+    from mgc_dist.journal import read_metrics
+
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run, split="validation", batch=3))
+    found = json.loads((run / "evaluation" / "validation.json").read_text())
+    best = max(line["track_macro_f1"] for line in read_metrics(run, "validation"))
+    assert found["track"]["macro_f1"] == best
+
+
+def test_evaluate_refuses_other_genres_and_missing_models(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    write_tracks(tmp_path / "two", genres=2, duration_s=1.0)
+    shard.run(shard_config(tmp_path / "two", tmp_path / "two-shards"))
+    other = EvaluateConfig(run=run, data=tmp_path / "two-shards")
+    with pytest.raises(UserError, match=r"got blues, classical, expected blues, classical, co"):
+        run_ranks(1, evaluate.run, other)
+    with pytest.raises(UserError, match="no such folder"):
+        run_ranks(1, evaluate.run, EvaluateConfig(run=tmp_path / "nothing"))
+    exported = Path(shutil.copytree(run / "best", tmp_path / "exported"))
+    with pytest.raises(UserError, match=r"names its shards(.|\n)*--data"):
+        run_ranks(1, evaluate.run, EvaluateConfig(run=exported))
+    run_ranks(1, evaluate.run, EvaluateConfig(run=exported, data=shards))
+    assert (exported / "evaluation" / "test.json").is_file()
+
+
+def test_predict_agrees_with_evaluate_on_the_same_tracks(
+    run: Path, tracks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    lines = [json.loads(line) for line in (run / "predictions" / "test.jsonl").open()]
+    files = []
+    for line in lines:
+        genre, number = line["track"].rsplit("_", 1)
+        files.append(tracks / genre / f"{genre}.{number}.wav")
+    predict.run(PredictConfig(run=run, files=tuple(files), hop_s=0.25, json=True))
+    for line, found in zip(lines, json.loads(capsys.readouterr().out), strict=True):
+        assert found["genre"] == line["prediction"]
+        assert len(found["segments"]) == 11
+        assert found["segments"][2]["start_s"] == 0.5
+        for genre, probability in line["probabilities"].items():
+            assert found["probabilities"][genre] == pytest.approx(probability, abs=1e-5)
+
+
+def test_predict_takes_any_length_rate_and_channel_count(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wave = synth.compose("country", 0, seed=9, duration_s=2.0, per_artist=1)
+    stereo = np.stack([wave, wave], axis=1)
+    soundfile.write(tmp_path / "a.flac", stereo, 22_050)
+    soundfile.write(tmp_path / "b.wav", wave[: int(0.6 * 22_050)], 22_050)
+    soundfile.write(tmp_path / "c.ogg", wave, 48_000)
+    soundfile.write(tmp_path / "d.wav", wave[:2000], 22_050)
+    files = tuple(tmp_path / name for name in ("a.flac", "b.wav", "c.ogg"))
+    assert predict.run(PredictConfig(run=run / "best", files=files, hop_s=0.25)) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("timeline: 0 s ") == 3
+    assert f"{tmp_path / 'a.flac'}: " in shown
+    with pytest.raises(UserError, match=r"d\.wav: got 0\.09 s, expected at least 0\.5 s"):
+        predict.run(PredictConfig(run=run, files=(tmp_path / "d.wav",)))
+    with pytest.raises(UserError, match=r"got 2 that cannot be used(.|\n)*d\.wav(.|\n)*e\.wav"):
+        predict.run(
+            PredictConfig(run=run, files=(files[0], tmp_path / "d.wav", tmp_path / "e.wav"))
+        )
+    assert str(files[0]) in capsys.readouterr().out  # the good file is answered all the same
+    with pytest.raises(UserError, match="FILE: got none"):
+        predict.run(PredictConfig(run=run, files=()))
+
+
+def test_export_loads_in_pipeline_with_the_same_probabilities(
+    run: Path, tracks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "exported"
+    export.run(ExportConfig(run=run, out=out))
+    capsys.readouterr()
+    wave = np.random.default_rng(0).integers(-9000, 9000, 8000).astype(np.int16)
+    soundfile.write(tmp_path / "x.wav", wave, 16_000)
+    predict.run(PredictConfig(run=run, files=(tmp_path / "x.wav",), json=True))
+    expected = json.loads(capsys.readouterr().out)[0]["probabilities"]
+    classify = pipeline("audio-classification", model=str(out), top_k=None)
+    answer = classify({"array": wave.astype(np.float32) / 32768, "sampling_rate": 16_000})
+    assert {item["label"]: item["score"] for item in answer} == pytest.approx(expected, abs=1e-5)
+    card = (out / "README.md").read_text()
+    assert "genres: blues, classical, country" in card
+    assert "0.5 s of mono audio" in card
+    with pytest.raises(UserError, match="something that is there already"):
+        export.run(ExportConfig(run=run, out=out))
+    with pytest.raises(UserError, match="no such folder"):
+        export.run(ExportConfig(run=tmp_path / "none", out=tmp_path / "new"))

@@ -1,0 +1,81 @@
+"""The walk and what is judged from it: the same digits at any world size, every row once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_ranks
+
+from mgc_dist import infer, ranks
+from mgc_dist.data import ShardSet
+from mgc_dist.model import WaveClassifier, build_main, normalise
+from mgc_dist.score import SplitScores, all_score, judge
+
+
+def classifier(tiny_model: Path) -> WaveClassifier:
+    return build_main(
+        str(tiny_model),
+        ("a", "b", "c"),
+        freeze="none",
+        frozen_layers=None,
+        activation_checkpointing=False,
+        seed=0,
+        segment_samples=8000,
+        sample_rate=16_000,
+    ).eval()
+
+
+def walk(shards: Path, tiny_model: Path) -> tuple[bytes, SplitScores]:
+    net = classifier(tiny_model)
+    with ShardSet(shards) as data, ranks.join("cpu") as peers:
+        found = infer.all_rows(net, data, "test", peers, batch=8, width=3)
+        return found.tobytes(), all_score(net, data, "test", peers, batch=8)
+
+
+def test_same_digits_at_any_world_size(shards: Path, tiny_model: Path) -> None:
+    found = [result for world in (1, 2, 3) for result in run_ranks(world, walk, shards, tiny_model)]
+    assert len(found) == 6
+    assert len({digits for digits, _ in found}) == 1
+    assert len({(s.track.accuracy, s.track.nll, s.segment.nll) for _, s in found}) == 1
+
+
+def test_outputs_are_each_rows_own(shards: Path, tiny_model: Path) -> None:
+    digits, _ = run_ranks(2, walk, shards, tiny_model)[0]
+    found = np.frombuffer(digits, np.float32).reshape(-1, 3)
+    net = classifier(tiny_model)
+    with ShardSet(shards) as data, torch.no_grad():
+        first, stop = data.rows_of("test")
+        assert len(found) == stop - first
+        for row in range(first, stop, 13):
+            alone = net(torch.from_numpy(data.read(row).copy())[None])[0].numpy()
+            assert found[row - first] == pytest.approx(alone, abs=1e-5)
+
+
+def walk_with_a_lost_batch(shards: Path) -> None:
+    sweep = infer.sweep_batches
+
+    def lossy(*args):
+        batches = list(sweep(*args))
+        if args[3] == 1:
+            batches[0].place[:] = -1
+        return iter(batches)
+
+    infer.sweep_batches = lossy
+    with ShardSet(shards) as data, ranks.join("cpu") as peers:
+        infer.all_rows(lambda w: normalise(w)[:, :3], data, "test", peers, batch=8, width=3)
+
+
+def test_a_row_that_is_lost_is_an_error_on_every_rank(shards: Path) -> None:
+    with pytest.raises(RuntimeError, match="row 140 was visited 0 times"):
+        run_ranks(2, walk_with_a_lost_batch, shards)
+
+
+def test_tracks_are_judged_by_their_own_rows() -> None:
+    logits = np.log(np.array([[0.9, 0.1], [0.1, 0.9], [0.2, 0.8], [0.6, 0.4]], np.float32))
+    found = judge(logits, np.array([0, 1, 0, 1]), np.array([5, 3, 5, 3]), "test")
+    assert found.tracks.tolist() == [3, 5]
+    assert found.labels.tolist() == [1, 0]
+    assert found.probabilities == pytest.approx(np.array([[0.35, 0.65], [0.55, 0.45]]), abs=1e-6)
+    assert found.track.accuracy == 1.0
+    assert found.segment.accuracy == 0.5

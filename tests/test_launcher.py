@@ -1,0 +1,151 @@
+"""The way a user goes: real processes, the real deepspeed launcher, errors and exit codes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import _free_port, shard_config, write_tracks
+
+from mgc_dist import shard
+
+ROOT = Path(__file__).resolve().parent.parent
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+
+
+def call(
+    *words: str | Path, ranks: int = 0, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a script or module; with ranks, under the deepspeed launcher."""
+    command = [sys.executable, *map(str, words)]
+    if ranks:
+        port = ["--master_port", str(_free_port())]
+        command = [DEEPSPEED, "--log_level", "error", "--num_gpus", str(ranks), *port]
+        command += map(str, words)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_s,
+    )
+
+
+def test_smoke_preset_through_the_launcher(tmp_path: Path) -> None:
+    data, shards, run = tmp_path / "data", tmp_path / "shards", tmp_path / "run"
+    steps = [
+        (0, "-m", "mgc_dist.synth", data, "--preset", "smoke"),
+        (
+            0,
+            "-m",
+            "mgc_dist.shard",
+            "--preset",
+            "smoke",
+            "--data",
+            data / "genres_original",
+            "--groups",
+            data / "artists.csv",
+            "--out",
+            shards,
+        ),
+        (2, "launch/bias.py", "--preset", "smoke", "--shards", shards),
+        (2, "launch/train.py", "--preset", "smoke", "--shards", shards, "--run", run),
+        (2, "launch/train.py", "--config", run / "config.yaml", "--resume", "auto"),
+        (2, "launch/evaluate.py", run),
+        (0, "-m", "mgc_dist.predict", run, data / "genres_original/jazz/jazz.00000.wav", "--json"),
+        (0, "-m", "mgc_dist.export", run, tmp_path / "exported"),
+    ]
+    shown = []
+    for ranks, *words in steps:
+        done = call(*words, ranks=ranks)
+        assert done.returncode == 0, done.stdout + done.stderr
+        shown.append(done.stdout)
+    assert "Bias report: logmel" in shown[2]
+    assert "already complete" in shown[4]
+    assert "test split" in shown[5]
+    assert len(json.loads(shown[6])[0]["probabilities"]) == 10
+    log = (run / "train.log").read_text()
+    assert "global batch 32 = 2 ranks x micro batch 16" in log
+    assert "ZeRO-2" in log
+    assert json.loads((run / "env.json").read_text())["world"] == 2
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small packed data set without a bias table."""
+    folder = tmp_path_factory.mktemp("packed")
+    write_tracks(folder / "tracks", duration_s=1.0)
+    shard.run(shard_config(folder / "tracks", folder / "shards"))
+    return folder
+
+
+def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Exit code 2, no traceback, one message of two lines that names what matters."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    messages = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert len(messages) == 1
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_errors_of_the_data(packed: Path, tmp_path: Path) -> None:
+    refused(call("-m", "mgc_dist.shard", "--data", tmp_path), "no audio files in its sub-folders")
+    broken = tmp_path / "in" / "rock"
+    broken.mkdir(parents=True)
+    (broken / "rock.1.wav").write_bytes(b"no audio")
+    refused(call("-m", "mgc_dist.shard", "--data", tmp_path / "in"), "rock_1", "--allow-bad 1")
+    nothing = tmp_path / "nothing"
+    for script in ("launch/train.py", "launch/bias.py"):
+        done = call(script, "--shards", nothing)
+        refused(done, f"data set {nothing}", "python -m mgc_dist.shard --data")
+    shards = packed / "shards"
+    done = call("launch/train.py", "--shards", shards, "--run", tmp_path / "run")
+    refused(done, "no such table", "deepspeed launch/bias.py")
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_of_models_presets_and_arithmetic(packed: Path, tmp_path: Path) -> None:
+    shards, run = packed / "shards", tmp_path / "run"
+    common = ("launch/train.py", "--shards", shards, "--loss", "ce", "--run", run)
+    refused(call(*common, "--model", tmp_path / "none"), "bring that folder")
+    assert not run.exists()  # the next try may use the name
+    refused(call("launch/bias.py", "--shards", shards), "facebook/wav2vec2-base", "a network")
+    (tmp_path / "p.yaml").write_text("train: {optim: {global_bach: 3}}\n")
+    refused(call(*common, "--preset", tmp_path / "p.yaml"), "did you mean global_batch?")
+    assert call(*common, "--lrr", "1").returncode == 2
+    refused(call(*common, "--global-batch", "0"), "--global-batch", "at least 1")
+    few = call(*common, "--global-batch", "1", "--micro-batch", "1", ranks=2)
+    refused(few, "--global-batch 1 on 2 ranks", "at least one row a rank")
+
+
+def test_errors_of_tables_and_runs(packed: Path, tmp_path: Path) -> None:
+    shards = packed / "shards"
+    made = call(
+        "launch/bias.py",
+        "--shards",
+        shards,
+        "--backbone",
+        "logmel",
+        "--folds",
+        "2",
+        "--bias-table",
+        tmp_path / "bias",
+    )
+    assert made.returncode == 0, made.stderr
+    other = tmp_path / "other"
+    shard.run(shard_config(packed / "tracks", other, hop_s=0.1))
+    common = ("launch/train.py", "--bias-table", tmp_path / "bias", "--run", tmp_path / "run")
+    refused(call(*common, "--shards", other), "a table of data set", "launch/bias.py --overwrite")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    refused(call(*common, "--shards", shards), "not empty", "--resume auto")
+    refused(call("launch/evaluate.py", tmp_path / "run"), "model folder")
+    shutil.rmtree(tmp_path / "run")
+    refused(call("-m", "mgc_dist.predict", tmp_path / "run", "x.wav"), "no such folder")

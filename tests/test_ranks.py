@@ -1,0 +1,105 @@
+"""Who takes part: launchers' variables, agreed decisions, seeds."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import _free_port, run_ranks
+
+from mgc_dist import ranks
+from mgc_dist.errors import UserError
+
+
+def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with ranks.join("cpu") as peers:
+        assert (peers.rank, peers.world, peers.is_first) == (0, 1, True)
+        assert peers.all_sum(torch.ones(2)).tolist() == [1, 1]
+        assert peers.all_decide(lambda: "x") == "x"
+        peers.barrier()
+
+
+def collectives() -> tuple[list[float], str, str]:
+    with ranks.join("cpu") as peers:
+        total = peers.all_sum(torch.tensor([float(peers.rank), 1.0])).tolist()
+        said = peers.all_decide(lambda: f"rank {peers.rank}")
+
+        def refuse() -> str:
+            raise UserError("--x", got=1, expected="2", cure=f"said by rank {peers.rank}")
+
+        try:
+            peers.all_decide(refuse)
+        except UserError as error:
+            return total, said, str(error)
+    return total, said, ""
+
+
+def test_collectives_and_decisions() -> None:
+    message = "--x: got 1, expected 2\n  said by rank 0"
+    assert run_ranks(3, collectives) == [([3.0, 3.0], "rank 0", message)] * 3
+
+
+def slurm_numbers() -> tuple[int, int, int]:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
+        os.environ[f"SLURM_{name}"] = os.environ.pop(name)
+    os.environ["SLURM_PROCID"] = os.environ.pop("SLURM_RANK")
+    os.environ["SLURM_LOCALID"] = os.environ.pop("SLURM_LOCAL_RANK")
+    os.environ["SLURM_NTASKS"] = os.environ.pop("SLURM_WORLD_SIZE")
+    with ranks.join("cpu") as peers:
+        total = peers.all_sum(torch.ones(1))
+        return peers.rank, peers.world, int(total)
+
+
+def test_slurms_variables_are_understood() -> None:
+    assert run_ranks(2, slurm_numbers) == [(0, 2, 2), (1, 2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: got 2 with WORLD_SIZE 2"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "whole numbers"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: got not set"),
+    ],
+)
+def test_contradicting_variables_are_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message), ranks.join("cpu"):
+        pass
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    port = _free_port()
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", port))
+        taken.listen()
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (variables | {"MASTER_PORT": str(port)}).items():
+            monkeypatch.setenv(name, value)
+        message = rf"127\.0\.0\.1:{port}(.|\n)*--master_port"
+        with pytest.raises(UserError, match=message), ranks.join("cpu", timeout_s=5):
+            pass
+
+
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match="got 0 GPUs"), ranks.join("cuda"):
+        pass
+
+
+def test_seeds_depend_on_every_number() -> None:
+    def draw(*numbers: int) -> tuple[float, float, float]:
+        ranks.seed_everything(*numbers)
+        return torch.rand(()).item(), np.random.rand(), random.random()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    others = [draw(1, 2, 3), draw(0, 2, 3), draw(1, 3, 2), draw(1, 2, 4)]
+    assert len(set(others)) == 4

@@ -1,0 +1,68 @@
+"""Every command that README and presets show parses, and every file that they name exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mgc_dist import cli, config
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {
+    "synth": config.SynthConfig,
+    "shard": config.ShardConfig,
+    "bias": config.BiasConfig,
+    "train": config.TrainConfig,
+    "evaluate": config.EvaluateConfig,
+    "predict": config.PredictConfig,
+    "export": config.ExportConfig,
+}
+
+
+def shown_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    inline = re.findall(r"`((?:deepspeed|python -m mgc_dist|python launch|make) ?[^`]+)`", text)
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()] + inline
+    for preset in cli.PRESETS.glob("*.yaml"):
+        head = preset.read_text().split("\n\n")[0].split("# Command: ")[1]
+        joined = head.replace("\n#  ", "").split("  (")[0]
+        lines += [part.strip() for part in joined.split("&&")]
+    return list(dict.fromkeys(lines))
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_command_parses(line: str) -> None:
+    words = shlex.split(line)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        return
+    if words[0] == "sbatch":
+        (script,) = [n for n, word in enumerate(words) if word.endswith(".sbatch")]
+        assert (ROOT / words[script]).is_file()
+        cli.parse("train", config.TrainConfig, words[script + 1 :])
+        return
+    (place,) = [n for n, w in enumerate(words) if w.startswith(("launch/", "mgc_dist."))]
+    verb = Path(words[place]).stem if "/" in words[place] else words[place].split(".")[1]
+    if "/" in words[place]:
+        assert (ROOT / words[place]).is_file()
+    needs_out = {"evaluate": ["RUN"], "predict": ["RUN", "x"], "export": ["RUN", "OUT"]}
+    rest = words[place + 1 :]
+    if verb != "demo":
+        cli.parse(verb, CONFIGS[verb], rest or needs_out.get(verb, []))
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    text = "\n".join(shown_commands())
+    for verb in ("shard", "bias", "train", "evaluate", "predict", "export", "sbatch", "make demo"):
+        assert verb in text
+
+
+def test_linked_files_and_the_tree_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+    tree = text.split("## The tree")[1]
+    modules = {path.stem for path in (ROOT / "mgc_dist").glob("*.py")} - {"__init__"}
+    assert {name for name in modules if not re.search(rf"\b{name}\b", tree)} == set()

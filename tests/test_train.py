@@ -1,0 +1,265 @@
+"""The whole training command on forked ranks: trajectories, resume, stop, refusals."""
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import NOISY, run_ranks, write_model
+
+from mgc_dist import fit as fit_module
+from mgc_dist import train
+from mgc_dist.config import (
+    DataConfig,
+    EngineConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from mgc_dist.errors import UserError
+from mgc_dist.journal import read_metrics, read_status
+
+
+def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
+    """A short run: 66 training rows, global batch 10, two epochs less four rows: 13 steps."""
+    knobs: dict[str, Any] = {
+        "loss": "poe",
+        "zero_stage": 2,
+        "resume": "never",
+        "epochs": 128 / 66,
+        "freeze": "none",
+        "micro_batch": 3,
+        "global_batch": 10,
+        "checkpoint_every_epochs": 0.5,
+        "seed": 0,
+    } | changes
+    return TrainConfig(
+        data=DataConfig(shards=shards),
+        main=ModelConfig(model=str(model), freeze=knobs["freeze"]),
+        objective=LossConfig(loss=knobs["loss"]),
+        optim=OptimConfig(
+            epochs=knobs["epochs"], global_batch=knobs["global_batch"], lr=1e-3, head_lr=3e-3
+        ),
+        engine=EngineConfig(
+            zero_stage=knobs["zero_stage"], micro_batch=knobs["micro_batch"], device="cpu"
+        ),
+        output=RunConfig(
+            run=run,
+            resume=knobs["resume"],
+            seed=knobs["seed"],
+            log_every_steps=1,
+            checkpoint_every_epochs=knobs["checkpoint_every_epochs"],
+        ),
+    )
+
+
+def train_on(world: int, settings: TrainConfig) -> None:
+    """Run the train command on forked ranks."""
+    assert run_ranks(world, train.run, settings) == [0] * world
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run, "step")]
+
+
+def weights_hash(run: Path, stage: int) -> str:
+    """Of the full weights in the newest checkpoint, put together by DeepSpeed's own tool."""
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    if stage == 0:
+        file = newest / "mp_rank_00_model_states.pt"
+        weights = torch.load(file, weights_only=False)["module"]
+    else:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(newest.parent), newest.name)
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def reference(shards: Path, table: Path, tiny_model: Path, tmp_path_factory: Any) -> list[float]:
+    """Losses of one rank at ZeRO-0."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    train_on(1, config(shards, tiny_model, run, zero_stage=0))
+    found = losses(run)
+    assert len(found) == 13
+    assert found[-1] != pytest.approx(found[0], abs=1e-3), "nothing was learned"
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_trajectories_agree_over_stages_and_ranks(
+    stage: int, world: int, reference: list[float], shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    # global batch 10 is not divisible by 3, and the last step holds 8 rows
+    train_on(world, config(shards, tiny_model, tmp_path / "run", zero_stage=stage))
+    assert losses(tmp_path / "run") == pytest.approx(reference, abs=1e-5)
+    assert read_status(tmp_path / "run")["state"] == "done"
+
+
+def stop_after(step: int) -> None:
+    """Make this rank signal itself once it has taken a step; inherited by forked ranks."""
+    take = fit_module.Fit._after_step
+
+    def signalled(self: Any, now: int, *rest: Any) -> bool:
+        if now == step and self.ranks.rank == self.ranks.world - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return take(self, now, *rest)
+
+    fit_module.Fit._after_step = signalled  # type: ignore[method-assign]
+
+
+def train_until(step: int, settings: TrainConfig) -> int:
+    stop_after(step)
+    return train.run(settings)
+
+
+@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 2), (2, 2), (3, 2), (2, 1)])
+def test_stopped_and_resumed_ends_with_the_same_bits(
+    stage: int, world: int, shards: Path, table: Path, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "noisy.json", **NOISY)  # dropout and SpecAugment
+    knobs = {"zero_stage": stage, "epochs": 1.0}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_on(world, config(shards, model, whole, **knobs))
+
+    first = config(shards, model, parts, **knobs)
+    assert run_ranks(world, train_until, 2, first) == [0] * world
+    status = read_status(parts)
+    # signalled after the 3rd step: the flag travels with the 4th and is read with the 5th
+    assert (status["state"], status["samples_seen"]) == ("stopped", 50)
+    assert (parts / "REQUEUE").exists()
+    assert not (parts / "DONE").exists()
+
+    train_on(world, config(shards, model, parts, resume="auto", **knobs))
+    assert losses(parts) == losses(whole)
+    assert weights_hash(parts, stage) == weights_hash(whole, stage)
+    assert (parts / "DONE").exists()
+    assert not (parts / "REQUEUE").exists()
+    assert (
+        read_metrics(parts, "validation")[-1]["track_nll"]
+        == (read_metrics(whole, "validation")[-1]["track_nll"])
+    )
+    best = (parts / "best" / "model.safetensors").read_bytes()
+    assert best == (whole / "best" / "model.safetensors").read_bytes()
+
+
+def test_resume_refuses_what_would_change_the_run(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train_on(1, config(shards, tiny_model, run, epochs=0.5))
+    (run / "DONE").unlink()
+    before = {name: (run / name).read_bytes() for name in ("config.yaml", "status.json")}
+    again = {"epochs": 0.5, "resume": "auto"}
+    for changes, name, world in (
+        ({"loss": "ce"}, "--loss", 1),
+        ({"global_batch": 12}, "--global-batch", 1),
+        ({"epochs": 0.7}, "--epochs", 1),
+        ({"seed": 3}, "--seed", 1),
+        ({"zero_stage": 1}, "--zero-stage", 1),
+        ({}, "ranks", 2),
+    ):
+        with pytest.raises(UserError, match=name):
+            run_ranks(world, train.run, config(shards, tiny_model, run, **(again | changes)))
+        assert {name: (run / name).read_bytes() for name in before} == before
+    with pytest.raises(UserError, match=r"not empty.*\n.*--resume auto"):
+        run_ranks(1, train.run, config(shards, tiny_model, run))
+    other = config(shards, tiny_model, tmp_path / "other", resume="latest")
+    with pytest.raises(UserError, match="no checkpoint"):
+        run_ranks(1, train.run, other)
+
+
+def test_a_complete_run_is_left_alone(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = config(shards, tiny_model, tmp_path / "run", epochs=0.3)
+    train_on(1, settings)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    train_on(1, config(shards, tiny_model, tmp_path / "run", epochs=0.3, resume="auto"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_run_folder_tells_what_happened(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    from mgc_dist import cli
+
+    settings = config(shards, tiny_model, tmp_path / "run", epochs=0.5)
+    train_on(1, settings)
+    run = tmp_path / "run"
+    assert cli.parse("train", TrainConfig, ["--config", str(run / "config.yaml")]) == settings
+    assert json.loads((run / "env.json").read_text())["world"] == 1
+    assert json.loads((run / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
+    step = read_metrics(run, "step")[-1]
+    assert step["samples_seen"] == 33
+    assert step["segments_per_s"] > 0
+    assert 0 <= step["data_wait_share"] <= 1
+    assert "global batch 10 = 1 ranks" in (run / "train.log").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = config(shards, tiny_model, tmp_path / "run", epochs=1.0)
+    assert run_ranks(2, train_with_nan, settings) == [train.EXIT_NON_FINITE] * 2
+    status = read_status(tmp_path / "run")
+    assert status["state"] == "failed"
+    assert str(status["reason"]).startswith("loss of step 5 is nan; its training rows are ")
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-00000005"))
+
+
+def train_with_nan(settings: TrainConfig) -> int:
+    losses_of = fit_module.row_losses
+    calls = iter(range(1000))
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        found = losses_of(*args, **kwargs)
+        return found * float("nan") if next(calls) == 9 else found  # 5th step, 2nd micro step
+
+    fit_module.row_losses = poisoned
+    return train.run(settings)
+
+
+@pytest.mark.parametrize("freeze", ["feature_encoder", "layers:1", "backbone"])
+def test_frozen_parts_stay_as_they_were_and_the_rest_moves(
+    freeze: str, shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    moved = run_ranks(1, moved_parts, config(shards, tiny_model, tmp_path / "run", freeze=freeze))
+    parts = {
+        "feature_encoder": {"feature_projection", "encoder", "head"},
+        "layers:1": {"encoder", "head"},
+        "backbone": {"head"},
+    }
+    assert moved[0] == parts[freeze]
+
+
+def moved_parts(settings: TrainConfig) -> set[str]:
+    from mgc_dist.model import build_main, load_exported
+
+    train.run(settings)
+    before = build_main(
+        settings.main.model,
+        ("a", "b", "c"),
+        freeze="none",
+        frozen_layers=None,
+        activation_checkpointing=False,
+        seed=0,
+        segment_samples=8000,
+        sample_rate=16000,
+    ).state_dict()
+    after = load_exported(settings.output.run / "best").state_dict()
+    names = {name for name in before if not before[name].equal(after[name])}
+    if settings.main.freeze == "layers:1":
+        assert not {name for name in names if "layers.0." in name or "pos_conv" in name}
+    inner = "net.wav2vec2."
+    return {n.removeprefix(inner).split(".")[0] if n.startswith(inner) else "head" for n in names}
