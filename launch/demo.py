@@ -34,7 +34,8 @@ class Stage:
 def stages() -> list[Stage]:
     synth = [PYTHON, "-m", "mgc_dist.synth", str(DATA), "--preset", "demo"]
     shard = [PYTHON, "-m", "mgc_dist.shard", "--preset", "demo"]
-    bias = [*DEEPSPEED, "launch/bias.py", "--preset", "demo"]
+    on_cpu = ["--device", "cpu"]  # deepspeed's launcher sets CUDA_VISIBLE_DEVICES anew
+    bias = [*DEEPSPEED, "launch/bias.py", "--preset", "demo", *on_cpu]
     plan = [
         Stage(title="synthetic tracks", command=synth, product=DATA / "artists.csv"),
         Stage(title="shards", command=shard, product=SHARDS / "manifest.json"),
@@ -42,8 +43,8 @@ def stages() -> list[Stage]:
     ]
     for loss, run in RUNS.items():
         train = [*DEEPSPEED, "launch/train.py", "--preset", "demo", "--resume", "auto"]
-        train += ["--loss", loss, "--run", str(run)]
-        evaluate = [*DEEPSPEED, "launch/evaluate.py", str(run)]
+        train += ["--loss", loss, "--run", str(run), *on_cpu]
+        evaluate = [*DEEPSPEED, "launch/evaluate.py", str(run), *on_cpu]
         result = run / "evaluation" / "test.json"
         plan.append(Stage(title=f"training, {loss}", command=train, product=run / "DONE"))
         plan.append(Stage(title=f"evaluation, {loss}", command=evaluate, product=result))
@@ -58,7 +59,7 @@ def run(stage: Stage, times: dict[str, float], console: Console) -> None:
     shown = shown.replace(DEEPSPEED[0], "deepspeed")
     console.print(f"\n[bold]{stage.title}:[/] {shown}", highlight=False, soft_wrap=True)
     started = time.perf_counter()
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     code = subprocess.run(stage.command, env=environment, check=False).returncode
     if code or not stage.product.exists():
         console.print(f"{stage.title} ended with exit code {code}; run the command above alone.")
@@ -94,6 +95,7 @@ def show_results(times: dict[str, float], console: Console) -> None:
     console.print(spent)
     track_file = DATA / "genres_original" / "jazz" / "jazz.00003.wav"
     console.print(
+        "With the environment active (. .venv/bin/activate):\n"
         "Predict a file:      python -m mgc_dist.predict runs/demo-poe "
         f"{track_file}\n"
         "Look at the results: runs/demo-poe/evaluation/confusion-test.png, "

@@ -1,7 +1,9 @@
 """`deepspeed launch/bias.py`: one pass of the frozen bias model, heads, table, bias report."""
 
+import errno
 import json
 import logging
+import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mgc_dist import cli
@@ -35,13 +37,15 @@ def run(config: BiasConfig) -> None:
     """
     from mgc_dist import display, logits, model, ranks
     from mgc_dist.data import ShardSet
+    from mgc_dist.files import replace_text
 
     with ShardSet(config.shards) as shards, ranks.join(config.device) as peers:
         display.start_logging(peers.rank)
         sample_rate = shards.manifest.sample_rate
         backbone = model.build_bias(config.backbone, layer=config.layer, sample_rate=sample_rate)
         bias_hash = model.fingerprint(backbone, f"layer {config.layer}", "pass float32")
-        if peers.all_decide(lambda: _is_made(config, shards.manifest, bias_hash)):
+        made = peers.all_decide(lambda: _is_made(config, shards.manifest, bias_hash))
+        if made:
             if peers.is_first:
                 print(f"{config.table} already holds exactly this table; nothing to do.")
         else:
@@ -50,13 +54,17 @@ def run(config: BiasConfig) -> None:
         if peers.is_first:
             table = logits.read(config.table, shards.manifest)
             report = _report(shards, table)
-            (config.table / "report.json").write_text(json.dumps(report, indent=1))
+            if not made or not (config.table / "report.json").is_file():
+                replace_text(config.table / "report.json", json.dumps(report, indent=1))
             _print_report(config, table.header, report)
 
 
 def _is_made(config: BiasConfig, found: "Manifest", bias_hash: str) -> bool:
     from mgc_dist import logits
 
+    nearest = next(path for path in (config.table, *config.table.parents) if path.exists())
+    if not os.access(nearest, os.W_OK):  # known before the pass, not after it
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
     if config.overwrite or not (config.table / logits.HEADER).is_file():
         return False
     header = logits.read_header(config.table)

@@ -5,16 +5,16 @@ one deleted. DeepSpeed alone writes `latest` before other ranks have saved, and 
 bit without a word.
 """
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mgc_dist.errors import UserError
+from mgc_dist.files import replace_text, sha256, sync
 from mgc_dist.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def all_commit(
     ranks: Ranks,
     save: Callable[[Path, str], None],
     *,
-    facts: dict[str, str | int],
+    facts: dict[str, Any],
     keep: int,
 ) -> Path:
     """Save a checkpoint on all ranks and make it visible (a collective).
@@ -58,10 +58,9 @@ def all_commit(
         _write_manifest(root / tag, {"step": step, **facts})
         shutil.rmtree(final, ignore_errors=True)
         (root / tag).rename(final)
-        _sync(root)
-        pointer = root / "latest.tmp"
-        pointer.write_text(final.name)
-        pointer.replace(root / "latest")
+        sync(root)
+        replace_text(root / "latest", final.name)
+        _set_aside_newer(root, final)
         _retain(root, keep)
     ranks.barrier()
     return final
@@ -97,7 +96,7 @@ def damage(folder: Path) -> str:
             path = folder / name
             if path.stat().st_size != entry["bytes"]:
                 return f"{name}: {path.stat().st_size} bytes, expected {entry['bytes']}"
-            if _sha256(path) != entry["sha256"]:
+            if sha256(path) != entry["sha256"]:
                 return f"{name}: another sha256 than its manifest says"
     except FileNotFoundError as error:
         return f"no file {Path(error.filename).name}"
@@ -106,9 +105,9 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def facts(folder: Path) -> dict[str, str | int]:
+def facts(folder: Path) -> dict[str, Any]:
     """What the manifest of a whole checkpoint says besides its files."""
-    content: dict[str, str | int] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return {key: value for key, value in content.items() if key != "files"}
 
 
@@ -122,16 +121,24 @@ def _remove_leftovers(root: Path) -> None:
         shutil.rmtree(path)
 
 
-def _write_manifest(folder: Path, content: dict[str, str | int]) -> None:
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _sync(path)
+        sync(path)
         name = str(path.relative_to(folder))
-        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    path = folder / MANIFEST
-    path.write_text(json.dumps({**content, "files": files}, indent=1), encoding="utf-8")
-    _sync(path)
-    _sync(folder)
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    replace_text(folder / MANIFEST, json.dumps({**content, "files": files}, indent=1))
+    sync(folder)
+
+
+def _set_aside_newer(root: Path, final: Path) -> None:
+    """A run that was resumed from an older checkpoint leaves the newer ones behind."""
+    for path in _steps(root):
+        if path.name > final.name:
+            log.warning("setting aside %s, which this run has not come from", path.name)
+            aside = root / f"aside-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def _retain(root: Path, keep: int) -> None:
@@ -139,19 +146,3 @@ def _retain(root: Path, keep: int) -> None:
         doomed = root / old.name.replace("step-", "del-")
         old.rename(doomed)  # a half-deleted one must not look like a checkpoint
         shutil.rmtree(doomed)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -23,6 +23,7 @@ from mgc_dist.errors import UserError
 C = TypeVar("C")
 
 EXIT_BAD_INPUT = 2
+EXIT_IO = 74  # a file or folder cannot be read or written; sysexits.h's EX_IOERR
 EXIT_BROKEN_PIPE = 141  # as a shell reports SIGPIPE: the work was not finished
 PRESETS = Path(__file__).resolve().parent.parent / "launch" / "presets"
 
@@ -55,6 +56,11 @@ def main(command: str, config_type: type[C], body: Callable[[C], int | None]) ->
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
+    except OSError as error:
+        if debug:
+            raise
+        print(f"mgc_dist {command}: error: {error}", file=sys.stderr)
+        code = EXIT_IO
     except KeyboardInterrupt:
         code = 130
     sys.exit(code or 0)

@@ -45,6 +45,7 @@ class SynthConfig:
     """Processes; 0 means one a core. The output does not depend on it."""
 
     def __post_init__(self) -> None:
+        _require("--jobs", self.jobs >= 0, self.jobs, "0 or more", "0 means one a core")
         _require(
             "--tracks-per-genre",
             1 <= self.tracks_per_genre <= 100_000,
@@ -115,6 +116,7 @@ class ShardConfig:
         return round(self.hop_s * self.sample_rate)
 
     def __post_init__(self) -> None:
+        _require("--jobs", self.jobs >= 0, self.jobs, "0 or more", "0 means one a core")
         _require(
             "--sample-rate",
             4_000 <= self.sample_rate <= 192_000,
@@ -363,6 +365,9 @@ class EvaluateConfig:
     device: Device = "auto"
     """Where the model runs."""
 
+    def __post_init__(self) -> None:
+        _require("--batch", self.batch >= 1, self.batch, "at least 1", "32 is usual")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
@@ -382,6 +387,11 @@ class PredictConfig:
     """Segments in a batch."""
     device: Device = "auto"
     """Where the model runs."""
+
+    def __post_init__(self) -> None:
+        _require("--batch", self.batch >= 1, self.batch, "at least 1", "16 is usual")
+        _require("--top", self.top >= 1, self.top, "at least 1", "3 is usual")
+        _require("--hop-s", self.hop_s >= 0.01, self.hop_s, "at least 0.01 s", "1.5 is usual")
 
 
 @dataclass(frozen=True, kw_only=True)

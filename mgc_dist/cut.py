@@ -95,6 +95,18 @@ def inspect(tracks: Sequence[Track], cut: Cut) -> tuple[dict[str, int], dict[str
     return segments, bad
 
 
+def still_bad(tracks: Sequence[Track], suspects: Iterable[str], cut: Cut) -> dict[str, str]:
+    """Which tracks that an earlier run left out cannot be decoded today either: id -> reason."""
+    wanted, bad = set(suspects), dict[str, str]()
+    for track in tracks:
+        if track.id in wanted:
+            try:
+                audio.read(track.path, cut.sample_rate)
+            except UserError as error:
+                bad[track.id] = reason_of(error)
+    return bad
+
+
 def judge_bad(bad: dict[str, str], allow_bad: int) -> dict[str, str]:
     """Reasons to record for unusable tracks; files that are known to be bad need no leave.
 
@@ -133,6 +145,13 @@ def make_plan(
         genres=tuple(sorted({track.genre for track in kept})),
         excluded=dict(sorted(excluded.items())),
     )
+    if len(plan.genres) < 2:
+        raise UserError(
+            "genres",
+            got=", ".join(plan.genres) or "none",
+            expected="at least two folders of tracks",
+            cure="give the folder that holds the genre folders",
+        )
     for split, rows in plan.split_rows.items():
         if rows == 0:
             raise UserError(

@@ -6,7 +6,6 @@ Every record is checked against its checksum when read, once more after a re-rea
 error names shard, key and offset.
 """
 
-import hashlib
 import logging
 import os
 import queue
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from mgc_dist import manifest, record
 from mgc_dist.errors import UserError
+from mgc_dist.files import sha256
 from mgc_dist.manifest import Manifest
 from mgc_dist.plan import MicroBatch
 
@@ -144,7 +144,7 @@ class ShardSet:
 def _open_index(folder: Path, found: Manifest) -> NDArray[np.void]:
     path = folder / manifest.INDEX
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256(path)
         if digest != found.index_sha256:
             raise ValueError(f"sha256 {digest[:12]}")
         index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)

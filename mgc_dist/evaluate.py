@@ -41,11 +41,18 @@ def run(config: EvaluateConfig) -> None:
                     progress=bar.over,
                 )
             if peers.is_first:
+                if config.data:
+                    print("--data: whether its tracks were trained on is for you to know")
                 _write(config, shards.manifest, result)
                 _print(config, shards.manifest, result)
 
 
 def _own_shards(run_folder: Path) -> Path:
+    """The shards that a run was trained on, unchanged since."""
+    import json
+
+    from mgc_dist import manifest
+
     settings = run_folder / "config.yaml"
     if not settings.is_file():
         raise UserError(
@@ -54,7 +61,24 @@ def _own_shards(run_folder: Path) -> Path:
             expected="a folder of shards",
             cure="add --data shards",
         )
-    return cli.parse("train", TrainConfig, ["--config", str(settings)]).data.shards
+    shards = cli.parse("train", TrainConfig, ["--config", str(settings)]).data.shards
+    trained_on = json.loads((run_folder / "env.json").read_text())["dataset_id"]
+    if not shards.is_dir():
+        raise UserError(
+            f"shards of {run_folder}",
+            got=f"no folder {shards} here",
+            expected="to be started where the training was, or --data",
+            cure="add --data FOLDER",
+        )
+    found = manifest.read(shards).dataset_id
+    if found != trained_on:
+        raise UserError(
+            f"data set {shards}",
+            got=f"{found[:12]}, packed after the training",
+            expected=f"{trained_on[:12]}, which {run_folder} was trained on",
+            cure="its test split may hold training tracks; name another data set with --data",
+        )
+    return shards
 
 
 def _refuse_other(config: EvaluateConfig, classifier: "WaveClassifier", found: "Manifest") -> None:
@@ -66,6 +90,13 @@ def _refuse_other(config: EvaluateConfig, classifier: "WaveClassifier", found: "
             got=", ".join(found.genres),
             expected=", ".join(classifier.genres),
             cure="give shards with the same genres: --data FOLDER",
+        )
+    if classifier.segment_samples != found.segment_samples:
+        raise UserError(
+            f"segments of the shards for {config.run}",
+            got=f"{found.segment_samples} samples",
+            expected=f"{classifier.segment_samples}, as in training",
+            cure="pack the data set again with the --segment-s of the training",
         )
     wanted = sample_rate_of(find_exported(config.run))
     if wanted != found.sample_rate:

@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from mgc_dist.files import replace_text
+
 METRICS = "metrics.jsonl"
 STATUS = "status.json"
 
@@ -35,9 +37,7 @@ class Journal:
     def status(self, state: str, **values: Value) -> None:
         """Replace status.json: `running`, `stopped`, `failed` or `done`."""
         if self._writes:
-            temporary = self._run / f"{STATUS}.tmp"
-            temporary.write_text(json.dumps({"state": state} | values, indent=1))
-            temporary.replace(self._run / STATUS)
+            replace_text(self._run / STATUS, json.dumps({"state": state} | values, indent=1))
 
     def close(self) -> None:
         """Close the file."""

@@ -5,10 +5,8 @@ were fitted on) and `header.json`, which is written last and holds the fingerpri
 that does not belong to the data set is refused; so is one with a row whose head has seen it.
 """
 
-import hashlib
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mgc_dist.errors import UserError
+from mgc_dist.files import replace_text, replacing, sha256
 from mgc_dist.manifest import Manifest
 from mgc_dist.tracks import group_key
 
@@ -98,17 +97,11 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / HEADER).unlink(missing_ok=True)
     for name, array in ((TABLE, log_probability), (HIDDEN, hidden)):
-        temporary = folder / f"{name}.tmp"
-        with temporary.open("wb") as file:
+        with replacing(folder / name) as file:
             np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / name)
     content = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(header)
-    content["table_sha256"] = _sha256(folder / TABLE)
-    temporary = folder / f"{HEADER}.tmp"
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(folder / HEADER)
+    content["table_sha256"] = sha256(folder / TABLE)
+    replace_text(folder / HEADER, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def read_header(folder: Path) -> Header:
@@ -157,7 +150,7 @@ def read(folder: Path, found: Manifest) -> BiasTable:
         if track.split == "train" and (fold is None or not 0 <= fold < header.folds):
             raise _refused(folder, f"fold {fold} for {track.id}", f"0 to {header.folds - 1}")
     try:
-        if _sha256(folder / TABLE) != header.table_sha256:
+        if sha256(folder / TABLE) != header.table_sha256:
             raise ValueError("another sha256 than its header says")
         table: NDArray[np.float32] = np.load(folder / TABLE, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -178,7 +171,3 @@ def _refused(folder: Path, got: object, expected: str) -> UserError:
         expected=expected,
         cure="make it again: deepspeed launch/bias.py --overwrite",
     )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,12 +5,12 @@ It is written last: without a manifest there is no data set.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mgc_dist.errors import UserError
+from mgc_dist.files import replace_text
 from mgc_dist.tracks import SPLITS, Track, refuse_leaks
 
 FORMAT = "mgc_dist shards"
@@ -121,12 +121,7 @@ def dataset_id(
 def write(folder: Path, manifest: Manifest) -> None:
     """Write the manifest under a temporary name, flush it, and rename it."""
     content = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(manifest)
-    temporary = folder / f"{NAME}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / NAME)
+    replace_text(folder / NAME, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def read(folder: Path) -> Manifest:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torchaudio
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -167,13 +168,19 @@ def load_exported(folder: Path) -> WaveClassifier:
             expected="an audio classifier that mgc_dist has exported",
             cure="export the run again: python -m mgc_dist.export RUN OUT",
         )
-    extractor = AutoFeatureExtractor.from_pretrained(str(folder))
-    return WaveClassifier(net, do_normalize=extractor.do_normalize).eval()
+    return WaveClassifier(net, do_normalize=_saved_extractor(folder).do_normalize).eval()
 
 
 def sample_rate_of(folder: Path) -> int:
     """Sample rate in Hz that an exported model wants."""
-    return int(AutoFeatureExtractor.from_pretrained(str(folder)).sampling_rate)
+    return int(_saved_extractor(folder).sampling_rate)
+
+
+def _saved_extractor(folder: Path) -> Wav2Vec2FeatureExtractor:
+    try:
+        return AutoFeatureExtractor.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise _not_found(str(folder), error) from error
 
 
 def save_exported(
@@ -262,7 +269,9 @@ def build_bias(name: str, *, layer: int, sample_rate: int) -> nn.Module:
     _quiet()
     if name == "logmel":
         return LogMel(sample_rate).eval().requires_grad_(False)
+    seed_everything(0)  # what a checkpoint lacks (masked_spec_embed) must not vary
     net, missing = _load(AutoModel, name)
+    _refuse_no_encoder(f"--backbone {name}", net)
     lost = sorted(key for key in missing if not key.endswith("masked_spec_embed"))
     if lost:
         raise _incomplete(name, lost)
@@ -293,7 +302,7 @@ def fingerprint(module: nn.Module, *settings: str) -> str:
     digest.update(json.dumps([config, *settings], sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -311,7 +320,7 @@ def _load(kind: type, name: str, **settings: object) -> tuple[PreTrainedModel, s
             output_loading_info=True,
             **settings,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_found(name, error) from error
     missing = set(info["missing_keys"]) | {item[0] for item in info["mismatched_keys"]}
     return net, missing
@@ -346,13 +355,7 @@ def _from_config_file(path: Path, labels: dict[str, object]) -> PreTrainedModel:
 
 
 def _refuse_unfit(name: str, net: PreTrainedModel, segment_samples: int) -> None:
-    if not hasattr(net.base_model, "feature_extractor"):
-        raise UserError(
-            f"--model {name}",
-            got=f"{net.config.model_type}, which has no feature encoder over raw audio",
-            expected="wav2vec2, hubert, wavlm, data2vec-audio or the like",
-            cure="choose such a model",
-        )
+    _refuse_no_encoder(f"--model {name}", net)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
         raise UserError(
             f"--model {name}",
@@ -369,6 +372,16 @@ def _refuse_unfit(name: str, net: PreTrainedModel, segment_samples: int) -> None
             got=f"{frames} frames",
             expected=f"at least {needed} (its SpecAugment mask)",
             cure="pack longer segments: python -m mgc_dist.shard --segment-s 3",
+        )
+
+
+def _refuse_no_encoder(flag: str, net: PreTrainedModel) -> None:
+    if not hasattr(net.base_model, "feature_extractor"):
+        raise UserError(
+            flag,
+            got=f"{net.config.model_type}, which has no feature encoder over raw audio",
+            expected="wav2vec2, hubert, wavlm, data2vec-audio or the like",
+            cure="choose such a model",
         )
 
 

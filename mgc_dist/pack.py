@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from mgc_dist import audio, manifest, record
 from mgc_dist.cut import PackPlan, reason_of
 from mgc_dist.errors import UserError
+from mgc_dist.files import replacing, sha256, sync
 from mgc_dist.manifest import Manifest, ShardEntry, TrackEntry
 from mgc_dist.tracks import Track
 
@@ -53,10 +54,7 @@ def pack(
         unusable when they were decoded: then nothing has been published.
     """
     out.mkdir(parents=True, exist_ok=True)
-    (out / manifest.NAME).unlink(missing_ok=True)  # first: without it the rest is no data set
-    for leftover in out.iterdir():
-        if _OURS.fullmatch(leftover.name):
-            leftover.unlink()
+    _remove_ours(out, (".tmp",))
     shards = plan.shards()
     for name, rows in shards:
         with (out / f"{name}.tmp").open("wb") as file:
@@ -81,6 +79,13 @@ def pack(
             (out / f"{name}.tmp").unlink()
         return None, bad
     return _publish(plan, out, settings, packed), {}
+
+
+def _remove_ours(out: Path, suffixes: tuple[str, ...]) -> None:
+    """Remove files that an earlier packing made, and no others."""
+    for path in out.iterdir():
+        if _OURS.fullmatch(path.name) and path.suffix in suffixes:
+            path.unlink()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +137,7 @@ def _pack_track(
         payloads.append(hashlib.sha256(window.tobytes()).hexdigest())
     return PackedTrack(
         id=track.id,
-        sha256=_sha256(track.path),
+        sha256=sha256(track.path),
         checksums=tuple(checksums),
         payloads=tuple(payloads),
     )
@@ -171,17 +176,16 @@ def _publish(
     plan: PackPlan, out: Path, settings: dict[str, int | float | str], packed: list[PackedTrack]
 ) -> Manifest:
     index, payloads = _index(plan, packed)
-    with (out / f"{manifest.INDEX}.tmp").open("wb") as file:
-        np.save(file, index, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
     shards = []
     for name, rows in plan.shards():
         temporary = out / f"{name}.tmp"
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         size = temporary.stat().st_size
-        shards.append(ShardEntry(name=name, rows=rows, bytes=size, sha256=_sha256(temporary)))
+        shards.append(ShardEntry(name=name, rows=rows, bytes=size, sha256=sha256(temporary)))
+    (out / manifest.NAME).unlink(missing_ok=True)  # first: without it the rest is no data set
+    _remove_ours(out, (".tar", ".npy"))
+    with replacing(out / manifest.INDEX) as file:
+        np.save(file, index, allow_pickle=False)
     settings = settings | {
         "segment_samples": plan.cut.segment_samples,
         "hop_samples": plan.cut.hop_samples,
@@ -207,11 +211,11 @@ def _publish(
         tracks=tracks,
         excluded=plan.excluded,
         shards=tuple(shards),
-        index_sha256=_sha256(out / f"{manifest.INDEX}.tmp"),
+        index_sha256=sha256(out / manifest.INDEX),
         versions={name: version(name) for name in ("mgc_dist", "numpy", "soundfile", "soxr")},
     )
-    for name in (*(shard.name for shard in shards), manifest.INDEX):
-        (out / f"{name}.tmp").replace(out / name)
+    for shard in shards:
+        (out / f"{shard.name}.tmp").replace(out / shard.name)
     manifest.write(out, result)
     return result
 
@@ -247,7 +251,7 @@ def is_packed(plan: PackPlan, found: Manifest, settings: dict[str, int | float |
     if [(shard.name, shard.rows) for shard in found.shards] != plan.shards():
         return False
     pairs = zip(found.tracks, plan.tracks, strict=True)
-    return all(entry.sha256 == _sha256(track.path) for entry, track in pairs)
+    return all(entry.sha256 == sha256(track.path) for entry, track in pairs)
 
 
 def _index(plan: PackPlan, packed: list[PackedTrack]) -> tuple[NDArray[np.void], list[str]]:
@@ -279,11 +283,3 @@ def _split_bounds(plan: PackPlan) -> dict[str, tuple[int, int]]:
         bounds[split] = (first, first + rows)
         first += rows
     return bounds
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -27,9 +27,7 @@ def run(config: PredictConfig) -> int:
     Raises:
         UserError: no model, or no file given.
     """
-    import torch
-
-    from mgc_dist import model
+    from mgc_dist import model, ranks
 
     if not config.files:
         raise UserError(
@@ -40,8 +38,7 @@ def run(config: PredictConfig) -> int:
         )
     folder = model.find_exported(config.run)
     classifier = model.load_exported(folder)
-    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    classifier = classifier.to("cuda" if on_gpu else "cpu")
+    classifier = classifier.to(ranks.device_of(config.device, 0))
     sample_rate = model.sample_rate_of(folder)
     failed: list[UserError] = []
     results = []

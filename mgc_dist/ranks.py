@@ -72,7 +72,7 @@ class Ranks:
             Rank 0's value on every rank.
 
         Raises:
-            UserError: rank 0's, on every rank, so that none is left waiting.
+            UserError: rank 0's (or its OSError), on every rank, so that none is left waiting.
         """
         box: list[T | UserError | None] = [None]
         if self.is_first:
@@ -80,6 +80,13 @@ class Ranks:
                 box[0] = decide()
             except UserError as error:
                 box[0] = error
+            except OSError as error:
+                box[0] = UserError(
+                    f"file {error.filename}",
+                    got=error.strerror or str(error),
+                    expected="to read or write it",
+                    cure="check the path, its permissions and the free space",
+                )
         if self.world > 1:
             dist.broadcast_object_list(box, device=self.device)
         if isinstance(box[0], UserError):
@@ -99,7 +106,7 @@ def join(device: str, timeout_s: float = 1800.0) -> Iterator[Ranks]:
         UserError: CUDA is asked for and not there, or the launcher's variables contradict.
     """
     rank, world, local_rank, local_world = _numbers()
-    place = _device(device, local_rank)
+    place = device_of(device, local_rank)
     if place.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // local_world))
@@ -175,7 +182,12 @@ def _numbers() -> tuple[int, int, int, int]:
     return rank, world, local_rank, local_world
 
 
-def _device(device: str, local_rank: int) -> torch.device:
+def device_of(device: str, local_rank: int) -> torch.device:
+    """The device of `auto`, `cpu` or `cuda` for a local rank.
+
+    Raises:
+        UserError: CUDA is asked for, and there is no GPU for this rank.
+    """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if "SLURM_PROCID" in os.environ and torch.cuda.device_count() == 1:

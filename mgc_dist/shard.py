@@ -21,14 +21,18 @@ def run(config: ShardConfig) -> None:
     Raises:
         UserError: anything about the files, the split or the output folder that forbids it.
     """
-    from mgc_dist import tracks  # after parsing: --help answers without numpy
-    from mgc_dist.cut import Cut, inspect
+    from mgc_dist import manifest, tracks  # after parsing: --help answers without numpy
+    from mgc_dist.cut import Cut, inspect, still_bad
     from mgc_dist.display import progress
     from mgc_dist.pack import pack
 
     found = tracks.find(config.data)
+    if others := tracks.overlooked(config.data, found):
+        print(f"not taken: {len(others)} other files, such as {others[0]}")
     if config.groups:
         found = tracks.with_groups(found, config.groups)
+        known = sum(track.group is not None for track in found)
+        print(f"{config.groups} names the artists of {known} of {len(found)} tracks")
     rule = tracks.choose_split(config.split, found)
     cut = Cut(
         segment_samples=config.segment_samples,
@@ -38,6 +42,8 @@ def run(config: ShardConfig) -> None:
     )
     settings = _settings(config, rule)
     segments, bad = inspect(found, cut)
+    if (config.out / manifest.NAME).is_file() and not config.overwrite:
+        bad |= still_bad(found, manifest.read(config.out).excluded, cut)
     while True:  # again without the files that prove unusable only when they are decoded
         plan = _plan(config, rule, found, cut, segments, bad)
         _print_plan(plan, rule)
@@ -78,7 +84,7 @@ def _plan(
     usable = [track for track in found if track.id not in excluded]
     if rule == "fault-filtered":
         labelled, left_out = tracks.split_fault_filtered(usable)
-        excluded |= left_out
+        excluded = left_out | excluded
     else:
         labelled = tracks.split_stratified(
             usable,
@@ -127,14 +133,14 @@ def _print_plan(plan: "PackPlan", rule: str) -> None:
     console.print(table)
     size = sum(record.shard_bytes(rows, plan.cut.segment_samples) for _, rows in plan.shards())
     console.print(f"{len(plan.shards())} shards, {size / 1e6:.1f} MB")
-    unlisted = [id_ for id_, why in plan.excluded.items() if why.startswith("not in the")]
-    for id_ in sorted(set(plan.excluded) - set(unlisted)):
-        console.print(f"left out: {id_}: {plan.excluded[id_]}")
-    if unlisted:
-        console.print(f"left out: {len(unlisted)} tracks that the fault-filtered lists do not name")
+    reasons = Counter(plan.excluded.values())
+    for reason, count in sorted(reasons.items()):
+        ids = [id_ for id_, why in plan.excluded.items() if why == reason]
+        named = ", ".join(ids) if count <= 5 else f"{count} tracks such as {ids[0]}"
+        console.print(f"left out: {named}: {reason}")
     console.print("leak check: no track and no known artist is in two splits")
     unknown = sum(track.group is None for track in plan.tracks)
-    if unknown and rule == "stratified":
+    if unknown and (rule == "stratified" or unknown < len(plan.tracks)):
         console.print(
             f"not controlled: {unknown} tracks have no known artist (--groups FILE names them); "
             "tracks of one artist may be in two splits, which raises test accuracy"

@@ -70,6 +70,13 @@ def find(folder: Path) -> list[Track]:
         hidden = path.name.startswith(".") or path.parent.name.startswith(".")
         if hidden or path.suffix.lower() not in SUFFIXES or not path.is_file():
             continue
+        if not str(path).isprintable():
+            raise UserError(
+                f"file name {str(path)!r}",
+                got="bytes that are not UTF-8, or control characters",
+                expected="a readable name",
+                cure="rename it, for example with convmv",
+            )
         track = Track(id=track_id(path), genre=path.parent.name, path=path)
         if track.id in tracks:
             raise UserError(
@@ -87,6 +94,18 @@ def find(folder: Path) -> list[Track]:
             cure="give the folder that holds the genre folders",
         )
     return sorted(tracks.values(), key=lambda track: track.id)
+
+
+def overlooked(folder: Path, found: Sequence[Track]) -> list[Path]:
+    """Files below a data folder that `find` has not taken, dotfiles aside: nothing is silent."""
+    inner = folder / "genres_original"
+    root = inner if inner.is_dir() else folder
+    taken = {track.path for track in found}
+    return sorted(
+        path
+        for path in root.glob("*/**/*")
+        if path.is_file() and path not in taken and not path.name.startswith(".")
+    )
 
 
 def track_id(path: Path) -> str:
@@ -107,11 +126,13 @@ def track_id(path: Path) -> str:
 def with_groups(tracks: Sequence[Track], table: Path) -> list[Track]:
     """Tracks with the groups of a CSV table (`track` and `artist` or `group`).
 
-    `track` is the file's name with or without suffix, or the track's id. A blank group means
-    unknown: such a track is its own group, never one shared by all blanks.
+    `track` is the file's name with or without suffix, or the track's id; with a column `genre`
+    it counts within that genre. A blank group means unknown: such a track is its own group,
+    never one shared by all blanks.
 
     Raises:
-        UserError: the table is unreadable, lacks a column, or names none of the tracks.
+        UserError: the table is unreadable, lacks a column, names none of the tracks, or gives
+            a track two groups.
     """
     rows = _read_table(table)
     column = "group" if rows and "group" in rows[0] else "artist"
@@ -122,12 +143,26 @@ def with_groups(tracks: Sequence[Track], table: Path) -> list[Track]:
             expected="a header with track and artist (or group)",
             cure="write one line a track below such a header",
         )
-    groups = {row["track"]: (row[column] or "").strip() or None for row in rows}
-    grouped = [
-        replace(track, group=groups.get(track.path.stem, groups.get(track.id))) for track in tracks
-    ]
-    named = [t for t in tracks if t.path.stem in groups or t.id in groups]
-    if not named:
+    groups: dict[tuple[str, str], str | None] = {}
+    for row in rows:
+        name, group = row["track"] or "", (row[column] or "").strip() or None
+        name = name.removesuffix(Path(name).suffix) if name.lower().endswith(SUFFIXES) else name
+        key = (row.get("genre") or "", name)
+        if groups.setdefault(key, group) != group:
+            raise UserError(
+                f"--groups {table}: track {name}",
+                got=f"both {groups[key]!r} and {group!r}",
+                expected="one artist a track",
+                cure="add a column genre if two genres use one name, or correct the table",
+            )
+
+    def keys(track: Track) -> list[tuple[str, str]]:
+        names = (track.path.stem, track.id)
+        return [(genre, name) for genre in (track.genre, "") for name in names]
+
+    found = {t.id: next((key for key in keys(t) if key in groups), None) for t in tracks}
+    grouped = [replace(t, group=groups.get(found[t.id] or ("", ""))) for t in tracks]
+    if not any(found.values()):
         raise UserError(
             f"--groups {table}",
             got="none of the tracks by name",
@@ -142,9 +177,19 @@ def choose_split(rule: str, tracks: Sequence[Track]) -> str:
     if rule != "auto":
         return rule
     present = {track.id for track in tracks} | set(KNOWN_BAD)
-    if len(present) < FAULT_FILTERED_TRACKS:  # saves the import of torchaudio, 2 s
+    if len(present) < 0.9 * FAULT_FILTERED_TRACKS:  # saves the import of torchaudio, 2 s
         return "stratified"
-    return "fault-filtered" if set(fault_filtered()) <= present else "stratified"
+    lists = set(fault_filtered())
+    missing = sorted(lists - present)
+    if 0 < len(missing) < 0.1 * len(lists):
+        raise UserError(
+            "--split auto on what looks like GTZAN",
+            got=f"no {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
+            expected=f"all {len(lists)} tracks of the fault-filtered lists",
+            cure="--split fault-filtered packs those that are there; --split stratified makes "
+            "a random split, in which artists are on both sides unless --groups names them",
+        )
+    return "stratified" if missing else "fault-filtered"
 
 
 def fault_filtered() -> dict[str, str]:
@@ -172,6 +217,8 @@ def split_fault_filtered(tracks: Sequence[Track]) -> tuple[list[Track], dict[str
     lists = fault_filtered()
     kept = [replace(t, split=lists[t.id]) for t in tracks if t.id in lists]
     left_out = {t.id: "not in the fault-filtered lists" for t in tracks if t.id not in lists}
+    present = {track.id for track in tracks}
+    left_out |= {id_: "in the lists, but no such file" for id_ in lists if id_ not in present}
     sizes = Counter(track.split for track in kept)
     if any(sizes[split] == 0 for split in SPLITS):
         raise UserError(

@@ -1,5 +1,6 @@
 """`deepspeed launch/train.py`: the main model on ranks that stream the shards."""
 
+import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from mgc_dist.data import ShardSet
     from mgc_dist.fit import Fit, State
-    from mgc_dist.journal import Journal
     from mgc_dist.logits import BiasTable
     from mgc_dist.plan import Plan
     from mgc_dist.ranks import Ranks
@@ -44,26 +44,24 @@ def run(config: TrainConfig) -> int:
         table = None
         if config.objective.loss != "ce":
             table = logits.read(config.data.table, shards.manifest)
+        first, end = shards.rows_of("train")
+        plan = _plan(config, end - first)
+        identity = _identity(config, shards, table, plan)
         with ranks.join(config.engine.device) as peers:
             display.start_logging(peers.rank)
-            if peers.all_decide(lambda: _is_complete(config)):
+            if peers.all_decide(lambda: _is_complete(config, identity)):
                 if peers.is_first:
                     print(f"{config.output.run} is already complete.")
                 return 0
-            return _train(config, shards, table, peers, stop)
+            return _train(_build(config, identity, shards, table, plan, peers, stop))
 
 
-def _train(
-    config: TrainConfig, shards: "ShardSet", table: "BiasTable | None", peers: "Ranks", stop: Stop
-) -> int:
-    from mgc_dist.journal import Journal
+def _train(fit: "Fit") -> int:
     from mgc_dist.tally import NonFiniteLoss
 
-    journal = Journal(config.output.run, writes=peers.is_first)
-    fit = _build(config, shards, table, peers, journal, stop)
+    journal, peers = fit.journal, fit.ranks
     state = _resume(fit)  # what is refused up to here leaves the run folder as it was
-    if peers.is_first:
-        _open_run(fit)
+    peers.all_decide(lambda: _open_run(fit))
     _say_arithmetic(fit, state)
     try:
         journal.write("start", samples_seen=state.samples_seen, world=peers.world)
@@ -86,33 +84,39 @@ def _train(
     return 0
 
 
+def _plan(config: TrainConfig, rows: int) -> "Plan":
+    from mgc_dist.plan import Plan
+
+    return Plan(
+        rows=rows,
+        total=max(1, round(config.optim.epochs * rows)),
+        global_batch=config.optim.global_batch,
+        seed=config.output.seed,
+    )
+
+
 def _build(
     config: TrainConfig,
+    identity: dict[str, Any],
     shards: "ShardSet",
     table: "BiasTable | None",
+    plan: "Plan",
     peers: "Ranks",
-    journal: "Journal",
     stop: Stop,
 ) -> "Fit":
     import torch
 
     from mgc_dist.engine import Engine
     from mgc_dist.fit import Fit
+    from mgc_dist.journal import Journal
     from mgc_dist.model import build_main
-    from mgc_dist.plan import Plan, lay_out
+    from mgc_dist.plan import lay_out
 
-    first, end = shards.rows_of("train")
-    rows, optim, found = end - first, config.optim, shards.manifest
+    optim, found = config.optim, shards.manifest
     layout = lay_out(
         global_batch=optim.global_batch,
         world=peers.world,
         largest_micro_batch=config.engine.micro_batch,
-    )
-    plan = Plan(
-        rows=rows,
-        total=max(1, round(optim.epochs * rows)),
-        global_batch=optim.global_batch,
-        seed=config.output.seed,
     )
     model = build_main(
         config.main.model,
@@ -126,7 +130,7 @@ def _build(
     ).to(peers.device)
     precision, on_gpu = config.engine.precision, peers.device.type == "cuda"
     bf16 = precision == "bf16" or (
-        precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()
+        precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     engine = Engine(
         model,
@@ -142,7 +146,7 @@ def _build(
     )
     return Fit(
         config=config,
-        identity=_identity(config, shards, table, plan),
+        identity=identity,
         shards=shards,
         table=table,
         plan=plan,
@@ -150,7 +154,7 @@ def _build(
         model=model,
         engine=engine,
         ranks=peers,
-        journal=journal,
+        journal=Journal(config.output.run, writes=peers.is_first),
         stop=stop,
     )
 
@@ -193,7 +197,7 @@ def _identity(
     """What must be the same for a checkpoint to go on here, under the user's names."""
     from mgc_dist.plan import ORDER_VERSION
 
-    objective = asdict(config.objective)
+    objective, model = asdict(config.objective), config.main.model
     return {
         "--loss": " ".join(f"{key}={value}" for key, value in objective.items()),
         "data set (--shards)": shards.manifest.dataset_id,
@@ -202,12 +206,12 @@ def _identity(
         "--seed": plan.seed,
         "--global-batch": plan.global_batch,
         "positions (--epochs)": plan.total,
-        "--model": config.main.model,
+        "--model": str(Path(model).resolve()) if Path(model).exists() else model,
         "--freeze": config.main.freeze,
     }
 
 
-def _is_complete(config: TrainConfig) -> bool:
+def _is_complete(config: TrainConfig, identity: dict[str, Any]) -> bool:
     """Whether the run folder holds a complete run.
 
     Raises:
@@ -224,7 +228,11 @@ def _is_complete(config: TrainConfig) -> bool:
             expected="a new or empty one",
             cure="continue it with --resume auto, or choose another name with --run",
         )
-    return used and resume == "auto" and (run / DONE).is_file()
+    complete = used and resume == "auto" and (run / DONE).is_file()
+    if complete:
+        trained = json.loads((run / "env.json").read_text())["identity"]
+        _refuse_change(f"--run {run}, which is complete", identity, trained)
+    return complete
 
 
 def _resume(fit: "Fit") -> "State":
@@ -244,22 +252,25 @@ def _resume(fit: "Fit") -> "State":
                 expected=f"{facts[name]}, as it was saved with",
                 cure=f"resume with {facts[name]}",
             )
+    _refuse_change(f"checkpoint {folder}", fit.identity, facts["identity"])
     state = fit.engine.load(folder)
-    for name, ours in fit.identity.items():
-        theirs = state["identity"].get(name)
-        if theirs != ours:
-            raise UserError(
-                f"checkpoint {folder}: {name}",
-                got=ours,
-                expected=f"{theirs}, as the run was started with",
-                cure="give the same, or start another run with --run",
-            )
     log.info("resuming from %s", folder)
     return State(
         samples_seen=state["samples_seen"],
         best_macro_f1=state["best_macro_f1"],
         best_samples_seen=state["best_samples_seen"],
     )
+
+
+def _refuse_change(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise UserError(
+                f"{what}: {name}",
+                got=value,
+                expected=f"{theirs.get(name)}, as the run was started with",
+                cure="give the same, or start another run with --run",
+            )
 
 
 def _chosen(fit: "Fit") -> Path | None:
@@ -293,7 +304,6 @@ def _chosen(fit: "Fit") -> Path | None:
 
 def _open_run(fit: "Fit") -> None:
     """Make the run folder and write down what runs here (rank 0)."""
-    import json
     import platform
     import socket
     from importlib.metadata import version
@@ -311,6 +321,7 @@ def _open_run(fit: "Fit") -> None:
         "world": fit.ranks.world,
         "device": str(fit.ranks.device),
         "dataset_id": fit.shards.manifest.dataset_id,
+        "identity": fit.identity,
     }
     (fit.run / "config.yaml").write_text(cli.dump("train", fit.config), encoding="utf-8")
     (fit.run / "env.json").write_text(json.dumps(content, indent=1))

@@ -108,6 +108,20 @@ def test_what_is_passed_over_is_named_and_nothing_starts_from_scratch(
         checkpoint.newest(tmp_path)
 
 
+def test_newer_ones_are_set_aside_by_a_run_that_went_back(tmp_path: Path) -> None:
+    for step in (10, 30, 40):
+        commit(tmp_path, step)
+    again = commit(tmp_path, 20, keep=2)
+    assert checkpoint.newest(tmp_path) == again
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*-*"))
+    assert names == [
+        "aside-step-00000030",
+        "aside-step-00000040",
+        "step-00000010",
+        "step-00000020",
+    ]
+
+
 def test_latest_is_only_a_hint(tmp_path: Path) -> None:
     good = commit(tmp_path, 1)
     (tmp_path / "checkpoints" / "latest").write_text("step-00000099")

@@ -151,6 +151,11 @@ def _plain() -> dict[str, dict[str, object]]:
         (lambda: config.ShardConfig(segment_s=0.001), "--segment-s"),
         (lambda: config.ShardConfig(hop_s=0), "--hop-s"),
         (lambda: config.SynthConfig(out=Path("x"), tracks_per_genre=0), "--tracks-per-genre"),
+        (lambda: config.SynthConfig(out=Path("x"), jobs=-1), "--jobs"),
+        (lambda: config.ShardConfig(jobs=-1), "--jobs"),
+        (lambda: config.EvaluateConfig(run=Path("x"), batch=0), "--batch"),
+        (lambda: config.PredictConfig(run=Path("x"), files=(), hop_s=0.0), "--hop-s"),
+        (lambda: config.PredictConfig(run=Path("x"), files=(), batch=0), "--batch"),
     ],
 )
 def test_values_out_of_range_are_refused(make, message: str) -> None:

@@ -90,6 +90,28 @@ def test_evaluate_refuses_other_genres_and_missing_models(
     assert (exported / "evaluation" / "test.json").is_file()
 
 
+def test_evaluate_refuses_shards_that_are_not_the_trained_ones(
+    run: Path, tracks: Path, tmp_path: Path
+) -> None:
+    settings = (run / "config.yaml").read_text()
+    original = json.loads((run / "env.json").read_text())["dataset_id"]
+    shard.run(shard_config(tracks, tmp_path / "again", seed=5))
+    (run / "config.yaml").write_text(
+        "\n".join(
+            f"    shards: {tmp_path / 'again'}" if line.strip().startswith("shards:") else line
+            for line in settings.splitlines()
+        )
+    )
+    with pytest.raises(UserError, match=rf"packed after the training(.|\n)*{original[:12]}"):
+        run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    shutil.rmtree(tmp_path / "again")
+    with pytest.raises(UserError, match=r"got no folder .*again here"):
+        run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    shard.run(shard_config(tracks, tmp_path / "long", segment_s=1.0))
+    with pytest.raises(UserError, match=r"got 16000 samples, expected 8000"):
+        run_ranks(1, evaluate.run, EvaluateConfig(run=run, data=tmp_path / "long"))
+
+
 def test_predict_agrees_with_evaluate_on_the_same_tracks(
     run: Path, tracks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,8 +24,11 @@ def call(
     if ranks:
         port = ["--master_port", str(_free_port())]
         command = [DEEPSPEED, "--log_level", "error", "--num_gpus", str(ranks), *port]
-        command += map(str, words)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        command += [*map(str, words), "--device", "cpu"]
+    # the launcher sets CUDA_VISIBLE_DEVICES anew: the CPU must be asked for
+    environment = {"DS_ACCELERATOR": "cpu"} | {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")
+    }
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -85,6 +88,40 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_own_folder_on_one_process_as_readme_says(packed: Path, tmp_path: Path) -> None:
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    pack = ("-m", "mgc_dist.shard", "--data", packed / "tracks", "--out", shards)
+    small = ("--segment-s", "0.5", "--hop-s", "0.25")
+    steps = [
+        (*pack, *small, "--dry-run"),
+        (*pack, *small),
+        ("launch/bias.py", "--shards", shards, "--backbone", "logmel"),
+        (
+            "launch/train.py",
+            "--shards",
+            shards,
+            "--run",
+            run,
+            "--epochs",
+            "1",
+            "--model",
+            "launch/presets/wav2vec2-demo.json",
+            "--freeze",
+            "none",
+            "--lr",
+            "2e-3",
+            "--head-lr",
+            "2e-3",
+        ),
+        ("launch/evaluate.py", run),
+    ]
+    for words in steps:
+        done = call(*words)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (run / "evaluation" / "confusion-test.png").is_file()
+    assert json.loads((run / "env.json").read_text())["world"] == 1
+
+
 def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     """Exit code 2, no traceback, one message of two lines that names what matters."""
     assert done.returncode == 2, done.stdout + done.stderr
@@ -97,6 +134,20 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
 
 def test_errors_of_the_data(packed: Path, tmp_path: Path) -> None:
     refused(call("-m", "mgc_dist.shard", "--data", tmp_path), "no audio files in its sub-folders")
+    (tmp_path / "file").touch()
+    done = call(
+        "-m",
+        "mgc_dist.shard",
+        "--data",
+        packed / "tracks",
+        "--out",
+        tmp_path / "file",
+        "--segment-s",
+        "0.5",
+    )
+    assert done.returncode == 74
+    assert "error: [Errno" in done.stderr
+    assert "Traceback" not in done.stderr
     broken = tmp_path / "in" / "rock"
     broken.mkdir(parents=True)
     (broken / "rock.1.wav").write_bytes(b"no audio")

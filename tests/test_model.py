@@ -191,6 +191,15 @@ def test_missing_models_say_how_to_bring_a_folder(tmp_path: Path) -> None:
         build(tmp_path / "bad.json")
 
 
+def test_half_a_download_is_refused(checkpoint: Path) -> None:
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match="bring that folder"):
+        build(checkpoint)
+    with pytest.raises(UserError, match="bring that folder"):
+        model.build_bias(str(checkpoint), layer=-1, sample_rate=RATE)
+
+
 def test_models_that_would_be_wrong_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"segments of 300 samples.*got 0 frames"):
         build(tiny_model, segment_samples=300)
@@ -236,6 +245,10 @@ def test_fingerprint_sees_weights_and_settings_but_not_the_path(
         == first
     )
     assert model.fingerprint(backbone, "layer 0") != first
+    config = moved / "config.json"  # now masks in training: a vector that the file does not hold
+    config.write_text(config.read_text().replace('"mask_time_prob": 0.0', '"mask_time_prob": 0.1'))
+    masked = [model.build_bias(str(moved), layer=-1, sample_rate=RATE) for _ in range(2)]
+    assert len({model.fingerprint(module) for module in masked}) == 1
     with torch.no_grad():
         next(backbone.parameters()).view(-1)[0] += 1e-6
     assert model.fingerprint(backbone, "layer -1") != first

@@ -146,6 +146,23 @@ def test_bad_files_are_listed_at_once_and_never_skipped_in_silence(
     assert set(found.excluded) == {"blues_00001", "classical_00001", "country_00001"}
     assert found.excluded["classical_00001"] == "too short: 0.00 s"
     assert len(found.tracks) == 15
+    before = digests(tmp_path / "out")
+    shard.run(shard_config(few, tmp_path / "out", allow_bad=3))  # the same again: nothing to do
+    assert digests(tmp_path / "out") == before
+    shutil.copy(few / "blues" / "blues.00000.wav", few / "country" / "country.00001.wav")
+    with pytest.raises(UserError, match="a different data set"):  # repaired: not the same any more
+        shard.run(shard_config(few, tmp_path / "out", allow_bad=3))
+    soundfile.write(few / "country" / "country.00003.wav", np.zeros(rate), rate)
+    with pytest.raises(UserError, match="country_00003: silence"):
+        shard.run(shard_config(few, tmp_path / "out", allow_bad=2, overwrite=True))
+    assert digests(tmp_path / "out") == before  # a refusal leaves the old data set
+
+
+def test_one_genre_is_refused(few: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    shutil.copytree(few / "blues", tmp_path / "one" / "blues")
+    with pytest.raises(UserError, match="genres: got blues, expected at least two"):
+        shard.run(shard_config(tmp_path / "one", tmp_path / "out", groups=None))
 
 
 def test_the_known_bad_file_needs_no_leave(few: Path, tmp_path: Path) -> None:

@@ -89,16 +89,47 @@ def test_groups_by_name_or_id_and_blank_is_unknown(tmp_path: Path) -> None:
         tracks.with_groups(found, tmp_path / "none.csv")
 
 
+def test_groups_count_within_their_genre_and_never_twice(tmp_path: Path) -> None:
+    found = tracks.find(touch(tmp_path / "in", "rock/01.wav", "rock/02.wav", "jazz/01.wav"))
+    table = tmp_path / "artists.csv"
+    table.write_text("track,genre,artist\n01.wav,rock,A\n02,rock,A\n01,jazz,B\n")
+    groups = {t.id: t.group for t in tracks.with_groups(found, table)}
+    assert groups == {"rock_01": "A", "rock_02": "A", "jazz_01": "B"}
+    table.write_text("track,artist\n01,A\n01,B\n")
+    with pytest.raises(UserError, match=r"track 01: got both 'A' and 'B'"):
+        tracks.with_groups(found, table)
+
+
+def test_files_that_are_not_taken_are_known(tmp_path: Path) -> None:
+    root = touch(tmp_path, "g/a.wav", "g/b.m4a", "g/deep/c.wav", "h/d.opus", "g/._e.wav")
+    found = tracks.find(root)
+    names = [path.relative_to(root).as_posix() for path in tracks.overlooked(root, found)]
+    assert names == ["g/b.m4a", "g/deep/c.wav", "h/d.opus"]
+
+
+def test_names_that_no_manifest_can_hold_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "g/a.wav")
+    (tmp_path / "g" / b"caf\xe9.wav".decode("utf-8", "surrogateescape")).touch()
+    with pytest.raises(UserError, match="not UTF-8"):
+        tracks.find(tmp_path)
+
+
 def test_fault_filtered_lists_have_their_published_sizes() -> None:
     lists = tracks.fault_filtered()
     assert Counter(lists.values()) == {"train": 443, "validation": 197, "test": 290}
     assert len(lists) == tracks.FAULT_FILTERED_TRACKS
     everything = [track(id_) for id_ in lists if id_ != "jazz_00054"]  # the known-bad one
     assert tracks.choose_split("auto", everything) == "fault-filtered"
-    assert tracks.choose_split("auto", everything[:-1]) == "stratified"
+    assert tracks.choose_split("auto", everything[: len(everything) // 2]) == "stratified"
+    gone = everything[-1].id
+    with pytest.raises(UserError, match=rf"got no {gone}(.|\n)*--split stratified makes a random"):
+        tracks.choose_split("auto", everything[:-1])
     kept, left_out = tracks.split_fault_filtered([*everything, track("blues_99999")])
     assert len(kept) == 929
-    assert left_out == {"blues_99999": "not in the fault-filtered lists"}
+    assert left_out == {
+        "blues_99999": "not in the fault-filtered lists",
+        "jazz_00054": "in the lists, but no such file",
+    }
     with pytest.raises(UserError, match="GTZAN's file names"):
         tracks.split_fault_filtered([track("a"), track("b")])
 

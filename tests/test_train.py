@@ -167,10 +167,13 @@ def test_resume_refuses_what_would_change_the_run(
         ({"epochs": 0.7}, "--epochs", 1),
         ({"seed": 3}, "--seed", 1),
         ({"zero_stage": 1}, "--zero-stage", 1),
+        ({"freeze": "layers:1"}, "--freeze", 1),
+        ({"model": str(write_model(tmp_path / "wide.json", hidden_size=64))}, "--model", 1),
         ({}, "ranks", 2),
     ):
+        settings = {"model": tiny_model} | again | changes
         with pytest.raises(UserError, match=name):
-            run_ranks(world, train.run, config(shards, tiny_model, run, **(again | changes)))
+            run_ranks(world, train.run, config(shards, settings.pop("model"), run, **settings))
         assert {name: (run / name).read_bytes() for name in before} == before
     with pytest.raises(UserError, match=r"not empty.*\n.*--resume auto"):
         run_ranks(1, train.run, config(shards, tiny_model, run))
@@ -187,6 +190,9 @@ def test_a_complete_run_is_left_alone(
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     train_on(1, config(shards, tiny_model, tmp_path / "run", epochs=0.3, resume="auto"))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    longer = config(shards, tiny_model, tmp_path / "run", epochs=0.6, resume="auto")
+    with pytest.raises(UserError, match=r"which is complete: positions \(--epochs\): got 40"):
+        run_ranks(2, train.run, longer)
 
 
 def test_run_folder_tells_what_happened(
