@@ -43,7 +43,9 @@ def run(config: ShardConfig) -> None:
     settings = _settings(config, rule)
     segments, bad = inspect(found, cut)
     if (config.out / manifest.NAME).is_file() and not config.overwrite:
-        bad |= still_bad(found, manifest.read(config.out).excluded, cut)
+        excluded = manifest.read(config.out).excluded
+        by_list = (tracks.NOT_LISTED, tracks.NO_FILE)
+        bad |= still_bad(found, [id_ for id_, why in excluded.items() if why not in by_list], cut)
     while True:  # again without the files that prove unusable only when they are decoded
         plan = _plan(config, rule, found, cut, segments, bad)
         _print_plan(plan, rule)

@@ -18,6 +18,8 @@ from mgc_dist.errors import UserError
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 SPLITS = ("train", "validation", "test")
 FAULT_FILTERED_TRACKS = 443 + 197 + 290
+NOT_LISTED = "not in the fault-filtered lists"
+NO_FILE = "in the fault-filtered lists, but no such file"
 ID_BYTES = 80
 """A key (id, underscore, segment number) stays under 90 bytes: tar names end at 100."""
 
@@ -216,9 +218,9 @@ def split_fault_filtered(tracks: Sequence[Track]) -> tuple[list[Track], dict[str
     """
     lists = fault_filtered()
     kept = [replace(t, split=lists[t.id]) for t in tracks if t.id in lists]
-    left_out = {t.id: "not in the fault-filtered lists" for t in tracks if t.id not in lists}
+    left_out = {t.id: NOT_LISTED for t in tracks if t.id not in lists}
     present = {track.id for track in tracks}
-    left_out |= {id_: "in the lists, but no such file" for id_ in lists if id_ not in present}
+    left_out |= {id_: NO_FILE for id_ in lists if id_ not in present}
     sizes = Counter(track.split for track in kept)
     if any(sizes[split] == 0 for split in SPLITS):
         raise UserError(

@@ -15,6 +15,7 @@ from conftest import shard_config, write_tracks
 
 from mgc_dist import manifest, pack, shard
 from mgc_dist.errors import UserError
+from mgc_dist.tracks import NO_FILE, NOT_LISTED, fault_filtered
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -163,6 +164,36 @@ def test_one_genre_is_refused(few: Path, tmp_path: Path) -> None:
     shutil.copytree(few / "blues", tmp_path / "one" / "blues")
     with pytest.raises(UserError, match="genres: got blues, expected at least two"):
         shard.run(shard_config(tmp_path / "one", tmp_path / "out", groups=None))
+
+
+def test_fault_filtered_packs_what_is_there_and_does_not_look_at_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lists = fault_filtered()
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 22_050)
+    for genre in ("blues", "pop"):
+        (tmp_path / "in" / genre).mkdir(parents=True)
+        ids = sorted(id_ for id_ in lists if id_.startswith(genre))
+        for split in ("train", "validation", "test"):
+            id_ = next(id_ for id_ in ids if lists[id_] == split)
+            path = tmp_path / "in" / genre / f"{id_.replace('_', '.')}.wav"
+            soundfile.write(path, wave, 22_050)
+    every = [f"{genre}_{n:05d}" for genre in ("blues", "pop") for n in range(100)]
+    other = next(id_ for id_ in every if id_ not in lists)
+    silent = tmp_path / "in" / other.split("_")[0] / f"{other.replace('_', '.')}.wav"
+    soundfile.write(silent, np.zeros(22_050), 22_050)
+    config = shard_config(tmp_path / "in", tmp_path / "out", split="fault-filtered", groups=None)
+    shard.run(config)
+    found = manifest.read(tmp_path / "out")
+    assert {track.id: track.split for track in found.tracks}.items() <= lists.items()
+    assert len(found.tracks) == 6
+    assert found.excluded[other] == NOT_LISTED
+    assert sum(why == NO_FILE for why in found.excluded.values()) == 924
+    shown = capsys.readouterr().out
+    assert f"left out: {other}: {NOT_LISTED}" in shown
+    assert "left out: 924 tracks such as blues_" in shown
+    shard.run(config)
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_the_known_bad_file_needs_no_leave(few: Path, tmp_path: Path) -> None:
