@@ -364,8 +364,7 @@ def _refuse_unfit(name: str, net: PreTrainedModel, segment_samples: int) -> None
             cure="padding and per-rank statistics would change the result; choose another model",
         )
     frames = int(net._get_feat_extract_output_lengths(torch.tensor(segment_samples)))
-    masks = net.config.apply_spec_augment and net.config.mask_time_prob > 0
-    needed = net.config.mask_time_length if masks else 1
+    needed = net.config.mask_time_length if _masks_time(net) else 1
     if frames < needed:
         raise UserError(
             f"segments of {segment_samples} samples for {name}",
@@ -373,6 +372,10 @@ def _refuse_unfit(name: str, net: PreTrainedModel, segment_samples: int) -> None
             expected=f"at least {needed} (its SpecAugment mask)",
             cure="pack longer segments: python -m mgc_dist.shard --segment-s 3",
         )
+
+
+def _masks_time(net: PreTrainedModel) -> bool:
+    return bool(net.config.apply_spec_augment and net.config.mask_time_prob > 0)
 
 
 def _refuse_no_encoder(flag: str, net: PreTrainedModel) -> None:
@@ -393,6 +396,8 @@ def _freeze(net: PreTrainedModel, freeze: str, frozen_layers: int | None) -> lis
     at half the layers frozen).
     """
     base, encoder = net.base_model, net.base_model.encoder
+    if hasattr(base, "masked_spec_embed") and not _masks_time(net):
+        base.masked_spec_embed.requires_grad_(False)  # unused: ZeRO-3 repeats its last gradient
     if freeze == "none":
         return []
     net.freeze_feature_encoder()

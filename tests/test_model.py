@@ -252,3 +252,16 @@ def test_fingerprint_sees_weights_and_settings_but_not_the_path(
     with torch.no_grad():
         next(backbone.parameters()).view(-1)[0] += 1e-6
     assert model.fingerprint(backbone, "layer -1") != first
+
+
+@pytest.mark.parametrize("kind", ["hubert", "wavlm", "data2vec-audio", "unispeech-sat"])
+def test_relatives_of_wav2vec2_train_and_freeze(kind: str, tmp_path: Path) -> None:
+    extra = {"conv_pos_kernel_size": 3} if kind == "data2vec-audio" else {}
+    name = write_model(tmp_path / "x.json", model_type=kind, **extra)
+    for freeze, layers in (("feature_encoder", None), ("layers:1", 1), ("backbone", None)):
+        classifier = build(name, freeze=freeze, frozen_layers=layers).train()
+        logits = classifier(waves(2))
+        assert logits.shape == (2, 3)
+        logits.sum().backward()
+        for parameter_name, parameter in classifier.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
