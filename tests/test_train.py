@@ -37,6 +37,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "global_batch": 10,
         "checkpoint_every_epochs": 0.5,
         "seed": 0,
+        "precision": "auto",
     } | changes
     return TrainConfig(
         data=DataConfig(shards=shards),
@@ -46,7 +47,10 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
             epochs=knobs["epochs"], global_batch=knobs["global_batch"], lr=1e-3, head_lr=3e-3
         ),
         engine=EngineConfig(
-            zero_stage=knobs["zero_stage"], micro_batch=knobs["micro_batch"], device="cpu"
+            zero_stage=knobs["zero_stage"],
+            micro_batch=knobs["micro_batch"],
+            precision=knobs["precision"],
+            device="cpu",
         ),
         output=RunConfig(
             run=run,
@@ -104,6 +108,21 @@ def test_trajectories_agree_over_stages_and_ranks(
     train_on(world, config(shards, tiny_model, tmp_path / "run", zero_stage=stage))
     assert losses(tmp_path / "run") == pytest.approx(reference, abs=1e-5)
     assert read_status(tmp_path / "run")["state"] == "done"
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_autocast_follows_and_keeps_float32_weights(
+    stage: int, reference: list[float], shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    run = tmp_path / "run"
+    train_on(2, config(shards, tiny_model, run, zero_stage=stage, precision="bf16"))
+    assert losses(run) == pytest.approx(reference, abs=0.02)
+    assert losses(run) != pytest.approx(reference, abs=1e-6)
+    weights = load_file(run / "best" / "model.safetensors")
+    assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
+    assert "bf16 autocast" in (run / "train.log").read_text()
 
 
 def stop_after(step: int) -> None:
