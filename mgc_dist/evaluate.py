@@ -8,6 +8,7 @@ from mgc_dist.config import EvaluateConfig, TrainConfig
 from mgc_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from mgc_dist.data import ShardSet
     from mgc_dist.manifest import Manifest
     from mgc_dist.model import WaveClassifier
     from mgc_dist.score import SplitScores
@@ -24,9 +25,12 @@ def run(config: EvaluateConfig) -> None:
     from mgc_dist.display import progress
     from mgc_dist.score import all_score
 
-    classifier = model.load_exported(model.find_exported(config.run))
+    folder = model.find_exported(config.run)
+    classifier = model.load_exported(folder)
     with ShardSet(config.data or _own_shards(config.run)) as shards:
-        _refuse_other(config, classifier, shards.manifest)
+        if config.data is None:
+            _refuse_repacked(config.run, shards)
+        _refuse_other(config, classifier, model.sample_rate_of(folder), shards.manifest)
         with ranks.join(config.device) as peers:
             display.start_logging(peers.rank)
             first, stop = shards.rows_of(config.split)
@@ -48,11 +52,7 @@ def run(config: EvaluateConfig) -> None:
 
 
 def _own_shards(run_folder: Path) -> Path:
-    """The shards that a run was trained on, unchanged since."""
-    import json
-
-    from mgc_dist import manifest
-
+    """Where the shards were that a run was trained on."""
     settings = run_folder / "config.yaml"
     if not settings.is_file():
         raise UserError(
@@ -62,7 +62,6 @@ def _own_shards(run_folder: Path) -> Path:
             cure="add --data shards",
         )
     shards = cli.parse("train", TrainConfig, ["--config", str(settings)]).data.shards
-    trained_on = json.loads((run_folder / "env.json").read_text())["dataset_id"]
     if not shards.is_dir():
         raise UserError(
             f"shards of {run_folder}",
@@ -70,20 +69,26 @@ def _own_shards(run_folder: Path) -> Path:
             expected="to be started where the training was, or --data",
             cure="add --data FOLDER",
         )
-    found = manifest.read(shards).dataset_id
+    return shards
+
+
+def _refuse_repacked(run_folder: Path, shards: "ShardSet") -> None:
+    import json
+
+    trained_on = json.loads((run_folder / "env.json").read_text())["dataset_id"]
+    found = shards.manifest.dataset_id
     if found != trained_on:
         raise UserError(
-            f"data set {shards}",
+            f"data set {shards.folder}",
             got=f"{found[:12]}, packed after the training",
             expected=f"{trained_on[:12]}, which {run_folder} was trained on",
             cure="its test split may hold training tracks; name another data set with --data",
         )
-    return shards
 
 
-def _refuse_other(config: EvaluateConfig, classifier: "WaveClassifier", found: "Manifest") -> None:
-    from mgc_dist.model import find_exported, sample_rate_of
-
+def _refuse_other(
+    config: EvaluateConfig, classifier: "WaveClassifier", wanted: int, found: "Manifest"
+) -> None:
     if classifier.genres != found.genres:
         raise UserError(
             f"genres of the shards for {config.run}",
@@ -98,7 +103,6 @@ def _refuse_other(config: EvaluateConfig, classifier: "WaveClassifier", found: "
             expected=f"{classifier.segment_samples}, as in training",
             cure="pack the data set again with the --segment-s of the training",
         )
-    wanted = sample_rate_of(find_exported(config.run))
     if wanted != found.sample_rate:
         raise UserError(
             f"sample rate of the shards for {config.run}",
@@ -112,6 +116,7 @@ def _write(config: EvaluateConfig, found: "Manifest", result: "SplitScores") -> 
     import json
 
     from mgc_dist import report
+    from mgc_dist.files import replace_text
 
     folder = config.run / "evaluation"
     report.write_confusion(
@@ -126,7 +131,7 @@ def _write(config: EvaluateConfig, found: "Manifest", result: "SplitScores") -> 
     path = config.run / "predictions" / f"{config.split}.jsonl"
     report.write_predictions(path, result, ids, found.genres)
     content = {"dataset_id": found.dataset_id} | report.summary(result, found.genres)
-    (folder / f"{config.split}.json").write_text(json.dumps(content, indent=1))
+    replace_text(folder / f"{config.split}.json", json.dumps(content, indent=1))
 
 
 def _print(config: EvaluateConfig, found: "Manifest", result: "SplitScores") -> None:

@@ -10,6 +10,7 @@ from mgc_dist.errors import UserError
 
 if TYPE_CHECKING:
     from mgc_dist.cut import Cut, PackPlan
+    from mgc_dist.manifest import Manifest
     from mgc_dist.tracks import Track
 
 Settings = dict[str, int | float | str]
@@ -21,7 +22,7 @@ def run(config: ShardConfig) -> None:
     Raises:
         UserError: anything about the files, the split or the output folder that forbids it.
     """
-    from mgc_dist import manifest, tracks  # after parsing: --help answers without numpy
+    from mgc_dist import tracks  # after parsing: --help answers without numpy
     from mgc_dist.cut import Cut, inspect, still_bad
     from mgc_dist.display import progress
     from mgc_dist.pack import pack
@@ -42,14 +43,15 @@ def run(config: ShardConfig) -> None:
     )
     settings = _settings(config, rule)
     segments, bad = inspect(found, cut)
-    if (config.out / manifest.NAME).is_file() and not config.overwrite:
-        excluded = manifest.read(config.out).excluded
+    existing = _existing(config)
+    if existing:
         by_list = (tracks.NOT_LISTED, tracks.NO_FILE)
-        bad |= still_bad(found, [id_ for id_, why in excluded.items() if why not in by_list], cut)
+        suspects = [id_ for id_, why in existing.excluded.items() if why not in by_list]
+        bad |= still_bad(found, suspects, cut)
     while True:  # again without the files that prove unusable only when they are decoded
         plan = _plan(config, rule, found, cut, segments, bad)
         _print_plan(plan, rule)
-        if config.dry_run or _is_there(config, plan, settings):
+        if config.dry_run or (existing and _is_there(config, existing, plan, settings)):
             return
         with progress("packing", len(plan.tracks), shown=True) as bar:
             made, late = pack(plan, config.out, settings, jobs=config.jobs, progress=bar.over)
@@ -97,14 +99,21 @@ def _plan(
     return make_plan(labelled, segments, excluded, cut)
 
 
-def _is_there(config: ShardConfig, plan: "PackPlan", settings: Settings) -> bool:
-    """Whether the output folder already holds just this data set."""
+def _existing(config: ShardConfig) -> "Manifest | None":
+    """The data set in the output folder that may not be replaced, if there is one."""
     from mgc_dist import manifest
-    from mgc_dist.pack import is_packed
 
     if config.overwrite or not (config.out / manifest.NAME).is_file():
-        return False
-    existing = manifest.read(config.out)
+        return None
+    return manifest.read(config.out)
+
+
+def _is_there(
+    config: ShardConfig, existing: "Manifest", plan: "PackPlan", settings: Settings
+) -> bool:
+    """True if the data set that is there is just the planned one; another one is an error."""
+    from mgc_dist.pack import is_packed
+
     if not is_packed(plan, existing, settings):
         raise UserError(
             f"--out {config.out}",

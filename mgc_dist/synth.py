@@ -7,6 +7,7 @@ noise and a spectral tilt of their own over their tracks; `artists.csv` names th
 """
 
 import csv
+import io
 import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from mgc_dist import cli
 from mgc_dist.config import SynthConfig
+from mgc_dist.files import replace_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,15 +120,13 @@ def run(config: SynthConfig) -> None:
         _write, seed=config.seed, duration_s=config.duration_s, per_artist=config.tracks_per_artist
     )
     _spread(write, jobs, config.jobs or len(os.sched_getaffinity(0)))
-    table = config.out / "artists.csv"
-    temporary = table.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("track", "genre", "artist"))
-        for genre, number, path in jobs:
-            artist = f"{genre} artist {number // config.tracks_per_artist}"
-            writer.writerow((path.stem, genre, artist))
-    temporary.replace(table)
+    table, lines = config.out / "artists.csv", io.StringIO(newline="")
+    writer = csv.writer(lines)
+    writer.writerow(("track", "genre", "artist"))
+    for genre, number, path in jobs:
+        artist = f"{genre} artist {number // config.tracks_per_artist}"
+        writer.writerow((path.stem, genre, artist))
+    replace_text(table, lines.getvalue())  # last: it says that all tracks are there
     print(
         f"Wrote {len(jobs)} tracks of {config.duration_s:g} s and {table}; next: "
         f"python -m mgc_dist.shard --data {config.out / 'genres_original'} --groups {table}"

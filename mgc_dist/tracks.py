@@ -58,8 +58,7 @@ def find(folder: Path) -> list[Track]:
     Raises:
         UserError: no such folder, no genre folders, or two files that get one id.
     """
-    inner = folder / "genres_original"
-    root = inner if inner.is_dir() else folder
+    root = _root(folder)
     if not root.is_dir():
         raise UserError(
             f"--data {folder}",
@@ -100,8 +99,7 @@ def find(folder: Path) -> list[Track]:
 
 def overlooked(folder: Path, found: Sequence[Track]) -> list[Path]:
     """Files below a data folder that `find` has not taken, dotfiles aside: nothing is silent."""
-    inner = folder / "genres_original"
-    root = inner if inner.is_dir() else folder
+    root = _root(folder)
     taken = {track.path for track in found}
     return sorted(
         path
@@ -314,6 +312,12 @@ def _deal(tracks: Sequence[Track], shares: Mapping[str, float], seed: int) -> di
 def _keyed(seed: int, text: str) -> int:
     digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
     return int.from_bytes(digest[:8], "little") & _M64
+
+
+def _root(folder: Path) -> Path:
+    """The folder of genre folders: Kaggle's copy has it one level down."""
+    inner = folder / "genres_original"
+    return inner if inner.is_dir() else folder
 
 
 def _read_table(table: Path) -> list[Mapping[str, str]]:

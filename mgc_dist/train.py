@@ -309,6 +309,7 @@ def _open_run(fit: "Fit") -> None:
     from importlib.metadata import version
 
     from mgc_dist import display
+    from mgc_dist.files import replace_text
 
     fit.run.mkdir(parents=True, exist_ok=True)
     for marker in (DONE, REQUEUE):
@@ -323,9 +324,9 @@ def _open_run(fit: "Fit") -> None:
         "dataset_id": fit.shards.manifest.dataset_id,
         "identity": fit.identity,
     }
-    (fit.run / "config.yaml").write_text(cli.dump("train", fit.config), encoding="utf-8")
-    (fit.run / "env.json").write_text(json.dumps(content, indent=1))
-    (fit.run / "ds_config.json").write_text(json.dumps(fit.engine.config, indent=1))
+    replace_text(fit.run / "config.yaml", cli.dump("train", fit.config))
+    replace_text(fit.run / "env.json", json.dumps(content, indent=1))
+    replace_text(fit.run / "ds_config.json", json.dumps(fit.engine.config, indent=1))
     display.start_logging(fit.ranks.rank, fit.run / "train.log")
 
 

@@ -21,6 +21,7 @@ import torch
 
 from mgc_dist import shard, synth
 from mgc_dist.config import BiasConfig, ShardConfig
+from mgc_dist.model import WaveClassifier, build_main
 
 torch.set_num_threads(1)
 
@@ -185,6 +186,21 @@ def table(shards: Path) -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Config file of a tiny wav2vec2 of the large flavour, without dropout."""
     return write_model(tmp_path_factory.mktemp("model") / "tiny.json")
+
+
+def build_tiny(
+    name: Path | str, genres: tuple[str, ...] = ("a", "b", "c"), **changes: Any
+) -> WaveClassifier:
+    """A main model for segments of 0.5 s, nothing frozen, in training mode."""
+    settings: dict[str, Any] = {
+        "freeze": "none",
+        "frozen_layers": None,
+        "activation_checkpointing": False,
+        "seed": 0,
+        "segment_samples": 8000,
+        "sample_rate": 16_000,
+    }
+    return build_main(str(name), genres, **(settings | changes))
 
 
 def write_model(path: Path, **changes: Any) -> Path:

@@ -6,28 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import build_tiny, run_ranks
 
 from mgc_dist import ranks
 from mgc_dist.engine import Engine, lr_factor
 from mgc_dist.loss import masked_sum, row_losses
-from mgc_dist.model import WaveClassifier, build_main
+from mgc_dist.model import WaveClassifier
 from mgc_dist.plan import Plan, lay_out, training_batches
 
 ROWS = 7  # true rows of the one step; global batch 8
 
 
 def classifier(tiny_model: Path) -> WaveClassifier:
-    return build_main(
-        str(tiny_model),
-        ("a", "b", "c"),
-        freeze="feature_encoder",
-        frozen_layers=None,
-        activation_checkpointing=False,
-        seed=0,
-        segment_samples=8000,
-        sample_rate=16_000,
-    )
+    return build_tiny(tiny_model, freeze="feature_encoder")
 
 
 def drawn() -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,25 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import build_tiny, run_ranks
 
 from mgc_dist import infer, ranks
 from mgc_dist.data import ShardSet
-from mgc_dist.model import WaveClassifier, build_main, normalise
+from mgc_dist.model import WaveClassifier, normalise
 from mgc_dist.score import SplitScores, all_score, judge
 
 
 def classifier(tiny_model: Path) -> WaveClassifier:
-    return build_main(
-        str(tiny_model),
-        ("a", "b", "c"),
-        freeze="none",
-        frozen_layers=None,
-        activation_checkpointing=False,
-        seed=0,
-        segment_samples=8000,
-        sample_rate=16_000,
-    ).eval()
+    return build_tiny(tiny_model).eval()
 
 
 def walk(shards: Path, tiny_model: Path) -> tuple[bytes, SplitScores]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BASE_FLAVOUR, TINY, write_model
+from conftest import BASE_FLAVOUR, TINY, build_tiny, write_model
 from transformers import (
     AutoModelForAudioClassification,
     Wav2Vec2Config,
@@ -23,15 +23,7 @@ RATE = 16_000
 
 
 def build(name: Path | str, **changes) -> model.WaveClassifier:
-    settings = {
-        "freeze": "none",
-        "frozen_layers": None,
-        "activation_checkpointing": False,
-        "seed": 0,
-        "segment_samples": 8000,
-        "sample_rate": RATE,
-    }
-    return model.build_main(str(name), GENRES, **(settings | changes))
+    return build_tiny(name, GENRES, **changes)
 
 
 def waves(batch: int = 4, samples: int = 8000, seed: int = 0) -> torch.Tensor:

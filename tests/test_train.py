@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NOISY, run_ranks, write_model
+from conftest import NOISY, build_tiny, run_ranks, write_model
 
 from mgc_dist import fit as fit_module
 from mgc_dist import train
@@ -269,19 +269,10 @@ def test_frozen_parts_stay_as_they_were_and_the_rest_moves(
 
 
 def moved_parts(settings: TrainConfig) -> set[str]:
-    from mgc_dist.model import build_main, load_exported
+    from mgc_dist.model import load_exported
 
     train.run(settings)
-    before = build_main(
-        settings.main.model,
-        ("a", "b", "c"),
-        freeze="none",
-        frozen_layers=None,
-        activation_checkpointing=False,
-        seed=0,
-        segment_samples=8000,
-        sample_rate=16000,
-    ).state_dict()
+    before = build_tiny(settings.main.model).state_dict()
     after = load_exported(settings.output.run / "best").state_dict()
     names = {name for name in before if not before[name].equal(after[name])}
     if settings.main.freeze == "layers:1":
