@@ -35,10 +35,12 @@ def run(config: BiasConfig) -> None:
     Raises:
         UserError: no shards, no model, or a table with other settings is in the way.
     """
-    from mgc_dist import display, logits, model, ranks
+    from mgc_dist import display, logits, model, ranks, stage
     from mgc_dist.data import ShardSet
     from mgc_dist.files import replace_text
 
+    if config.shards_from:
+        stage.stage(config.shards, config.shards_from, timeout_s=config.stage_timeout_s)
     with ShardSet(config.shards) as shards, ranks.join(config.device) as peers:
         display.start_logging(peers.rank)
         sample_rate = shards.manifest.sample_rate
@@ -122,7 +124,8 @@ def _fit_and_write(
 
     from mgc_dist import logits
     from mgc_dist.heads import cross_fit
-    from mgc_dist.tracks import deal_folds, group_key
+    from mgc_dist.split import deal_folds
+    from mgc_dist.tracks import group_key
 
     found = shards.manifest
     tracks = found.labelled_tracks()

@@ -15,7 +15,7 @@ from mgc_dist.errors import UserError
 
 Device = Literal["auto", "cpu", "cuda"]
 SplitName = Literal["train", "validation", "test"]
-SplitRule = Literal["auto", "fault-filtered", "stratified"]
+SplitRule = Literal["auto", "fault-filtered", "stratified", "kfold", "table"]
 LossName = Literal["ce", "poe", "mixture"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -71,23 +71,36 @@ class SynthConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig:
-    """Cut tracks into segments and pack them into webdataset tar shards."""
+    """Cut tracks into segments and pack them into webdataset tar shards.
+
+    `python -m mgc_dist.shard verify SHARDS` re-reads and checks a packed data set,
+    `python -m mgc_dist.shard info SHARDS` describes it; both have a --help of their own.
+    """
 
     data: Path = Path("data/genres_original")
-    """Folder of `GENRE/*.wav` (or .flac, .ogg, .mp3)."""
+    """Folder of `GENRE/*.wav` (.flac, .ogg, .mp3, .opus), or a CSV or TSV table with the
+    columns path, genre and, if known, group, split, track."""
     out: Path = Path("shards")
     """Folder for the shards, index.npy and manifest.json."""
     split: SplitRule = "auto"
     """`fault-filtered` (GTZAN's; Kereliuk et al. 2015), `stratified` (by genre, artists kept
-    together), or `auto`: fault-filtered if all its tracks are there, else stratified."""
+    together), `kfold` (fold I is test, I + 1 validation), `table` (a column split of the table,
+    or --split-file), or `auto`: table if there is one, fault-filtered if all its tracks are
+    there, else stratified."""
+    split_file: Path | None = None
+    """CSV or TSV table of `track` (or `path`) and `split`, or the predecessor's data_split.txt."""
+    folds: int = 5
+    """Folds of `kfold`."""
+    fold: int = 0
+    """Fold that is tested (`kfold`), 0 to folds - 1; the next one validates."""
     groups: Path | None = None
-    """CSV table of `track` and `artist` (or `group`); a group is never in two splits."""
+    """CSV or TSV table of `track` and `artist` (or `group`); a group is never in two splits."""
     validation_fraction: float = 0.15
     """Share of each genre's tracks for validation (`stratified`)."""
     test_fraction: float = 0.15
     """Share of each genre's tracks for test (`stratified`)."""
     seed: int = 0
-    """Seed of the stratified split."""
+    """Seed of `stratified` and `kfold`."""
     segment_s: float = 3.0
     """Length of a segment in seconds."""
     hop_s: float = 1.5
@@ -100,6 +113,10 @@ class ShardConfig:
     """Unusable files that may be left out (they are listed in the manifest)."""
     jobs: int = 0
     """Processes; 0 means one a core. The output does not depend on it."""
+    part: str | None = None
+    """`I/N`: only decode part I of N of the tracks, into OUT/parts; for several machines."""
+    join: bool = False
+    """Join the parts in OUT/parts into a data set: the bytes of packing in one go."""
     overwrite: bool = False
     """Replace a different data set in the output folder."""
     dry_run: bool = False
@@ -114,6 +131,12 @@ class ShardConfig:
     def hop_samples(self) -> int:
         """Audio samples from a segment's start to the next one's."""
         return round(self.hop_s * self.sample_rate)
+
+    @property
+    def part_of(self) -> tuple[int, int] | None:
+        """(I, N) of `--part I/N`, I from 1."""
+        match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.part or "")
+        return (int(match[1]), int(match[2])) if match else None
 
     def __post_init__(self) -> None:
         _require("--jobs", self.jobs >= 0, self.jobs, "0 or more", "0 means one a core")
@@ -139,6 +162,21 @@ class ShardConfig:
             "at least 1",
             "512 is usual",
         )
+        _require("--folds", self.folds >= 3, self.folds, "at least 3", "5 is usual")
+        _require(
+            "--fold", 0 <= self.fold < self.folds, self.fold, "0 to --folds - 1", "start with 0"
+        )
+        part = self.part_of
+        _require(
+            "--part",
+            self.part is None or (part is not None and 1 <= part[0] <= part[1]),
+            self.part,
+            "I/N with I from 1 to N",
+            "for example --part 1/4, 2/4, 3/4 and 4/4, then --join",
+        )
+        _require(
+            "--part", not (part and self.join), self.part, "no --join", "join in a step of its own"
+        )
         fractions = (self.validation_fraction, self.test_fraction)
         _require(
             "--validation-fraction and --test-fraction",
@@ -150,6 +188,29 @@ class ShardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Re-read a packed data set and check every byte: sizes, sha256, tar headers, checksums,
+    descriptions, data-set id, and a whole pass with stock webdataset.
+    """
+
+    shards: Positional[Path] = Path("shards")
+    """Folder that `python -m mgc_dist.shard` has filled."""
+    jobs: int = 0
+    """Processes; 0 means one a core."""
+
+    def __post_init__(self) -> None:
+        _require("--jobs", self.jobs >= 0, self.jobs, "0 or more", "0 means one a core")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """Describe a packed data set: splits, genres, artists, hours, bytes, settings."""
+
+    shards: Positional[Path] = Path("shards")
+    """Folder that `python -m mgc_dist.shard` has filled."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BiasConfig:
     """Run the frozen bias model over all shards once, fit its heads, and store its logits."""
 
@@ -157,6 +218,10 @@ class BiasConfig:
     """Folder that `python -m mgc_dist.shard` has filled."""
     bias_table: Path | None = None
     """Folder of the table; SHARDS/bias by default."""
+    shards_from: str | None = None
+    """Where to copy the shards from, into --shards, once per node: see `launch/train.py --help`."""
+    stage_timeout_s: float = 3600.0
+    """How long a rank waits for another one on its node that copies the shards."""
     backbone: str = "facebook/wav2vec2-base"
     """Hub name or folder of a transformers model, or `logmel` (40 log-mel bands, no weights)."""
     layer: int = -1
@@ -193,13 +258,32 @@ class DataConfig:
     """Folder that `python -m mgc_dist.shard` has filled."""
     bias_table: Path | None = None
     """Folder of the bias table; SHARDS/bias by default; not read with `--loss ce`."""
+    shards_from: str | None = None
+    """Where to copy the shards from, into --shards, once per node: a folder, https://..., or
+    `pipe:COMMAND` with {} for the file's name, such as `pipe:aws s3 cp s3://bucket/gtzan/{} -`."""
+    stage_timeout_s: float = 3600.0
+    """How long a rank waits for another one on its node that copies the shards."""
     read_ahead: int = 4
-    """Batches that the reader thread keeps ready."""
+    """Batches that the reader threads keep ready."""
+    reader_threads: int = 1
+    """Threads that read; one gives 20,000 segments/s from memory, slow storage wants more."""
+    window_shards: int = 0
+    """Shards that are read from at a time, for spinning disks and network storage; 0 means all."""
 
     @property
     def table(self) -> Path:
         """Folder of the bias table."""
         return self.bias_table or self.shards / "bias"
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--read-ahead", self.read_ahead),
+            ("--reader-threads", self.reader_threads),
+        ):
+            _require(flag, value >= 1, value, "at least 1", "the default is good")
+        _require(
+            "--window-shards", self.window_shards >= 0, self.window_shards, "0 or more", "0 is all"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +444,10 @@ class EvaluateConfig:
     """Split to measure."""
     data: Path | None = None
     """Shards to measure on; the run's own by default. The genres must be the same."""
+    shards_from: str | None = None
+    """Where to copy the shards from, into --data (or the run's own folder), once per node."""
+    stage_timeout_s: float = 3600.0
+    """How long a rank waits for another one on its node that copies the shards."""
     batch: int = 32
     """Segments in a batch."""
     device: Device = "auto"

@@ -4,8 +4,11 @@ Rows are dealt out before anything is decoded: the segments of a split are permu
 bijection, so that a track's segments lie in different shards and no second shuffle is needed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +17,12 @@ from mgc_dist import audio
 from mgc_dist.errors import UserError
 from mgc_dist.plan import bijection, key_of
 from mgc_dist.tracks import KNOWN_BAD, SPLITS, Track, refuse_leaks
+from mgc_dist.workers import spread
 
 SPREAD_VERSION = 1
 """Changes whenever the order of rows does."""
+_HEADERS_AT_ONCE = 8
+"""Threads that read headers: on a network file system each waits some milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,32 +85,67 @@ class PackPlan:
 
 def inspect(tracks: Sequence[Track], cut: Cut) -> tuple[dict[str, int], dict[str, str]]:
     """Read every header: id -> planned segments, and id -> what is wrong with it."""
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as threads:
+        looked = list(threads.map(partial(_samples_of, sample_rate=cut.sample_rate), tracks))
+    return count_segments({t.id: found for t, found in zip(tracks, looked, strict=True)}, cut)
+
+
+def count_segments(
+    samples: Mapping[str, int | str], cut: Cut
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Id -> planned segments, and id -> reason of the tracks that give none.
+
+    Args:
+        samples: id -> length at the new rate, or what is wrong with the file.
+        cut: lengths.
+    """
     segments: dict[str, int] = {}
     bad: dict[str, str] = {}
-    for track in tracks:
-        try:
-            samples = audio.read_header(track.path).samples_at(cut.sample_rate)
-        except UserError as error:
-            bad[track.id] = reason_of(error)
+    for id_, length in samples.items():
+        if isinstance(length, str):
+            bad[id_] = length
             continue
-        count = audio.segment_count(samples, cut.segment_samples, cut.hop_samples)
+        count = audio.segment_count(length, cut.segment_samples, cut.hop_samples)
         if count:
-            segments[track.id] = count
+            segments[id_] = count
         else:
-            bad[track.id] = f"too short: {samples / cut.sample_rate:.2f} s"
+            bad[id_] = f"too short: {length / cut.sample_rate:.2f} s"
     return segments, bad
 
 
-def still_bad(tracks: Sequence[Track], suspects: Iterable[str], cut: Cut) -> dict[str, str]:
-    """Which tracks that an earlier run left out cannot be decoded today either: id -> reason."""
-    wanted, bad = set(suspects), dict[str, str]()
-    for track in tracks:
-        if track.id in wanted:
-            try:
-                audio.read(track.path, cut.sample_rate)
-            except UserError as error:
-                bad[track.id] = reason_of(error)
-    return bad
+def decode_all(
+    tracks: Sequence[Track],
+    cut: Cut,
+    *,
+    jobs: int,
+    progress: Callable[[Iterator[str]], Iterable[str]],
+) -> dict[str, str]:
+    """Which tracks cannot be decoded: id -> reason. Nothing is written.
+
+    Args:
+        tracks: to decode.
+        cut: gives the sample rate.
+        jobs: processes, 0 for one a core.
+        progress: wraps the stream of finished tracks.
+    """
+    paths = [track.path for track in tracks]
+    found = progress(spread(partial(_fault_of, sample_rate=cut.sample_rate), paths, jobs))
+    return {track.id: fault for track, fault in zip(tracks, found, strict=True) if fault}
+
+
+def _samples_of(track: Track, sample_rate: int) -> int | str:
+    try:
+        return audio.read_header(track.path).samples_at(sample_rate)
+    except audio.UnusableAudio as error:
+        return reason_of(error)
+
+
+def _fault_of(path: Path, sample_rate: int) -> str:
+    try:
+        audio.read_int16(path, sample_rate)
+    except audio.UnusableAudio as error:
+        return reason_of(error)
+    return ""
 
 
 def judge_bad(bad: dict[str, str], allow_bad: int) -> dict[str, str]:

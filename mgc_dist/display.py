@@ -3,6 +3,7 @@
 import logging
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from rich.progress import (
 T = TypeVar("T")
 
 _console = Console(stderr=True)
+LINE_EVERY_S = 30.0
+"""Between lines of progress where there is no terminal."""
 
 
 def start_logging(rank: int, file: Path | None = None) -> None:
@@ -48,39 +51,76 @@ def start_logging(rank: int, file: Path | None = None) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int, *, shown: bool) -> Iterator["Bar"]:
-    """A bar on a terminal; nothing elsewhere, so that log files stay plain.
+def progress(
+    title: str, total: int, *, unit: str = "batches", shown: bool = True, lines: bool = True
+) -> Iterator["Bar"]:
+    """A bar on a terminal; elsewhere a plain line now and then, so that log files stay plain.
 
     Args:
         title: what is being done.
         total: steps of it.
+        unit: what a step is, for the rate.
         shown: False on ranks that stay silent.
+        lines: False for what writes log lines of its own.
     """
-    if not (shown and sys.stderr.isatty()):
-        yield Bar(None)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=_console) as display:
-        display.add_task(title, total=total, note="")
-        yield Bar(display)
+    if not shown:
+        yield Bar(None, None)
+    elif not sys.stderr.isatty():
+        yield Bar(None, _Lines(title, total, unit) if lines else None)
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=_console) as display:
+            display.add_task(title, total=total, note="", rate="")
+            yield Bar(display, None, unit)
+
+
+class _Lines:
+    """Progress as lines, the first one after LINE_EVERY_S."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        self._started = self._last = time.monotonic()
+
+    def at(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self._last < LINE_EVERY_S:
+            return
+        self._last = now
+        rate = done / (now - self._started)
+        left = f", {(self._total - done) / rate:.0f} s left" if rate else ""
+        sys.stderr.write(
+            f"{self._title}: {done} of {self._total} {self._unit}, {rate:.1f}/s{left}\n"
+        )
 
 
 class Bar:
     """Moves the bar of `progress`."""
 
-    def __init__(self, display: Progress | None) -> None:
-        self._display = display
+    def __init__(
+        self, display: Progress | None, lines: _Lines | None, unit: str = "batches"
+    ) -> None:
+        self._display, self._lines, self._unit = display, lines, unit
+        self._started = time.monotonic()
 
     def at(self, done: int, note: str = "") -> None:
         """Set how many steps are done, with a note behind the bar."""
+        if self._lines:
+            self._lines.at(done)
         if self._display:
-            self._display.update(self._display.task_ids[0], completed=done, note=note)
+            per_s = done / max(1e-9, time.monotonic() - self._started)
+            self._display.update(
+                self._display.task_ids[0],
+                completed=done,
+                note=note,
+                rate=f"{per_s:.1f} {self._unit}/s",
+            )
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
         """Pass items through and move by one for each."""

@@ -20,14 +20,17 @@ def run(config: EvaluateConfig) -> None:
     Raises:
         UserError: no model or data there, or the genres of the two differ.
     """
-    from mgc_dist import display, model, ranks
+    from mgc_dist import display, model, ranks, stage
     from mgc_dist.data import ShardSet
     from mgc_dist.display import progress
     from mgc_dist.score import all_score
 
     folder = model.find_exported(config.run)
     classifier = model.load_exported(folder)
-    with ShardSet(config.data or _own_shards(config.run)) as shards:
+    place = config.data or _own_shards(config)
+    if config.shards_from:
+        stage.stage(place, config.shards_from, timeout_s=config.stage_timeout_s)
+    with ShardSet(place) as shards:
         if config.data is None:
             _refuse_repacked(config.run, shards)
         _refuse_other(config, classifier, model.sample_rate_of(folder), shards.manifest)
@@ -51,8 +54,9 @@ def run(config: EvaluateConfig) -> None:
                 _print(config, shards.manifest, result)
 
 
-def _own_shards(run_folder: Path) -> Path:
+def _own_shards(config: EvaluateConfig) -> Path:
     """Where the shards were that a run was trained on."""
+    run_folder = config.run
     settings = run_folder / "config.yaml"
     if not settings.is_file():
         raise UserError(
@@ -62,7 +66,7 @@ def _own_shards(run_folder: Path) -> Path:
             cure="add --data shards",
         )
     shards = cli.parse("train", TrainConfig, ["--config", str(settings)]).data.shards
-    if not shards.is_dir():
+    if not shards.is_dir() and not config.shards_from:
         raise UserError(
             f"shards of {run_folder}",
             got=f"no folder {shards} here",

@@ -1,11 +1,15 @@
-"""Files that are complete or invisible: written aside, flushed, renamed; and their hashes."""
+"""Files that are complete or invisible: written aside, flushed, renamed; locks; hashes."""
 
+import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from mgc_dist.errors import UserError
 
 
 def sha256(path: Path) -> str:
@@ -41,3 +45,55 @@ def replace_text(path: Path, text: str) -> None:
     """Replace a file's content, as UTF-8."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def write_at(path: Path, offset: int, data: bytes | bytearray | memoryview) -> None:
+    """Write into an existing file at an offset, all of it.
+
+    Raises:
+        OSError: the disk is full or fails; it names the file.
+    """
+    handle = os.open(path, os.O_WRONLY)
+    try:
+        written = 0
+        view = memoryview(data)
+        while written < len(view):
+            written += os.pwrite(handle, view[written:], offset + written)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(path: Path, *, wait_s: float, purpose: str) -> Iterator[None]:
+    """Hold a lock that ends with this process, however it ends.
+
+    Args:
+        path: of the lock file; it stays behind, empty.
+        wait_s: how long to wait for another process to let go.
+        purpose: what the lock is for, in the error message.
+
+    Raises:
+        UserError: another process still holds it after that time.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise UserError(
+                        purpose,
+                        got=f"another process at it for more than {wait_s:g} s (lock {path})",
+                        expected="to have the folder alone",
+                        cure="wait for it, or end it",
+                        this_rank_only=True,
+                    ) from error
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)

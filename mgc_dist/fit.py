@@ -91,11 +91,20 @@ class Fit:
         first = self.plan.step_of(state.samples_seen)
         batches = training_batches(self.plan, self.layout, self.ranks.rank, first)
         pin = self.ranks.device.type == "cuda"
-        ahead = self.config.data.read_ahead
+        data = self.config.data
         self.engine.train(True)
         with (
-            Reader(self.shards, "train", batches, read_ahead=ahead, pin=pin) as reader,
-            progress("training", self.plan.steps, shown=self.ranks.is_first) as bar,
+            Reader(
+                self.shards,
+                "train",
+                batches,
+                read_ahead=data.read_ahead,
+                pin=pin,
+                threads=data.reader_threads,
+            ) as reader,
+            progress(
+                "training", self.plan.steps, unit="steps", shown=self.ranks.is_first, lines=False
+            ) as bar,
         ):
             tally, meter = Tally(self.ranks), Meter(reader, state.samples_seen)
             for batch in reader:

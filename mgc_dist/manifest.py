@@ -5,6 +5,7 @@ It is written last: without a manifest there is no data set.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,9 +15,10 @@ from mgc_dist.files import replace_text
 from mgc_dist.tracks import SPLITS, Track, refuse_leaks
 
 FORMAT = "mgc_dist shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAME = "manifest.json"
 INDEX = "index.npy"
+_SHARD = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ def dataset_id(
     Args:
         settings: of the packing.
         genres: in label order.
-        rows: (key, split, group, label, sha256 of the audio payload) in row order.
+        rows: (key, split, group, label, xxh3_128 of the audio) in row order.
     """
     text = json.dumps(
         {
@@ -116,6 +118,17 @@ def dataset_id(
         separators=(",", ":"),
     )
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def twins(tracks: Iterable[TrackEntry]) -> list[tuple[str, str]]:
+    """Pairs of tracks in different splits whose source files are the same, byte by byte."""
+    first: dict[str, TrackEntry] = {}
+    pairs = []
+    for track in tracks:
+        other = first.setdefault(track.sha256, track)
+        if other.split != track.split:
+            pairs.append((other.id, track.id))
+    return pairs
 
 
 def write(folder: Path, manifest: Manifest) -> None:
@@ -181,7 +194,7 @@ def _check(path: Path, manifest: Manifest) -> None:
     if sum(track.segments for track in manifest.tracks) != manifest.rows:
         raise _damaged(path, "segments of the tracks that do not add up to the rows")
     for shard in manifest.shards:
-        if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
+        if not _SHARD.fullmatch(shard.name):  # a name may reach a shell, and must stay here
             raise _damaged(path, f"shard name {shard.name!r}")
     refuse_leaks(manifest.labelled_tracks())
 

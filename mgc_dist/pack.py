@@ -1,91 +1,83 @@
 """Tracks to shards in one parallel pass, with the same bytes for any number of processes.
 
 Every track is decoded and resampled once. All records have one size, so each worker writes its
-segments at their known offsets. Names are temporary until all is written; manifest last.
+segments at their known offsets. Names are temporary until all is written; manifest last. What
+is finished is in a ledger: after a kill the same command goes on, once the bytes that the
+ledger promises have been read and checked.
 """
 
 import bisect
 import hashlib
+import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mgc_dist import audio, manifest, record
-from mgc_dist.cut import PackPlan, reason_of
+from mgc_dist.cut import SPREAD_VERSION, PackPlan, reason_of
 from mgc_dist.errors import UserError
-from mgc_dist.files import replacing, sha256, sync
+from mgc_dist.files import locked, replacing, sha256, sync, write_at
+from mgc_dist.ledger import Ledger
 from mgc_dist.manifest import Manifest, ShardEntry, TrackEntry
 from mgc_dist.tracks import Track
+from mgc_dist.workers import cores, spread
 
+LOCK = ".packing.lock"
+_LEDGER = "packing.jsonl.tmp"
 _OURS = re.compile(
-    r"(train|validation|test)-\d{6}\.tar(\.tmp)?|(index\.npy|manifest\.json)(\.tmp)?"
+    r"(train|validation|test)-\d{6}\.tar(\.tmp)?|(index\.npy|manifest\.json|packing\.jsonl)(\.tmp)*"
 )
 
+Settings = dict[str, int | float | str]
 
-def pack(
-    plan: PackPlan,
-    out: Path,
-    settings: dict[str, int | float | str],
-    *,
-    jobs: int,
-    progress: Callable[[Iterator["PackedTrack"]], Iterable["PackedTrack"]],
-) -> tuple[Manifest | None, dict[str, str]]:
-    """Write the shards, the index and, last, the manifest.
 
-    Args:
-        plan: what to write.
-        out: folder; leftovers of an earlier try are replaced.
-        settings: to record in the manifest.
-        jobs: processes, 0 for one a core.
-        progress: wraps the stream of finished tracks, to show how far it is.
+class Waves(Protocol):
+    """Where the waves of tracks come from."""
 
-    Returns:
-        The manifest and no bad tracks; or None and id -> reason of the tracks that proved
-        unusable when they were decoded: then nothing has been published.
+    def __call__(self, track: Track) -> tuple[NDArray[np.int16], str]:
+        """A track's wave at the new rate, int16 [samples], and the sha256 of its source.
+
+        Raises:
+            UnusableAudio: the file proves unusable.
+        """
+
+    def stamp(self, track: Track) -> str:
+        """Changes whenever the track's content may have, without reading it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFiles:
+    """Waves decoded from the tracks' own files.
+
+    Attributes:
+        sample_rate: in Hz.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    _remove_ours(out, (".tmp",))
-    shards = plan.shards()
-    for name, rows in shards:
-        with (out / f"{name}.tmp").open("wb") as file:
-            file.truncate(record.shard_bytes(rows, plan.cut.segment_samples))
-    places = [(out / f"{name}.tmp", first) for name, first in _first_rows(shards)]
-    write = partial(_pack_track, plan=plan, rows=plan.rows_of_tracks(), places=places)
-    with ExitStack() as stack:
-        if jobs == 1:
-            results: Iterator[PackedTrack] = map(write, range(len(plan.tracks)))
-        else:
-            pool = ProcessPoolExecutor(
-                jobs or len(os.sched_getaffinity(0)),
-                mp_context=get_context("spawn"),
-                initializer=_set_work,
-                initargs=(write,),
-            )
-            results = stack.enter_context(pool).map(_work, range(len(plan.tracks)), chunksize=4)
-        packed = list(progress(results))
-    bad = {item.id: item.bad for item in packed if item.bad}
-    if bad:
-        for name, _ in shards:
-            (out / f"{name}.tmp").unlink()
-        return None, bad
-    return _publish(plan, out, settings, packed), {}
+
+    sample_rate: int
+
+    def __call__(self, track: Track) -> tuple[NDArray[np.int16], str]:
+        """Decode, mix, resample, quantise; and hash the file."""
+        return audio.read_int16(track.path, self.sample_rate), sha256(track.path)
+
+    def stamp(self, track: Track) -> str:
+        """Size and time of change of the file."""
+        return stamp_of(track.path)
 
 
-def _remove_ours(out: Path, suffixes: tuple[str, ...]) -> None:
-    """Remove files that an earlier packing made, and no others."""
-    for path in out.iterdir():
-        if _OURS.fullmatch(path.name) and path.suffix in suffixes:
-            path.unlink()
+def stamp_of(path: Path) -> str:
+    """Size and time of change of a file."""
+    facts = path.stat()
+    return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +88,7 @@ class PackedTrack:
         id: of the track.
         sha256: of its source file.
         checksums: xxh3_64 of each record.
-        payloads: sha256 of each segment's audio.
+        payloads: xxh3_128 of each segment's audio.
         bad: why it is unusable, "" if it is not.
     """
 
@@ -107,40 +99,164 @@ class PackedTrack:
     bad: str = ""
 
 
-_assigned: list[Callable[[int], PackedTrack]] = []
+def pack(
+    plan: PackPlan,
+    out: Path,
+    settings: Settings,
+    waves: Waves,
+    *,
+    jobs: int,
+    progress: Callable[[Iterator[PackedTrack]], Iterable[PackedTrack]],
+) -> tuple[Manifest | None, dict[str, str]]:
+    """Write the shards, the index and, last, the manifest.
+
+    Args:
+        plan: what to write.
+        out: folder; what an earlier try has finished of the same plan is kept.
+        settings: to record in the manifest.
+        waves: where the audio comes from.
+        jobs: processes, 0 for one a core.
+        progress: wraps the stream of finished tracks, to show how far it is.
+
+    Returns:
+        The manifest and no bad tracks; or None and id -> reason of the tracks that proved
+        unusable when they were decoded: then nothing has been published.
+
+    Raises:
+        UserError: another process packs here, the disk is too small, a description too long.
+        OSError: writing failed.
+    """
+    _refuse_long_descriptions(plan)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / LOCK, wait_s=0, purpose=f"packing into {out}"):
+        with Ledger(out / _LEDGER, _name_of(plan, waves)) as ledger:
+            packed = _write_all(plan, out, waves, ledger, jobs=jobs, progress=progress)
+        bad = {item.id: item.bad for item in packed if item.bad}
+        made = None
+        if bad:
+            _remove_ours(out, (".tmp",))
+        else:
+            made = _publish(plan, out, settings, packed, jobs)
+            (out / _LEDGER).unlink()
+        (out / LOCK).unlink()
+    return made, bad
 
 
-def _set_work(write: Callable[[int], PackedTrack]) -> None:
-    _assigned[:] = [write]
+def _name_of(plan: PackPlan, waves: Waves) -> str:
+    """Names all that decides which bytes are written where."""
+    content = {
+        "format_version": manifest.FORMAT_VERSION,
+        "spread_version": SPREAD_VERSION,
+        "cut": asdict(plan.cut),
+        "tracks": [
+            (t.id, t.genre, t.group, t.split, int(segments), waves.stamp(t))
+            for t, segments in zip(plan.tracks, plan.segments, strict=True)
+        ],
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _work(index: int) -> PackedTrack:
-    return _assigned[0](index)
+def _write_all(
+    plan: PackPlan,
+    out: Path,
+    waves: Waves,
+    ledger: Ledger,
+    *,
+    jobs: int,
+    progress: Callable[[Iterator[PackedTrack]], Iterable[PackedTrack]],
+) -> list[PackedTrack]:
+    shards = plan.shards()
+    if not ledger.done:
+        _remove_ours(out, (".tmp",), keep=ledger.path)
+    _open_shards(plan, out, resuming=bool(ledger.done))
+    places = [(out / f"{name}.tmp", first) for name, first in _first_rows(shards)]
+    write = partial(_pack_track, plan=plan, rows=plan.rows_of_tracks(), places=places, waves=waves)
+    known = (ledger.done.get(track.id) for track in plan.tracks)
+    packed = []
+    for item in progress(spread(write, enumerate(known), jobs)):
+        packed.append(item)
+        if not item.bad and item.id not in ledger.done:
+            ledger.add(vars(item))
+    return packed
+
+
+def _open_shards(plan: PackPlan, out: Path, *, resuming: bool) -> None:
+    """Make the shards under their temporary names, in full length."""
+    sizes = {
+        f"{name}.tmp": record.shard_bytes(rows, plan.cut.segment_samples)
+        for name, rows in plan.shards()
+    }
+    if resuming and not (out / manifest.NAME).exists():  # killed while publishing
+        for name in sizes:
+            published = out / name.removesuffix(".tmp")
+            if published.is_file() and not (out / name).exists():
+                published.rename(out / name)
+    for path in (out / name for name in sizes):
+        if path.is_file() and path.stat().st_size != sizes[path.name]:
+            path.unlink()
+    held = sum((out / name).stat().st_blocks * 512 for name in sizes if (out / name).is_file())
+    needed, free = sum(sizes.values()) - held, shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(
+            f"--out {out}",
+            got=f"{free / 1e9:.2f} GB of free space",
+            expected=f"{needed / 1e9:.2f} GB",
+            cure="free some, or choose another --out",
+        )
+    for name, size in sizes.items():
+        (out / name).touch()
+        os.truncate(out / name, size)
+
+
+def _remove_ours(out: Path, suffixes: tuple[str, ...], keep: Path | None = None) -> None:
+    """Remove files that an earlier packing made, and no others."""
+    for path in out.iterdir():
+        if _OURS.fullmatch(path.name) and path.suffix in suffixes and path != keep:
+            path.unlink()
 
 
 def _pack_track(
-    index: int, plan: PackPlan, rows: list[NDArray[np.int64]], places: list[tuple[Path, int]]
+    task: tuple[int, dict[str, Any] | None],
+    plan: PackPlan,
+    rows: list[NDArray[np.int64]],
+    places: list[tuple[Path, int]],
+    waves: Waves,
 ) -> PackedTrack:
+    index, promised = task
     track, cut = plan.tracks[index], plan.cut
-    try:
-        wave = audio.read(track.path, cut.sample_rate)
-    except UserError as error:
-        return PackedTrack(id=track.id, bad=reason_of(error))
-    windows = audio.segments(audio.to_int16(wave), cut.segment_samples, cut.hop_samples)
+    size = record.record_bytes(cut.segment_samples)
     first_rows = [first for _, first in places]
+    where = []
+    for row in rows[index].tolist():
+        path, first = places[bisect.bisect_right(first_rows, row) - 1]
+        where.append((row, path, (row - first) * size))
+    if promised:
+        known = PackedTrack(**promised)
+        if _is_written(known, [(path, offset) for _, path, offset in where], size):
+            return known
+    try:
+        wave, source = waves(track)
+    except audio.UnusableAudio as error:
+        return PackedTrack(id=track.id, bad=reason_of(error))
+    windows = audio.segments(wave, cut.segment_samples, cut.hop_samples)
     checksums, payloads = [], []
-    for segment, (row, window) in enumerate(zip(rows[index], windows, strict=True)):
-        data = record.encode(_describe(plan, track, segment, int(row)), window)
-        path, first = places[bisect.bisect_right(first_rows, int(row)) - 1]
-        _write_at(path, (int(row) - first) * len(data), data)
+    for segment, ((row, path, offset), window) in enumerate(zip(where, windows, strict=True)):
+        data = record.encode(_describe(plan, track, segment, row), window)
+        write_at(path, offset, data)
         checksums.append(record.checksum(data))
-        payloads.append(hashlib.sha256(window.tobytes()).hexdigest())
+        payloads.append(record.payload_digest(window.data))
     return PackedTrack(
-        id=track.id,
-        sha256=sha256(track.path),
-        checksums=tuple(checksums),
-        payloads=tuple(payloads),
+        id=track.id, sha256=source, checksums=tuple(checksums), payloads=tuple(payloads)
     )
+
+
+def _is_written(known: PackedTrack, where: list[tuple[Path, int]], size: int) -> bool:
+    """Whether the records that the ledger promises are on the disk: a crash may have lost them."""
+    for checksum, (path, offset) in zip(known.checksums, where, strict=True):
+        with path.open("rb", buffering=0) as file:
+            if record.checksum(os.pread(file.fileno(), size, offset)) != checksum:
+                return False
+    return True
 
 
 def _first_rows(shards: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
@@ -164,24 +280,18 @@ def _describe(plan: PackPlan, track: Track, segment: int, row: int) -> record.Se
     )
 
 
-def _write_at(path: Path, offset: int, data: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY)
-    try:
-        os.pwrite(handle, data, offset)
-    finally:
-        os.close(handle)
+def _refuse_long_descriptions(plan: PackPlan) -> None:
+    """Before anything is decoded: with the longest numbers that can come."""
+    rows = int(plan.segments.sum())
+    for track, segments in zip(plan.tracks, plan.segments, strict=True):
+        record.head(_describe(plan, track, max(0, int(segments) - 1), rows), 0)
 
 
 def _publish(
-    plan: PackPlan, out: Path, settings: dict[str, int | float | str], packed: list[PackedTrack]
+    plan: PackPlan, out: Path, settings: Settings, packed: list[PackedTrack], jobs: int
 ) -> Manifest:
     index, payloads = _index(plan, packed)
-    shards = []
-    for name, rows in plan.shards():
-        temporary = out / f"{name}.tmp"
-        sync(temporary)
-        size = temporary.stat().st_size
-        shards.append(ShardEntry(name=name, rows=rows, bytes=size, sha256=sha256(temporary)))
+    shards = _hashed(plan, out, jobs)
     (out / manifest.NAME).unlink(missing_ok=True)  # first: without it the rest is no data set
     _remove_ours(out, (".tar", ".npy"))
     with replacing(out / manifest.INDEX) as file:
@@ -193,31 +303,33 @@ def _publish(
         "rows_per_shard": plan.cut.rows_per_shard,
     }
     tracks = track_entries(plan, packed)
-    keys = (
-        (
-            record.key_of(tracks[entry["track"]].id, int(entry["segment"])),
-            tracks[entry["track"]].split,
-            tracks[entry["track"]].group,
-            int(entry["label"]),
-            payload,
-        )
-        for entry, payload in zip(index, payloads, strict=True)
-    )
     result = Manifest(
-        dataset_id=manifest.dataset_id(settings, plan.genres, keys),
+        dataset_id=manifest.dataset_id(settings, plan.genres, identities(index, tracks, payloads)),
         settings=settings,
         genres=plan.genres,
         splits=_split_bounds(plan),
         tracks=tracks,
         excluded=plan.excluded,
-        shards=tuple(shards),
+        shards=shards,
         index_sha256=sha256(out / manifest.INDEX),
         versions={name: version(name) for name in ("mgc_dist", "numpy", "soundfile", "soxr")},
     )
     for shard in shards:
         (out / f"{shard.name}.tmp").replace(out / shard.name)
+    sync(out)  # the names of the shards, before the manifest vouches for them
     manifest.write(out, result)
     return result
+
+
+def _hashed(plan: PackPlan, out: Path, jobs: int) -> tuple[ShardEntry, ...]:
+    def entry(shard: tuple[str, int]) -> ShardEntry:
+        temporary = out / f"{shard[0]}.tmp"
+        sync(temporary)
+        size, digest = temporary.stat().st_size, sha256(temporary)
+        return ShardEntry(name=shard[0], rows=shard[1], bytes=size, sha256=digest)
+
+    with ThreadPoolExecutor(jobs or cores()) as threads:  # hashlib lets other threads run
+        return tuple(threads.map(entry, plan.shards()))
 
 
 def track_entries(plan: PackPlan, packed: Sequence[PackedTrack]) -> tuple[TrackEntry, ...]:
@@ -236,7 +348,7 @@ def track_entries(plan: PackPlan, packed: Sequence[PackedTrack]) -> tuple[TrackE
     )
 
 
-def is_packed(plan: PackPlan, found: Manifest, settings: dict[str, int | float | str]) -> bool:
+def is_packed(plan: PackPlan, found: Manifest, settings: Settings) -> bool:
     """Whether a manifest already holds what the plan would write, by content of the sources."""
     same = {key: found.settings.get(key) for key in settings} == settings
     names = [PackedTrack(id=track.id) for track in plan.tracks]
@@ -252,6 +364,16 @@ def is_packed(plan: PackPlan, found: Manifest, settings: dict[str, int | float |
         return False
     pairs = zip(found.tracks, plan.tracks, strict=True)
     return all(entry.sha256 == sha256(track.path) for entry, track in pairs)
+
+
+def identities(
+    index: NDArray[np.void], tracks: Sequence[TrackEntry], payloads: Sequence[str]
+) -> Iterator[tuple[str, str, str | None, int, str]]:
+    """What `dataset_id` knows of each row: key, split, group, label, digest of its audio."""
+    for entry, payload in zip(index, payloads, strict=True):
+        track = tracks[entry["track"]]
+        key = record.key_of(track.id, int(entry["segment"]))
+        yield key, track.split, track.group, int(entry["label"]), payload
 
 
 def _index(plan: PackPlan, packed: list[PackedTrack]) -> tuple[NDArray[np.void], list[str]]:

@@ -14,6 +14,10 @@ gives accumulation 2; step 0 is
 
     rank 0: positions 0, 3     rank 1: positions 1, padding     rank 2: positions 2, padding
 
+For disks that dislike jumps, `window_shards` = W keeps an epoch's reads within W shards at a
+time: shards come in a keyed order of their own, W of them make a window, and the bijection
+runs inside each window. It is still a pure function of the position.
+
 The state of a run is `samples_seen`, the number of positions consumed; resuming from it is
 O(1) and needs nothing else, whatever the world size becomes.
 """
@@ -32,6 +36,8 @@ ORDER_VERSION = 1
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = 8
+_POSITIONS_AT_ONCE = 4096
+"""Positions that are mapped to places in one go; 0.3 us each, 10 us each alone."""
 
 
 def bijection(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
@@ -144,12 +150,16 @@ class Plan:
         total: positions of the run (epochs x n, rounded).
         global_batch: G.
         seed: of the order.
+        window_shards: W, shards that are read from at a time; 0 for all.
+        shard_rows: rows of each training shard, in row order; needed with a window only.
     """
 
     rows: int
     total: int
     global_batch: int
     seed: int
+    window_shards: int = 0
+    shard_rows: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -165,10 +175,33 @@ class Plan:
         places = np.full(positions.shape, -1, np.int64)
         inside = (positions >= 0) & (positions < self.total)
         epochs = positions // self.rows
-        for epoch in np.unique(epochs[inside]):
+        shuffle = self._windowed if self.window_shards else self._shuffled
+        for epoch in np.unique(epochs[inside]).tolist():
             here = inside & (epochs == epoch)
-            key = key_of(ORDER_VERSION, self.seed, int(epoch))
-            places[here] = bijection(positions[here] % self.rows, self.rows, key)
+            places[here] = shuffle(positions[here] % self.rows, epoch)
+        return places
+
+    def _shuffled(self, index: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        return bijection(index, self.rows, key_of(ORDER_VERSION, self.seed, epoch))
+
+    def _windowed(self, index: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """As `_shuffled`, shard after shard in a keyed order, W at a time."""
+        rows = np.array(self.shard_rows, np.int64)
+        key = key_of(ORDER_VERSION, self.seed, epoch)
+        order = bijection(np.arange(len(rows)), len(rows), key)  # [shards]
+        first_row = (np.cumsum(rows) - rows)[order]
+        ends = np.cumsum(rows[order])  # in the order of this epoch
+        window_ends = ends[self.window_shards - 1 :: self.window_shards]
+        if len(window_ends) == 0 or window_ends[-1] != ends[-1]:
+            window_ends = np.append(window_ends, ends[-1])
+        window = np.searchsorted(window_ends, index, side="right")
+        places = np.empty_like(index)
+        for number in np.unique(window).tolist():
+            start = int(window_ends[number - 1]) if number else 0
+            here, size = window == number, int(window_ends[number]) - start
+            mixed = bijection(index[here] - start, size, key_of(key, number)) + start
+            shard = np.searchsorted(ends, mixed, side="right")
+            places[here] = first_row[shard] + mixed - (ends - rows[order])[shard]
         return places
 
     def seen_after(self, step: int) -> int:
@@ -225,12 +258,17 @@ def training_batches(
     plan: Plan, layout: Layout, rank: int, first_step: int
 ) -> Iterator[MicroBatch]:
     """The micro batches of a rank, from `first_step` to the end of the run."""
-    lane = np.arange(layout.micro_batch, dtype=np.int64)
-    for step in range(first_step, plan.steps):
-        for micro_step in range(layout.accumulation):
-            slot = (micro_step * layout.world + rank) * layout.micro_batch + lane
-            positions = np.where(slot < plan.global_batch, step * plan.global_batch + slot, -1)
-            yield MicroBatch(step=step, micro_step=micro_step, place=plan.places(positions))
+    micro, accumulation = layout.micro_batch, layout.accumulation
+    first_slot = (np.arange(accumulation) * layout.world + rank) * micro
+    slot = first_slot[:, None] + np.arange(micro)  # [accumulation, B]
+    at_once = max(1, _POSITIONS_AT_ONCE // slot.size)
+    for start in range(first_step, plan.steps, at_once):
+        steps = np.arange(start, min(start + at_once, plan.steps))
+        positions = steps[:, None, None] * plan.global_batch + slot  # [steps, accumulation, B]
+        places = plan.places(np.where(slot < plan.global_batch, positions, -1))
+        for step, of_step in zip(steps.tolist(), places, strict=True):
+            for micro_step, place in enumerate(of_step):
+                yield MicroBatch(step=step, micro_step=micro_step, place=place)
 
 
 def sweep_batches(rows: int, batch: int, world: int, rank: int) -> Iterator[MicroBatch]:

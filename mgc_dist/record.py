@@ -12,6 +12,7 @@ import json
 import struct
 import tarfile
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -24,6 +25,9 @@ JSON_BYTES = BLOCK
 RIFF_BYTES = 44
 WAVE_OFFSET = BLOCK + JSON_BYTES + BLOCK + RIFF_BYTES
 """From the start of a record to its first audio sample."""
+
+Parts = tuple[bytearray, memoryview, bytearray]
+"""A record in memory: all before its audio, its audio, all after it."""
 
 INDEX_DTYPE = np.dtype(
     [
@@ -96,15 +100,8 @@ def shard_bytes(rows: int, samples: int) -> int:
     return -(-content // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
-def encode(segment: Segment, wave: NDArray[np.int16]) -> bytes:
-    """The record of a segment.
-
-    Args:
-        segment: its description.
-        wave: int16 [T].
-
-    Returns:
-        record_bytes(T) bytes.
+def head(segment: Segment, samples: int) -> bytes:
+    """Everything in front of a segment's first audio sample: WAVE_OFFSET bytes.
 
     Raises:
         UserError: the key or the description does not fit.
@@ -130,25 +127,59 @@ def encode(segment: Segment, wave: NDArray[np.int16]) -> bytes:
             expected=f"at most {JSON_BYTES}",
             cure="shorten the names of its genre and artist",
         )
-    payload = _riff_header(len(wave), segment.sample_rate) + wave.astype("<i2").tobytes()
+    key = segment.key
     return b"".join(
         (
-            _tar_header(f"{segment.key}.json", len(text)),
+            _tar_header(f"{key}.json", len(text)),
             text.ljust(JSON_BYTES, b"\0"),
-            _tar_header(f"{segment.key}.wav", len(payload)),
-            payload.ljust(_padded(len(payload)), b"\0"),
+            _tar_header(f"{key}.wav", RIFF_BYTES + 2 * samples),
+            _riff_header(samples, segment.sample_rate),
         )
     )
 
 
-def checksum(record: bytes) -> int:
+def encode(segment: Segment, wave: NDArray[np.int16]) -> bytearray:
+    """The record of a segment.
+
+    Args:
+        segment: its description.
+        wave: int16 [T].
+
+    Returns:
+        record_bytes(T) bytes.
+
+    Raises:
+        UserError: the key or the description does not fit.
+    """
+    record = bytearray(record_bytes(len(wave)))
+    record[:WAVE_OFFSET] = head(segment, len(wave))
+    into = np.frombuffer(record, "<i2", len(wave), WAVE_OFFSET)
+    into[:] = wave
+    return record
+
+
+def checksum(record: bytes | bytearray | memoryview) -> int:
     """xxh3_64 of a whole record (headers, JSON, audio, padding): 7 us for 3 s."""
     return xxhash.xxh3_64_intdigest(record)
 
 
-def key_at(record: bytes) -> str:
+def checksum_of_parts(parts: Parts) -> int:
+    """As `checksum`, of a record that lies in three places."""
+    head, wave, tail = parts
+    digest = xxhash.xxh3_64(head)
+    digest.update(wave)
+    digest.update(tail)
+    return digest.intdigest()
+
+
+def payload_digest(wave: bytes | bytearray | memoryview) -> str:
+    """xxh3_128 of a segment's audio, little-endian: its part in `dataset_id`."""
+    return xxhash.xxh3_128_hexdigest(wave)
+
+
+def key_at(record: bytes | bytearray | memoryview) -> str:
     """The key that a record's first tar header claims, for error messages only."""
-    return record[:100].split(b"\0")[0].decode("ascii", "replace").removesuffix(".json")
+    return bytes(record[:100]).split(b"\0")[0].decode("ascii", "replace").removesuffix(".json")
 
 
 def _padded(size: int) -> int:
@@ -156,11 +187,22 @@ def _padded(size: int) -> int:
 
 
 def _tar_header(name: str, size: int) -> bytes:
-    info = tarfile.TarInfo(name)  # mtime 0, uid 0, gid 0, no owner names, mode 0644
+    """As TarInfo.tobuf writes it (a test), in a tenth of its time."""
+    blank, total = _blank_header(size)
+    path = name.encode("ascii")
+    total += sum(path)
+    return b"%b%b%06o\0 %b" % (path, blank[len(path) : 148], total, blank[156:])
+
+
+@lru_cache(maxsize=1024)  # the wave has one size, the JSON some dozens
+def _blank_header(size: int) -> tuple[bytes, int]:
+    info = tarfile.TarInfo("")  # mtime 0, uid 0, gid 0, no owner names, mode 0644
     info.size = size
-    return info.tobuf(tarfile.USTAR_FORMAT)
+    header = info.tobuf(tarfile.USTAR_FORMAT)
+    return header, sum(header[:148]) + sum(header[156:]) + 8 * ord(" ")
 
 
+@lru_cache(maxsize=8)
 def _riff_header(samples: int, sample_rate: int) -> bytes:
     size = 2 * samples
     return struct.pack(

@@ -1,16 +1,17 @@
-"""`python -m mgc_dist.shard`: tracks to webdataset shards."""
+"""`python -m mgc_dist.shard [pack | verify | info]`: tracks to webdataset shards."""
 
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mgc_dist import cli
-from mgc_dist.config import ShardConfig
+from mgc_dist.config import InfoConfig, ShardConfig, VerifyConfig
 from mgc_dist.errors import UserError
 
 if TYPE_CHECKING:
     from mgc_dist.cut import Cut, PackPlan
     from mgc_dist.manifest import Manifest
+    from mgc_dist.pack import Waves
     from mgc_dist.tracks import Track
 
 Settings = dict[str, int | float | str]
@@ -22,11 +23,11 @@ def run(config: ShardConfig) -> None:
     Raises:
         UserError: anything about the files, the split or the output folder that forbids it.
     """
-    from mgc_dist import tracks  # after parsing: --help answers without numpy
-    from mgc_dist.cut import Cut, inspect, still_bad
-    from mgc_dist.display import progress
-    from mgc_dist.pack import pack
+    from mgc_dist import card, tracks  # after parsing: --help answers without numpy
+    from mgc_dist.cut import Cut
+    from mgc_dist.workers import keep_memory
 
+    keep_memory()
     found = tracks.find(config.data)
     if others := tracks.overlooked(config.data, found):
         print(f"not taken: {len(others)} other files, such as {others[0]}")
@@ -34,69 +35,191 @@ def run(config: ShardConfig) -> None:
         found = tracks.with_groups(found, config.groups)
         known = sum(track.group is not None for track in found)
         print(f"{config.groups} names the artists of {known} of {len(found)} tracks")
-    rule = tracks.choose_split(config.split, found)
     cut = Cut(
         segment_samples=config.segment_samples,
         hop_samples=config.hop_samples,
         sample_rate=config.sample_rate,
         rows_per_shard=config.rows_per_shard,
     )
+    if config.part_of:
+        _decode_part(config, found, cut)
+        return
+    made = _pack(config, found, cut)
+    if made:
+        card.write(config.out, made)
+        for one, other in card.twins_shown(made):
+            print(f"not controlled: {one} and {other} are the same file in two splits")
+
+
+def verify(config: VerifyConfig) -> None:
+    """Check every byte of a packed data set.
+
+    Raises:
+        UserError: something is not as it was packed; all of it is listed.
+    """
+    from mgc_dist import manifest
+    from mgc_dist.display import progress
+    from mgc_dist.verify import verify as check
+
+    found = manifest.read(config.shards)
+    with progress("verifying", len(found.shards), unit="shards") as bar:
+        check(config.shards, found, jobs=config.jobs, progress=bar.over)
+    print(
+        f"{config.shards}: {found.rows} segments in {len(found.shards)} shards are as they were "
+        f"packed; stock webdataset reads the same. Data set {found.dataset_id[:12]}."
+    )
+
+
+def info(config: InfoConfig) -> None:
+    """Describe a packed data set on the terminal.
+
+    Raises:
+        UserError: there is none.
+    """
+    from mgc_dist import card, manifest
+
+    card.show(config.shards, manifest.read(config.shards))
+
+
+def _pack(config: ShardConfig, found: "list[Track]", cut: "Cut") -> "Manifest | None":
+    """Plan and pack; None if the plan was all that was wanted."""
+    from mgc_dist import parts, split
+    from mgc_dist.cut import count_segments, inspect
+    from mgc_dist.display import progress
+    from mgc_dist.pack import SourceFiles, pack
+
+    rule = split.choose(config.split, found, config.split_file)
     settings = _settings(config, rule)
-    segments, bad = inspect(found, cut)
+    listed, left_out = _by_list(config, rule, found)
+    waves: Waves = SourceFiles(sample_rate=cut.sample_rate)
+    if config.join:
+        waves = joined = parts.join(listed, cut, config.out)
+        segments, bad = count_segments({t.id: joined.samples(t) for t in listed}, cut)
+    else:
+        segments, bad = inspect(listed, cut)
     existing = _existing(config)
-    if existing:
-        by_list = (tracks.NOT_LISTED, tracks.NO_FILE)
-        suspects = [id_ for id_, why in existing.excluded.items() if why not in by_list]
-        bad |= still_bad(found, suspects, cut)
+    bad |= _other_bad(config, listed, cut, bad, existing)
     while True:  # again without the files that prove unusable only when they are decoded
-        plan = _plan(config, rule, found, cut, segments, bad)
+        plan = _plan(config, rule, listed, cut, segments, bad, left_out)
         _print_plan(plan, rule)
-        if config.dry_run or (existing and _is_there(config, existing, plan, settings)):
-            return
-        with progress("packing", len(plan.tracks), shown=True) as bar:
-            made, late = pack(plan, config.out, settings, jobs=config.jobs, progress=bar.over)
+        if config.dry_run:
+            return None
+        if existing and _is_there(config, existing, plan, settings):
+            return existing
+        with progress("packing", len(plan.tracks), unit="tracks") as bar:
+            made, late = pack(
+                plan, config.out, settings, waves, jobs=config.jobs, progress=bar.over
+            )
         if made is not None:
             break
         bad |= late
+    if config.join:
+        parts.remove(config.out)
     print(f"Packed {made.rows} segments into {len(made.shards)} shards in {config.out}.")
     print(f"data set {made.dataset_id[:12]}; next: deepspeed launch/bias.py --shards {config.out}")
+    return made
+
+
+def _decode_part(config: ShardConfig, found: "Sequence[Track]", cut: "Cut") -> None:
+    from mgc_dist.display import progress
+    from mgc_dist.parts import decode_part
+
+    part = config.part_of
+    assert part is not None
+    mine = len(found[part[0] - 1 :: part[1]])
+    with progress(f"decoding part {config.part}", mine, unit="tracks") as bar:
+        count, bad = decode_part(
+            found, cut, config.out, part=part, jobs=config.jobs, progress=bar.over
+        )
+    for id_, reason in bad.items():
+        print(f"unusable: {id_}: {reason}")
+    print(
+        f"Part {config.part}: {count} tracks, {len(bad)} of them unusable. "
+        f"When all {part[1]} parts are there: the same command with --join instead of --part."
+    )
 
 
 def _settings(config: ShardConfig, rule: str) -> Settings:
-    if rule != "stratified":
-        return {"split": rule}
-    return {
-        "split": rule,
-        "seed": config.seed,
-        "validation_fraction": config.validation_fraction,
-        "test_fraction": config.test_fraction,
-    }
+    if rule == "stratified":
+        return {
+            "split": rule,
+            "seed": config.seed,
+            "validation_fraction": config.validation_fraction,
+            "test_fraction": config.test_fraction,
+        }
+    if rule == "kfold":
+        return {"split": rule, "seed": config.seed, "folds": config.folds, "fold": config.fold}
+    return {"split": rule}
+
+
+def _by_list(
+    config: ShardConfig, rule: str, found: "list[Track]"
+) -> "tuple[list[Track], dict[str, str]]":
+    """Tracks that a list of splits names, and id -> reason of those that it leaves out."""
+    from mgc_dist import split
+
+    if rule == "fault-filtered":
+        return split.split_fault_filtered(found)
+    if rule == "table":
+        return split.split_table(found, config.split_file)
+    return found, {}
+
+
+def _other_bad(
+    config: ShardConfig,
+    listed: "Sequence[Track]",
+    cut: "Cut",
+    bad: dict[str, str],
+    existing: "Manifest | None",
+) -> dict[str, str]:
+    """Files with good headers that cannot be decoded, as far as it is worth looking now.
+
+    If there are too many bad headers, all others, because all are to be listed at once; else
+    those that the data set in the output folder was packed without.
+    """
+    from mgc_dist import cut as cutting
+    from mgc_dist import split
+    from mgc_dist.display import progress
+    from mgc_dist.tracks import KNOWN_BAD
+
+    if config.join:
+        return {}
+    suspects = [track for track in listed if track.id not in bad]
+    if len(set(bad) - set(KNOWN_BAD)) <= config.allow_bad or config.dry_run:
+        excluded = existing.excluded if existing else {}
+        left_out = {id_ for id_, why in excluded.items() if why not in split.BY_LIST}
+        suspects = [track for track in suspects if track.id in left_out]
+    if not suspects:
+        return {}
+    title = "decoding the others, to list all bad files at once"
+    with progress(title, len(suspects), unit="tracks") as bar:
+        return cutting.decode_all(suspects, cut, jobs=config.jobs, progress=bar.over)
 
 
 def _plan(
     config: ShardConfig,
     rule: str,
-    found: "Sequence[Track]",
+    listed: "Sequence[Track]",
     cut: "Cut",
     segments: dict[str, int],
     bad: dict[str, str],
+    left_out: dict[str, str],
 ) -> "PackPlan":
-    from mgc_dist import tracks
+    from mgc_dist import split
     from mgc_dist.cut import judge_bad, make_plan
 
     excluded = judge_bad(bad, config.allow_bad)
-    usable = [track for track in found if track.id not in excluded]
-    if rule == "fault-filtered":
-        labelled, left_out = tracks.split_fault_filtered(usable)
-        excluded = left_out | excluded
-    else:
-        labelled = tracks.split_stratified(
+    usable = [track for track in listed if track.id not in excluded]
+    if rule == "stratified":
+        usable = split.split_stratified(
             usable,
             validation=config.validation_fraction,
             test=config.test_fraction,
             seed=config.seed,
         )
-    return make_plan(labelled, segments, excluded, cut)
+    elif rule == "kfold":
+        usable = split.split_kfold(usable, folds=config.folds, fold=config.fold, seed=config.seed)
+    return make_plan(usable, segments, left_out | excluded, cut)
 
 
 def _existing(config: ShardConfig) -> "Manifest | None":
@@ -132,6 +255,7 @@ def _print_plan(plan: "PackPlan", rule: str) -> None:
     from rich.table import Table
 
     from mgc_dist import record
+    from mgc_dist.card import not_controlled
 
     table = Table(title=f"{len(plan.tracks)} tracks, {len(plan.genres)} genres, split {rule}")
     for column in ("split", "tracks", "artists", "segments"):
@@ -151,14 +275,21 @@ def _print_plan(plan: "PackPlan", rule: str) -> None:
         console.print(f"left out: {named}: {reason}")
     console.print("leak check: no track and no known artist is in two splits")
     unknown = sum(track.group is None for track in plan.tracks)
-    if unknown and (rule == "stratified" or unknown < len(plan.tracks)):
-        console.print(
-            f"not controlled: {unknown} tracks have no known artist (--groups FILE names them); "
-            "tracks of one artist may be in two splits, which raises test accuracy"
-        )
+    if note := not_controlled(rule, unknown, len(plan.tracks)):
+        console.print(f"not controlled: {note}")
 
+
+def main() -> None:
+    """Entry of `python -m mgc_dist.shard`: the verb may be left out."""
+    verb = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in _VERBS else "pack"
+    _VERBS[verb]()
+
+
+_VERBS = {
+    "pack": lambda: cli.main("shard", ShardConfig, run),
+    "verify": lambda: cli.main("shard verify", VerifyConfig, verify),
+    "info": lambda: cli.main("shard info", InfoConfig, info),
+}
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["pack"]:  # the default verb may be written out
-        del sys.argv[1]
-    cli.main("shard", ShardConfig, run)
+    main()

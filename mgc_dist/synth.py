@@ -8,18 +8,16 @@ noise and a spectral tilt of their own over their tracks; `artists.csv` names th
 
 import csv
 import io
-import os
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgc_dist import cli
 from mgc_dist.config import SynthConfig
+from mgc_dist.display import progress
 from mgc_dist.files import replace_text
+from mgc_dist.workers import spread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,7 +117,9 @@ def run(config: SynthConfig) -> None:
     write = partial(
         _write, seed=config.seed, duration_s=config.duration_s, per_artist=config.tracks_per_artist
     )
-    _spread(write, jobs, config.jobs or len(os.sched_getaffinity(0)))
+    with progress("composing", len(jobs), unit="tracks") as bar:
+        for _ in bar.over(spread(write, jobs, config.jobs)):
+            pass
     table, lines = config.out / "artists.csv", io.StringIO(newline="")
     writer = csv.writer(lines)
     writer.writerow(("track", "genre", "artist"))
@@ -188,16 +188,6 @@ def _write(job: tuple[str, int, Path], *, seed: int, duration_s: float, per_arti
     genre, number, path = job
     wave = compose(genre, number, seed=seed, duration_s=duration_s, per_artist=per_artist)
     soundfile.write(str(path), wave, SAMPLE_RATE, subtype="PCM_16")
-
-
-def _spread(write: "partial[None]", jobs: Iterable[tuple[str, int, Path]], processes: int) -> None:
-    if processes == 1:
-        for job in jobs:
-            write(job)
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(write, jobs, chunksize=4):
-            pass
 
 
 def _add(wave: "NDArray[np.float32]", sound: "NDArray[np.float32]", start: int) -> None:

@@ -37,15 +37,17 @@ def run(config: TrainConfig) -> int:
         UserError: data, table, model, arithmetic or run folder do not fit the configuration.
     """
     stop = Stop().listen()  # before `import torch`: a signal during the import would kill us
-    from mgc_dist import display, logits, ranks
+    from mgc_dist import display, logits, ranks, stage
     from mgc_dist.data import ShardSet
 
-    with ShardSet(config.data.shards) as shards:
+    data = config.data
+    if data.shards_from:
+        stage.stage(data.shards, data.shards_from, timeout_s=data.stage_timeout_s)
+    with ShardSet(data.shards) as shards:
         table = None
         if config.objective.loss != "ce":
-            table = logits.read(config.data.table, shards.manifest)
-        first, end = shards.rows_of("train")
-        plan = _plan(config, end - first)
+            table = logits.read(data.table, shards.manifest)
+        plan = _plan(config, shards)
         identity = _identity(config, shards, table, plan)
         with ranks.join(config.engine.device) as peers:
             display.start_logging(peers.rank)
@@ -84,14 +86,17 @@ def _train(fit: "Fit") -> int:
     return 0
 
 
-def _plan(config: TrainConfig, rows: int) -> "Plan":
+def _plan(config: TrainConfig, shards: "ShardSet") -> "Plan":
     from mgc_dist.plan import Plan
 
+    first, end = shards.rows_of("train")
     return Plan(
-        rows=rows,
-        total=max(1, round(config.optim.epochs * rows)),
+        rows=end - first,
+        total=max(1, round(config.optim.epochs * (end - first))),
         global_batch=config.optim.global_batch,
         seed=config.output.seed,
+        window_shards=config.data.window_shards,
+        shard_rows=shards.shard_rows_of("train"),
     )
 
 
@@ -204,6 +209,9 @@ def _identity(
         "bias table (--bias-table)": table.header.table_sha256 if table else "none",
         "order version": ORDER_VERSION,
         "--seed": plan.seed,
+        "--window-shards": f"{plan.window_shards} of {plan.shard_rows[0]} rows"
+        if plan.window_shards
+        else 0,
         "--global-batch": plan.global_batch,
         "positions (--epochs)": plan.total,
         "--model": str(Path(model).resolve()) if Path(model).exists() else model,

@@ -138,3 +138,54 @@ def test_missing_file_and_truncated_flac(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20_000])
     with pytest.raises(UserError, match=r"damaged audio|frames"):
         audio.read(path, 16_000)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_every_depth_and_channel_count_gives_the_same_wave(
+    subtype: str, channels: int, tmp_path: Path
+) -> None:
+    wave = np.stack([tone(440, rate=44_100) / (n + 1) for n in range(channels)], axis=1)
+    path = write(tmp_path / "x.wav", wave, 44_100, subtype)
+    expected = audio.read(write(tmp_path / "e.wav", wave.mean(axis=1), 44_100, "DOUBLE"), 16_000)
+    steps = {"PCM_U8": 2**-7, "PCM_16": 2**-15}.get(subtype, 2**-20)
+    assert np.abs(audio.read(path, 16_000) - expected).max() < 1.1 * steps
+    assert (audio.read_int16(path, 16_000) == audio.to_int16(audio.read(path, 16_000))).all()
+
+
+def test_opus_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.opus"
+    soundfile.write(path, tone(440, rate=48_000), 48_000, format="OGG", subtype="OPUS")
+    assert level_db(audio.read(path, 16_000), 440, 16_000) == pytest.approx(0, abs=0.5)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 22_051, 44_100, 48_000])
+@pytest.mark.parametrize("frames", [400, 4_001, 30_003, 66_150])
+def test_the_header_tells_the_length(rate: int, frames: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.wav", tone(440, frames / rate, rate)[:frames], rate, "PCM_16")
+    frames = audio.read_header(path).frames
+    for wave in (audio.read(path, 16_000), audio.read_int16(path, 16_000)):
+        assert len(wave) == audio.read_header(path).samples_at(16_000) == frames * 16_000 // rate
+
+
+@pytest.mark.parametrize("keep", [0.0005, 0.3, 0.999])
+@pytest.mark.parametrize("form", ["WAV", "RF64", "WAVEX"])
+def test_a_cut_wav_file_is_refused_from_its_header(keep: float, form: str, tmp_path: Path) -> None:
+    # libsndfile itself reads what is left of it without a word
+    path = tmp_path / "x.wav"
+    soundfile.write(path, tone(440), RATE, "PCM_16", format=form)
+    audio.read_header(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: max(150, int(keep * len(whole)))])
+    assert len(soundfile.read(path)[0]) < 2 * RATE
+    with pytest.raises(UserError, match="bytes of audio where its header claims 88200"):
+        audio.read_header(path)
+
+
+def test_a_wav_file_from_a_pipe_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "x.wav"
+    path.write_bytes(riff(claimed=0xFFFFFFFF))
+    with pytest.raises(UserError, match=r"claims 4294967295.*written to a pipe"):
+        audio.read_header(path)
+    path.write_bytes(riff() + b"LIST\4\0\0\0abcd")  # chunks after the audio are fine
+    assert audio.read_header(path).frames == 1600

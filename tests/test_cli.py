@@ -153,6 +153,16 @@ def _plain() -> dict[str, dict[str, object]]:
         (lambda: config.SynthConfig(out=Path("x"), tracks_per_genre=0), "--tracks-per-genre"),
         (lambda: config.SynthConfig(out=Path("x"), jobs=-1), "--jobs"),
         (lambda: config.ShardConfig(jobs=-1), "--jobs"),
+        (lambda: config.ShardConfig(folds=2), "--folds"),
+        (lambda: config.ShardConfig(fold=5), "--fold"),
+        (lambda: config.ShardConfig(part="0/4"), "--part"),
+        (lambda: config.ShardConfig(part="5/4"), "--part"),
+        (lambda: config.ShardConfig(part="one"), "--part"),
+        (lambda: config.ShardConfig(part="1/4", join=True), "--part"),
+        (lambda: config.VerifyConfig(jobs=-1), "--jobs"),
+        (lambda: config.DataConfig(read_ahead=0), "--read-ahead"),
+        (lambda: config.DataConfig(reader_threads=0), "--reader-threads"),
+        (lambda: config.DataConfig(window_shards=-1), "--window-shards"),
         (lambda: config.EvaluateConfig(run=Path("x"), batch=0), "--batch"),
         (lambda: config.PredictConfig(run=Path("x"), files=(), hop_s=0.0), "--hop-s"),
         (lambda: config.PredictConfig(run=Path("x"), files=(), batch=0), "--batch"),
@@ -163,9 +173,9 @@ def test_values_out_of_range_are_refused(make, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, "shard verify", "shard info"])
 def test_help_is_quick_and_says_what_the_command_does(verb: str) -> None:
-    command = [sys.executable, "-m", f"mgc_dist.{verb}", "--help"]
+    command = [sys.executable, "-m", *f"mgc_dist.{verb}".split(), "--help"]
     if (ROOT / "launch" / f"{verb}.py").exists():
         command = [sys.executable, f"launch/{verb}.py", "--help"]
     best = math.inf

@@ -1,7 +1,11 @@
 """Reading: every byte checked, in the planned order, errors that name the place."""
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mgc_dist import record
+from mgc_dist import manifest, record
 from mgc_dist.data import Reader, ShardSet
 from mgc_dist.errors import UserError
+from mgc_dist.files import sha256
 from mgc_dist.plan import Plan, lay_out, sweep_batches, training_batches
 
 
@@ -107,14 +112,17 @@ def test_a_passing_fault_is_healed_by_one_more_read(
 ) -> None:
     with ShardSet(shards) as data:
         good = data.read(3)
-        pread, calls = data._pread, iter(range(10))
+        preadv, calls = os.preadv, iter(range(10))
 
-        def faulty(entry: np.void) -> bytes:
-            content = pread(entry)
-            return content[:-1] + b"x" if next(calls) == 0 else content
+        def faulty(handle: int, parts: record.Parts, offset: int) -> int:
+            count = preadv(handle, parts, offset)
+            if next(calls) == 0:
+                parts[1][7] ^= 1
+            return count
 
-        monkeypatch.setattr(data, "_pread", faulty)
+        monkeypatch.setattr(os, "preadv", faulty)
         assert (data.read(3) == good).all()
+        assert next(calls) == 2
 
 
 @pytest.mark.parametrize("cut", [SIZE, SIZE + 100, SIZE + 700, SIZE + 3000])
@@ -139,4 +147,135 @@ def test_an_index_that_does_not_belong_is_refused(copy: Path) -> None:
         ShardSet(copy)
     np.save(copy / "index.npy", np.array([{"evil": 1}]), allow_pickle=True)
     with pytest.raises(UserError, match=r"index\.npy"):
+        ShardSet(copy)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_neither_order_nor_content(shards: Path, threads: int) -> None:
+    plan = Plan(
+        rows=66, total=200, global_batch=8, seed=2, window_shards=2, shard_rows=(20, 20, 20, 6)
+    )
+    layout = lay_out(global_batch=8, world=1, largest_micro_batch=3)
+    with ShardSet(shards) as data:
+        planned = list(training_batches(plan, layout, 0, 0))
+        with Reader(data, "train", planned, read_ahead=3, pin=False, threads=threads) as reader:
+            for batch, micro in zip(reader, planned, strict=True):
+                assert batch.plan is micro
+                for place, wave in zip(micro.place.tolist(), batch.wave.numpy(), strict=True):
+                    expected = data.read(place) if place >= 0 else np.zeros(8000, np.int16)
+                    assert (wave == expected).all()
+        assert data.shard_rows_of("train") == (20, 20, 20, 6)
+        assert data.shard_rows_of("test") == (20, 20, 20, 6)
+
+
+def test_a_batch_that_is_kept_is_never_overwritten(shards: Path) -> None:
+    with ShardSet(shards) as data:
+        batches = sweep_batches(66, 4, 1, 0)
+        with Reader(data, "train", batches, read_ahead=2, pin=False) as reader:
+            views, addresses = [], set()
+            for batch in reader:
+                addresses.add(batch.wave.data_ptr())
+                if len(views) < 5:
+                    views.append((batch.row, batch.wave[1:3]))  # part of the tensor is enough
+        assert len(addresses) < 12  # of 17 batches: buffers come back
+        for row, wave in views:
+            assert all((data.read(int(row[k + 1])) == wave[k].numpy()).all() for k in (0, 1))
+
+
+BOUNDED = """
+import resource, sys
+from pathlib import Path
+from mgc_dist.data import Reader, ShardSet
+from mgc_dist.plan import sweep_batches
+
+def used():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmData")).split()[1]) * 1024
+
+with ShardSet(Path(sys.argv[1])) as data:
+    def walk(times):
+        for _ in range(times):
+            plan = sweep_batches(66, 8, 1, 0)
+            with Reader(data, "train", plan, read_ahead=4, pin=False) as reader:
+                for batch in reader:
+                    pass
+    walk(10)
+    bound = (4 + 2) * 8 * 2 * 8000 + (16 << 20)  # (read_ahead + 2) batches, two thread stacks
+    resource.setrlimit(resource.RLIMIT_DATA, (used() + bound,) * 2)
+    walk(300)  # 320 MB through that
+    try:
+        kept = [bytearray(1 << 20) for _ in range(128)]
+    except MemoryError:
+        print("the limit holds")
+"""
+
+
+def test_memory_does_not_grow_with_the_data(shards: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED, str(shards)], capture_output=True, text=True
+    )
+    assert done.stdout == "the limit holds\n", done.stderr
+
+
+def write_index(folder: Path, index: np.ndarray) -> None:
+    np.save(folder / "index.npy", index)
+    found = manifest.read(folder)
+    manifest.write(folder, replace(found, index_sha256=sha256(folder / "index.npy")))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("shard", lambda i: i.__setitem__(3, 2), "shard 2 of row 3, expected shard 0"),
+        ("offset", lambda i: i.__setitem__(3, 5), "offset 5 of row 3"),
+        ("wave_offset", lambda i: i.__setitem__(3, 5), "wave_offset 5 of row 3"),
+        ("wave_bytes", lambda i: i.__setitem__(3, 2**31), "wave_bytes 2147483648 of row 3"),
+        ("record_bytes", lambda i: i.__setitem__(3, 2**31), "record_bytes 2147483648 of row 3"),
+        ("label", lambda i: i.__setitem__(3, (i[3] + 1) % 3), "label . of row 3, expected label"),
+        ("track", lambda i: i.__setitem__(3, 10**6), "track 1000000 of row 3"),
+        ("segment", lambda i: i.__setitem__(3, 99), "segment 99 of row 3"),
+    ],
+)
+def test_an_index_that_packing_would_not_write_is_refused(
+    copy: Path, name: str, change: object, message: str
+) -> None:
+    index = np.load(copy / "index.npy")
+    change(index[name])
+    write_index(copy, index)
+    with pytest.raises(UserError, match=message):
+        ShardSet(copy)
+
+
+def test_rows_that_leak_or_repeat_are_refused(copy: Path) -> None:
+    whole = np.load(copy / "index.npy")
+    index = whole.copy()
+    fields = ["label", "track", "segment"]
+    for name in fields:  # a validation row's segment among the training rows
+        index[name][0] = whole[name][100]
+    write_index(copy, index)
+    with pytest.raises(UserError, match=r"track .* of row 0, expected track of the split"):
+        ShardSet(copy)
+    index = whole.copy()
+    for name in fields:
+        index[name][0] = whole[name][1]
+    write_index(copy, index)
+    with pytest.raises(UserError, match=r"number of rows of key \w+ [02] "):
+        ShardSet(copy)
+
+
+def test_a_shard_of_another_length_is_refused_even_if_the_manifest_vouches(copy: Path) -> None:
+    path = copy / "train-000003.tar"
+    path.write_bytes(path.read_bytes()[: 5 * SIZE])
+    found = manifest.read(copy)
+    entries = tuple(replace(e, bytes=5 * SIZE) if e.name == path.name else e for e in found.shards)
+    manifest.write(copy, replace(found, shards=entries))
+    with pytest.raises(UserError, match=rf"train-000003\.tar: got {5 * SIZE} bytes"):
+        ShardSet(copy)
+
+
+def test_the_index_of_another_data_set_is_refused(copy: Path, shards: Path) -> None:
+    index = np.load(shards / "index.npy")
+    index["checksum"] += 1
+    np.save(copy / "index.npy", index)
+    with pytest.raises(UserError, match=r"index\.npy: got sha256"):
         ShardSet(copy)

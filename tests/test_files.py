@@ -1,10 +1,13 @@
 """Files: whole or not there."""
 
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
 
 from mgc_dist import files
+from mgc_dist.errors import UserError
 
 
 def write_half(path: Path) -> None:
@@ -30,3 +33,36 @@ def test_sha256_of_the_standards_example(tmp_path: Path) -> None:
     assert files.sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")
     files.sync(tmp_path / "abc")
     files.sync(tmp_path)
+
+
+def test_write_at_names_the_file_when_the_disk_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"0123456789")
+    files.write_at(path, 3, memoryview(b"abc"))
+    assert path.read_bytes() == b"012abc6789"
+    with pytest.raises(OSError, match="full") as caught:
+        files.write_at(Path("/dev/full"), 0, b"x")
+    assert caught.value.filename == "/dev/full"
+
+
+def hold(path: Path, seconds: float) -> None:
+    with files.locked(path, wait_s=0, purpose="holding"):
+        path.with_suffix(".held").touch()
+        time.sleep(seconds)
+
+
+def test_a_lock_waits_with_a_limit_and_ends_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    holder = multiprocessing.get_context("fork").Process(target=hold, args=(path, 60))
+    holder.start()
+    while not path.with_suffix(".held").exists():
+        time.sleep(0.01)
+    with (
+        pytest.raises(UserError, match=r"copying: got another process at it for more than 0.2 s"),
+        files.locked(path, wait_s=0.2, purpose="copying"),
+    ):
+        pass
+    holder.kill()
+    with files.locked(path, wait_s=10, purpose="copying"):
+        pass
+    holder.join()

@@ -44,7 +44,7 @@ def test_it_reads_back_what_was_written(shards: Path, tmp_path: Path) -> None:
 def test_version_and_contents_are_checked(copy: Path, shards: Path) -> None:
     content = json.loads((copy / manifest.NAME).read_text())
     edit(copy, format_version=99)
-    with pytest.raises(UserError, match=r"version 99, expected 'mgc_dist shards' version 1"):
+    with pytest.raises(UserError, match=r"version 99, expected 'mgc_dist shards' version 2"):
         manifest.read(copy)
     for changes, message in (
         ({"splits": content["splits"] | {"test": [0, 5]}}, "splits"),

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
     "synth": config.SynthConfig,
     "shard": config.ShardConfig,
+    "shard verify": config.VerifyConfig,
+    "shard info": config.InfoConfig,
     "bias": config.BiasConfig,
     "train": config.TrainConfig,
     "evaluate": config.EvaluateConfig,
@@ -24,6 +26,7 @@ def shown_commands() -> list[str]:
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
     inline = re.findall(r"`((?:deepspeed|python -m mgc_dist|python launch|make) ?[^`]+)`", text)
+    inline = [" ".join(command.split()) for command in inline]
     lines = [line for block in blocks for line in block.splitlines() if line.strip()] + inline
     for preset in cli.PRESETS.glob("*.yaml"):
         head = preset.read_text().split("\n\n")[0].split("# Command: ")[1]
@@ -49,13 +52,25 @@ def test_command_parses(line: str) -> None:
         assert (ROOT / words[place]).is_file()
     needs_out = {"evaluate": ["RUN"], "predict": ["RUN", "x"], "export": ["RUN", "OUT"]}
     rest = words[place + 1 :]
+    if verb == "shard" and rest[:1] in (["verify"], ["info"]):
+        verb = f"shard {rest.pop(0)}"
     if verb != "demo":
         cli.parse(verb, CONFIGS[verb], rest or needs_out.get(verb, []))
 
 
 def test_there_are_commands_of_every_kind() -> None:
     text = "\n".join(shown_commands())
-    for verb in ("shard", "bias", "train", "evaluate", "predict", "export", "sbatch", "make demo"):
+    for verb in (
+        "shard",
+        "verify",
+        "bias",
+        "train",
+        "evaluate",
+        "predict",
+        "export",
+        "sbatch",
+        "make demo",
+    ):
         assert verb in text
 
 

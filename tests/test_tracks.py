@@ -1,11 +1,8 @@
 """Finding, naming and splitting tracks; nothing leaks."""
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from mgc_dist import tracks
 from mgc_dist.errors import UserError
@@ -47,7 +44,7 @@ def test_find_reads_the_kaggle_layout_and_ignores_dotfiles(tmp_path: Path) -> No
     ],
 )
 def test_ids_are_short_ascii_without_dots(path: str, id_: str | None) -> None:
-    made = tracks.track_id(Path(path))
+    made = tracks.track_id(Path(path), Path(path).parent.name)
     assert made.isascii()
     assert "." not in made
     assert len(made) <= tracks.ID_BYTES
@@ -55,7 +52,7 @@ def test_ids_are_short_ascii_without_dots(path: str, id_: str | None) -> None:
 
 
 def test_names_that_lose_letters_stay_apart() -> None:
-    assert tracks.track_id(Path("日本/曲.wav")) != tracks.track_id(Path("日本/歌.wav"))
+    assert tracks.track_id(Path("曲.wav"), "日本") != tracks.track_id(Path("歌.wav"), "日本")
 
 
 def test_errors_name_folder_and_cure(tmp_path: Path) -> None:
@@ -101,10 +98,10 @@ def test_groups_count_within_their_genre_and_never_twice(tmp_path: Path) -> None
 
 
 def test_files_that_are_not_taken_are_known(tmp_path: Path) -> None:
-    root = touch(tmp_path, "g/a.wav", "g/b.m4a", "g/deep/c.wav", "h/d.opus", "g/._e.wav")
+    root = touch(tmp_path, "g/a.wav", "g/b.m4a", "g/deep/c.wav", "h/d.m4b", "g/._e.wav")
     found = tracks.find(root)
     names = [path.relative_to(root).as_posix() for path in tracks.overlooked(root, found)]
-    assert names == ["g/b.m4a", "g/deep/c.wav", "h/d.opus"]
+    assert names == ["g/b.m4a", "g/deep/c.wav", "h/d.m4b"]
 
 
 def test_names_that_no_manifest_can_hold_are_refused(tmp_path: Path) -> None:
@@ -112,60 +109,6 @@ def test_names_that_no_manifest_can_hold_are_refused(tmp_path: Path) -> None:
     (tmp_path / "g" / b"caf\xe9.wav".decode("utf-8", "surrogateescape")).touch()
     with pytest.raises(UserError, match="not UTF-8"):
         tracks.find(tmp_path)
-
-
-def test_fault_filtered_lists_have_their_published_sizes() -> None:
-    lists = tracks.fault_filtered()
-    assert Counter(lists.values()) == {"train": 443, "validation": 197, "test": 290}
-    assert len(lists) == tracks.FAULT_FILTERED_TRACKS
-    everything = [track(id_) for id_ in lists if id_ != "jazz_00054"]  # the known-bad one
-    assert tracks.choose_split("auto", everything) == "fault-filtered"
-    assert tracks.choose_split("auto", everything[: len(everything) // 2]) == "stratified"
-    gone = everything[-1].id
-    with pytest.raises(UserError, match=rf"got no {gone}(.|\n)*--split stratified makes a random"):
-        tracks.choose_split("auto", everything[:-1])
-    kept, left_out = tracks.split_fault_filtered([*everything, track("blues_99999")])
-    assert len(kept) == 929
-    assert left_out == {
-        "blues_99999": tracks.NOT_LISTED,
-        "jazz_00054": tracks.NO_FILE,
-    }
-    with pytest.raises(UserError, match="GTZAN's file names"):
-        tracks.split_fault_filtered([track("a"), track("b")])
-
-
-@given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 12)), min_size=60, max_size=150))
-@settings(max_examples=40, deadline=None)
-def test_stratified_split_keeps_groups_together_and_shares(pairs: list[tuple[str, int]]) -> None:
-    found = [
-        track(f"{genre}{n}", genre, f"{genre} artist {artist}" if artist else None)
-        for n, (genre, artist) in enumerate(pairs)
-    ]
-    artists = Counter(genre for genre, _ in {(t.genre, t.group or t.id) for t in found})
-    assume(min(artists.values()) >= 6)
-    split = tracks.split_stratified(found, validation=0.2, test=0.2, seed=1)
-    tracks.refuse_leaks(split)
-    assert [t.id for t in split] == [t.id for t in found]
-    for genre in {t.genre for t in split}:
-        sizes = Counter(t.split for t in split if t.genre == genre)
-        largest = max(Counter(t.group or t.id for t in split if t.genre == genre).values())
-        assert abs(sizes["test"] - 0.2 * sizes.total()) <= largest + 1
-
-
-def test_too_few_artists_are_refused() -> None:
-    found = [track(f"t{n}", group=f"artist {n % 2}") for n in range(10)]
-    with pytest.raises(UserError, match="genre g has no track for the test split"):
-        tracks.split_stratified(found, validation=0.2, test=0.2, seed=1)
-
-
-def test_split_depends_on_the_seed_and_not_on_the_order_of_files() -> None:
-    found = [track(f"t{n}") for n in range(40)]
-
-    def split(order: list[Track], seed: int) -> dict[str, str]:
-        made = tracks.split_stratified(order, validation=0.2, test=0.2, seed=seed)
-        return {t.id: t.split for t in made}
-
-    assert split(found, 0) == split(found[::-1], 0) != split(found, 1)
 
 
 def test_leaks_are_refused() -> None:
@@ -178,13 +121,49 @@ def test_leaks_are_refused() -> None:
     tracks.refuse_leaks([track("a", split="train"), track("b", split="test")])
 
 
-def test_folds_keep_groups_together_and_spread_each_genre() -> None:
-    found = [
-        track(f"{genre}{n}", genre, f"{genre} artist {n // 2}") for genre in "xy" for n in range(20)
+def test_a_table_lists_paths_genres_groups_and_splits(tmp_path: Path) -> None:
+    table = tmp_path / "list.tsv"
+    table.write_text(
+        "path\tgenre\tartist\tsplit\n"
+        "x/one.flac\trock\tAnn, the first\ttrain\n"
+        "y/two.wav\tjazz\t \tDEV\n"
+        f"{tmp_path}/z/three.mp3\tjazz\tBob\t\n"
+    )
+    found = tracks.find(table)
+    assert [(t.id, t.genre, t.group, t.split) for t in found] == [
+        ("jazz_three", "jazz", "Bob", ""),
+        ("jazz_two", "jazz", None, "validation"),
+        ("rock_one", "rock", "Ann, the first", "train"),
     ]
-    folds = tracks.deal_folds(found, 5, seed=0)
-    assert set(folds.values()) == {0, 1, 2, 3, 4}
-    for genre in "xy":
-        sizes = Counter(folds[f"group {t.group}"] for t in found if t.genre == genre)
-        assert set(sizes.values()) == {4}
-    assert folds != tracks.deal_folds(found, 5, seed=1)
+    assert found[2].path == tmp_path / "x" / "one.flac"
+    assert found[0].path == tmp_path / "z" / "three.mp3"
+    assert tracks.overlooked(table, found) == []
+
+
+def test_albums_that_number_their_files_alike_stay_apart(tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text("path,genre\na/01.wav,rock\nb/01.wav,rock\nb/02.wav,rock\n")
+    ids = [t.id for t in tracks.find(table)]
+    assert len(set(ids)) == 3
+    assert "rock_02" in ids
+    table.write_text("path,genre,track\na/01.wav,rock,A1\nb/01.wav,rock,B1\n")
+    assert [t.id for t in tracks.find(table)] == ["A1", "B1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,genre\na.wav,\n", "line 2: got a blank path or genre"),
+        ("file,genre\na.wav,x\n", "columns file, genre"),
+        ("path,genre\n", "no rows"),
+        ("path,genre\na.wav,x\na.wav,y\n", "two lines"),
+        ("path,genre,track\na.wav,x,T\nb.wav,x,T\n", "two files have the track id T"),
+        ('path,genre\n"a.wav,x\n', "expected a readable CSV"),
+        ("path,genre,split\na.wav,x,third\n", "got 'third'"),
+    ],
+)
+def test_tables_with_mistakes_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text(text)
+    with pytest.raises(UserError, match=message):
+        tracks.find(table)
