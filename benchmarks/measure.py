@@ -54,7 +54,7 @@ def main(
         prepare(folder, options.tracks)
         results = _run_all(contenders, folder, options.runs)
     facts = {"benchmark": title, "date": str(date.today()), "tracks": options.tracks}
-    facts |= {"runs": options.runs, "machine": _machine(), "versions": _versions(packages)}
+    facts |= {"runs": options.runs, "machine": machine(), "versions": _versions(packages)}
     content = facts | {"results": results} | compare(results)
     line = json.dumps(content)
     print(line)
@@ -142,7 +142,7 @@ def _summary(found: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     model = next(
         (
             line.split(":")[1].strip()

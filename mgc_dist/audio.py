@@ -24,8 +24,8 @@ MAX_HOURS = 12
 """A FLAC header can claim 2^36 frames and make a decoder allocate 256 GiB."""
 MAX_CHANNELS = 8
 _FULL_SCALE = 32768
-_BLOCK = 1 << 20
-"""Frames that are decoded at a time: most tracks at once."""
+_BLOCK = 1 << 16
+"""Frames that are decoded at a time; they and what becomes of them stay in a core's cache."""
 
 
 class UnusableAudio(UserError):
