@@ -8,6 +8,7 @@ error names shard, key and offset.
 
 import logging
 import os
+import resource
 import time
 import weakref
 from collections import deque
@@ -31,6 +32,9 @@ from mgc_dist.plan import MicroBatch
 from mgc_dist.tracks import SPLITS
 
 log = logging.getLogger(__name__)
+
+_OTHER_FILES = 256
+"""Open files that a training process has besides the shards, generously."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,7 @@ class ShardSet:
         self._record_bytes = record.record_bytes(self.manifest.segment_samples)
         audio_bytes = 2 * self.manifest.segment_samples
         self._tail_bytes = self._record_bytes - record.WAVE_OFFSET - audio_bytes
+        _allow_open_files(folder, len(self.manifest.shards))
         self._files: list[int] = []
         for shard in self.manifest.shards:
             path = folder / shard.name
@@ -178,6 +183,22 @@ class ShardSet:
             cure="copy the shard again from its source, or pack the data set again",
             this_rank_only=True,
         )
+
+
+def _allow_open_files(folder: Path, shards: int) -> None:
+    """Raise this process's limit on open files where there are more shards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = shards + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(
+                f"data set {folder} of {shards} shards",
+                got=f"a limit of {hard} open files (ulimit -H -n)",
+                expected=f"at least {needed}",
+                cure="raise the limit, or pack with larger --rows-per-shard",
+                this_rank_only=True,
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def open_index(folder: Path, found: Manifest) -> NDArray[np.void]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 from mgc_dist.errors import UserError
 from mgc_dist.files import replace_text
@@ -18,6 +19,8 @@ FORMAT = "mgc_dist shards"
 FORMAT_VERSION = 2
 NAME = "manifest.json"
 INDEX = "index.npy"
+E = TypeVar("E", "TrackEntry", "ShardEntry")
+_SETTINGS = ("segment_samples", "hop_samples", "sample_rate", "rows_per_shard")
 _SHARD = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
 
@@ -168,15 +171,47 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
-def _from_json(content: dict[str, object]) -> Manifest:
+def _from_json(content: dict[str, Any]) -> Manifest:
+    """Every value has the type that packing gives it; foreign ones must not get further."""
     if set(content) != {field.name for field in fields(Manifest)}:
         raise ValueError(f"keys {sorted(content)}")
-    parts: dict[str, object] = dict(content)
-    parts["genres"] = tuple(_strings(content["genres"]))
-    parts["splits"] = {k: (int(v[0]), int(v[1])) for k, v in dict(content["splits"]).items()}  # type: ignore[call-overload]
-    parts["tracks"] = tuple(TrackEntry(**entry) for entry in content["tracks"])  # type: ignore[attr-defined]
-    parts["shards"] = tuple(ShardEntry(**entry) for entry in content["shards"])  # type: ignore[attr-defined]
-    return Manifest(**parts)  # type: ignore[arg-type]
+    for name in ("dataset_id", "index_sha256"):
+        _require(isinstance(content[name], str), name, content[name])
+    splits = {name: tuple(bounds) for name, bounds in content["splits"].items()}
+    for name, bounds in splits.items():
+        whole = len(bounds) == 2 and all(type(row) is int for row in bounds)
+        _require(whole, f"split {name}", bounds)
+    for name in _SETTINGS:
+        value = content["settings"].get(name)
+        _require(type(value) is int and value > 0, f"setting {name}", value)
+    for name in ("excluded", "versions"):
+        for key, value in content[name].items():
+            _require(isinstance(value, str), f"{name} {key}", value)
+    return Manifest(
+        **content
+        | {
+            "splits": splits,
+            "genres": tuple(_strings(content["genres"])),
+            "tracks": tuple(_entry(TrackEntry, found) for found in content["tracks"]),
+            "shards": tuple(_entry(ShardEntry, found) for found in content["shards"]),
+        }
+    )
+
+
+def _entry(kind: type[E], found: dict[str, Any]) -> E:
+    """A track or a shard, each field of its declared type, numbers positive."""
+    for field in fields(kind):
+        value = found[field.name]
+        if field.type in (int, "int"):
+            _require(type(value) is int and value > 0, field.name, value)
+        elif not (value is None and field.name == "group"):
+            _require(isinstance(value, str), field.name, value)
+    return kind(**found)
+
+
+def _require(ok: bool, name: str, value: object) -> None:
+    if not ok:
+        raise ValueError(f"{name} {value!r}")
 
 
 def _strings(value: object) -> list[str]:
@@ -191,6 +226,8 @@ def _check(path: Path, manifest: Manifest) -> None:
     starts = [pair[0] if pair else -1 for pair in bounds]
     if starts != ends[:-1] or ends[-1] != manifest.rows or ends != sorted(ends):
         raise _damaged(path, f"splits {manifest.splits} of {manifest.rows} rows")
+    if sorted(manifest.genres) != sorted({track.genre for track in manifest.tracks}):
+        raise _damaged(path, "genres that are not those of its tracks")
     if sum(track.segments for track in manifest.tracks) != manifest.rows:
         raise _damaged(path, "segments of the tracks that do not add up to the rows")
     for shard in manifest.shards:

@@ -41,7 +41,7 @@ def run(config: ShardConfig) -> None:
         sample_rate=config.sample_rate,
         rows_per_shard=config.rows_per_shard,
     )
-    if config.part_of:
+    if config.part_of and not config.dry_run:
         _decode_part(config, found, cut)
         return
     made = _pack(config, found, cut)

@@ -279,3 +279,26 @@ def test_the_index_of_another_data_set_is_refused(copy: Path, shards: Path) -> N
     np.save(copy / "index.npy", index)
     with pytest.raises(UserError, match=r"index\.npy: got sha256"):
         ShardSet(copy)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from mgc_dist import data
+data._OTHER_FILES = 30
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+try:
+    with data.ShardSet(Path(sys.argv[1])) as shards:
+        print(len(shards.read(197)))
+except data.UserError as error:
+    print(error)
+"""
+
+
+def test_more_shards_than_open_files(shards: Path) -> None:
+    def run(soft: int, hard: int) -> str:
+        command = [sys.executable, "-c", LIMITED, str(shards), str(soft), str(hard)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert run(41, 100) == "8000\n"  # 12 shards and 30 others need 42
+    assert "got a limit of 41 open files (ulimit -H -n), expected at least 42" in run(41, 41)

@@ -1,9 +1,12 @@
 """Logging: rank 0 speaks, the others warn; a file gets plain lines; bars only on a terminal."""
 
+import io
 import logging
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mgc_dist import display
 from mgc_dist.errors import UserError
@@ -46,3 +49,30 @@ def test_user_errors_travel_between_processes() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error) == "--x: got 3, expected 4\n  do"
     assert again.this_rank_only
+
+
+def test_log_files_get_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "LINE_EVERY_S", 0.0)
+    with display.progress("packing", 3, unit="tracks") as bar:
+        list(bar.over("abc"))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert re.fullmatch(r"packing: 2 of 3 tracks, [\d.]+/s, \d+ s left", lines[1])
+    for quiet in ({"lines": False}, {"shown": False}):
+        with display.progress("packing", 3, unit="tracks", **quiet) as bar:
+            list(bar.over("abc"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr(display, "_console", console)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with display.progress("packing", 3, unit="tracks") as bar:
+        list(bar.over("abc"))
+    assert re.search(r"packing.*3/3.*tracks/s.*0:00:00", screen.getvalue().replace("\n", " "))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import _free_port, shard_config, write_tracks
+from conftest import _free_port, shard_config, write_model, write_tracks
 
 from mgc_dist import shard
 
@@ -120,6 +120,42 @@ def test_own_folder_on_one_process_as_readme_says(packed: Path, tmp_path: Path) 
         assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "evaluation" / "confusion-test.png").is_file()
     assert json.loads((run / "env.json").read_text())["world"] == 1
+
+
+def test_shards_from_elsewhere_are_staged_by_two_ranks(packed: Path, tmp_path: Path) -> None:
+    node, source = tmp_path / "node", f"pipe:cat {packed / 'shards'}/{{}}"
+    model = write_model(tmp_path / "tiny.json")
+    common = ("--shards", node, "--shards-from", source, "--model", model, "--loss", "ce")
+    small = ("--freeze", "none", "--epochs", "0.5", "--global-batch", "8")
+    run = tmp_path / "run"
+    done = call("launch/train.py", *common, *small, "--run", run, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {path.name for path in (packed / "shards").glob("*.tar")}
+    assert {path.name for path in node.glob("*.tar")} == names
+    heads = ("--backbone", "logmel", "--folds", "2")
+    done = call("launch/evaluate.py", run, "--shards-from", source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = call("launch/bias.py", "--shards", node, "--shards-from", source, *heads)
+    assert done.returncode == 0, done.stdout + done.stderr
+    refused(
+        call("launch/bias.py", "--shards", tmp_path / "n2", "--shards-from", "s3://bucket/x"),
+        "--shards-from s3://bucket/x",
+        "pipe:aws s3 cp",
+    )
+
+
+def test_verify_and_info(packed: Path, tmp_path: Path) -> None:
+    done = call("-m", "mgc_dist.shard", "info", packed / "shards")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tracks by genre" in done.stdout
+    done = call("-m", "mgc_dist.shard", "verify", packed / "shards")
+    assert done.returncode == 0, done.stdout + done.stderr
+    copy = Path(shutil.copytree(packed / "shards", tmp_path / "copy"))
+    content = bytearray((copy / "test-000000.tar").read_bytes())
+    content[-1] ^= 1
+    (copy / "test-000000.tar").write_bytes(content)
+    done = call("-m", "mgc_dist.shard", "verify", copy)
+    refused(done, "test-000000.tar: archive tail: got byte 1", "sha256")
 
 
 def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:

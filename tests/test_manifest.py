@@ -83,3 +83,35 @@ def test_dataset_id_depends_on_content_only(shards: Path) -> None:
     assert base != manifest.dataset_id(settings_, ["h"], rows)
     assert base != manifest.dataset_id(settings_, ["g"], rows[::-1])
     assert base != manifest.dataset_id(settings_ | {"hop_samples": 2}, ["g"], rows)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("tracks", "segments", "11"),
+        ("tracks", "segments", -1),
+        ("tracks", "segments", True),
+        ("tracks", "group", 7),
+        ("tracks", "split", None),
+        ("shards", "rows", 20.0),
+        ("shards", "bytes", "many"),
+        ("shards", "name", ["x.tar"]),
+        ("settings", "segment_samples", "8000"),
+        ("settings", "hop_samples", 0),
+    ],
+)
+def test_values_of_another_type_are_refused(
+    copy: Path, part: str, name: str, value: object
+) -> None:
+    content = json.loads((copy / manifest.NAME).read_text())
+    entry = content[part] if part == "settings" else content[part][0]
+    entry[name] = value
+    (copy / manifest.NAME).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"manifest .*{name} "):
+        manifest.read(copy)
+
+
+def test_other_genres_than_the_tracks_have_are_refused(copy: Path) -> None:
+    edit(copy, genres=["blues", "classical", "polka"])
+    with pytest.raises(UserError, match="genres that are not those of its tracks"):
+        manifest.read(copy)

@@ -157,6 +157,7 @@ def test_albums_that_number_their_files_alike_stay_apart(tmp_path: Path) -> None
         ("file,genre\na.wav,x\n", "columns file, genre"),
         ("path,genre\n", "no rows"),
         ("path,genre\na.wav,x\na.wav,y\n", "two lines"),
+        ("path,genre\na.wav,x\n./b/../a.wav,y\n", "two lines"),
         ("path,genre,track\na.wav,x,T\nb.wav,x,T\n", "two files have the track id T"),
         ('path,genre\n"a.wav,x\n', "expected a readable CSV"),
         ("path,genre,split\na.wav,x,third\n", "got 'third'"),

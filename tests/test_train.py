@@ -38,9 +38,15 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "checkpoint_every_epochs": 0.5,
         "seed": 0,
         "precision": "auto",
+        "window_shards": 0,
+        "reader_threads": 1,
     } | changes
     return TrainConfig(
-        data=DataConfig(shards=shards),
+        data=DataConfig(
+            shards=shards,
+            window_shards=knobs["window_shards"],
+            reader_threads=knobs["reader_threads"],
+        ),
         main=ModelConfig(model=str(model), freeze=knobs["freeze"]),
         objective=LossConfig(loss=knobs["loss"]),
         optim=OptimConfig(
@@ -170,6 +176,28 @@ def test_stopped_and_resumed_ends_with_the_same_bits(
     )
     best = (parts / "best" / "model.safetensors").read_bytes()
     assert best == (whole / "best" / "model.safetensors").read_bytes()
+
+
+def test_windows_resume_to_the_same_bits_with_more_reader_threads(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path, reference: list[float]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_on(1, config(shards, tiny_model, whole, window_shards=2))
+    assert losses(whole) != pytest.approx(reference, abs=1e-5), "the order is another one"
+    settings = config(shards, tiny_model, parts, window_shards=2)
+    assert run_ranks(1, train_until, 2, settings) == [0]
+    again = {"resume": "auto", "reader_threads": 3, "micro_batch": 10}
+    other = config(shards, tiny_model, parts, window_shards=1, **again)
+    with pytest.raises(UserError, match=r"--window-shards: got 1 of 20 rows, expected 2 of 20"):
+        run_ranks(1, train.run, other)
+    train_on(1, config(shards, tiny_model, parts, window_shards=2, **again))
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)  # another micro batch
+    exact = tmp_path / "exact"
+    assert run_ranks(1, train_until, 2, config(shards, tiny_model, exact, window_shards=2)) == [0]
+    again = {"resume": "auto", "reader_threads": 3}
+    train_on(1, config(shards, tiny_model, exact, window_shards=2, **again))
+    assert losses(exact) == losses(whole)
+    assert weights_hash(exact, 2) == weights_hash(whole, 2)
 
 
 def test_resume_refuses_what_would_change_the_run(
