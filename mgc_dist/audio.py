@@ -63,10 +63,9 @@ def read_header(path: Path) -> Header:
         raise _unusable(path, "no such file", "an audio file")
     try:
         info = soundfile.info(str(path))
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise _unusable(
-            path, f"no readable audio ({error})", "WAV, FLAC, OGG, Opus or MP3"
-        ) from error
+    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:  # TypeError: .raw
+        got, kinds = f"no readable audio ({_said(error)})", "WAV, FLAC, OGG, Opus or MP3"
+        raise _unusable(path, got, kinds) from error
     if not 1 <= info.channels <= MAX_CHANNELS:
         raise _unusable(path, f"{info.channels} channels", f"1 to {MAX_CHANNELS}")
     if not 4_000 <= info.samplerate <= 192_000:
@@ -188,7 +187,7 @@ def _decoded(path: Path, header: Header) -> Iterator[NDArray[np.float32]]:
                         raise _unusable(path, "samples that are not finite", "numbers")
                 yield mono
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise _unusable(path, f"damaged audio ({error})", "a whole file") from error
+        raise _unusable(path, f"damaged audio ({_said(error)})", "a whole file") from error
     if frames != header.frames:
         raise _unusable(path, f"{frames} frames", f"{header.frames} as its header says")
 
@@ -221,6 +220,11 @@ def segments(wave: NDArray[np.int16], length: int, hop: int) -> NDArray[np.int16
 def to_int16(wave: NDArray[np.float32]) -> NDArray[np.int16]:
     """Quantise to 16 bits, rounded and clipped, no dither: exact for 16-bit audio at this rate."""
     return _quantised(wave * np.float32(_FULL_SCALE))
+
+
+def _said(error: Exception) -> str:
+    """What libsndfile says, without the path in front: reasons are written into the manifest."""
+    return str(getattr(error, "error_string", error))
 
 
 def _unusable(path: Path, got: str, expected: str) -> UnusableAudio:

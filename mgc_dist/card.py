@@ -16,7 +16,7 @@ NAME = "README-DATASET.md"
 def write(folder: Path, found: Manifest) -> None:
     """Write the card, if it is not there as it should be."""
     path, text = folder / NAME, _text(found)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
         replace_text(path, text)
 
 

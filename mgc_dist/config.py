@@ -4,6 +4,7 @@ A configuration is read-only after parsing. Flags are the field names without th
 (`--global-batch`, not `--optim.global-batch`), so a field name is used once per command.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,6 +148,8 @@ class ShardConfig:
             "4000 to 192000 Hz",
             "wav2vec2 models want 16000",
         )
+        for flag, value in (("--segment-s", self.segment_s), ("--hop-s", self.hop_s)):
+            _require(flag, math.isfinite(value), value, "a number of seconds", "1.5 or 3 is usual")
         _require(
             "--segment-s",
             self.segment_samples >= 400,

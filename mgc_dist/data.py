@@ -75,6 +75,14 @@ class ShardSet:
         self._tail_bytes = self._record_bytes - record.WAVE_OFFSET - audio_bytes
         _allow_open_files(folder, len(self.manifest.shards))
         self._files: list[int] = []
+        try:
+            self._open_shards()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_shards(self) -> None:
+        folder = self.folder
         for shard in self.manifest.shards:
             path = folder / shard.name
             size = path.stat().st_size if path.is_file() else None
@@ -180,7 +188,7 @@ class ShardSet:
             f"damaged record: shard {self.folder / shard}, key {key}, row {row}, offset {offset}",
             got=f"{len(data)} bytes of key {record.key_at(data)!r} with checksum {found:016x}",
             expected=f"{self._record_bytes} bytes with {int(entry['checksum']):016x}",
-            cure="copy the shard again from its source, or pack the data set again",
+            cure="copy the shard again from its source, or pack again with --overwrite",
             this_rank_only=True,
         )
 
@@ -271,7 +279,7 @@ def _not_as_packed(path: Path, got: object, expected: object) -> UserError:
         f"data set file {path}",
         got=got,
         expected=f"{expected}, as the manifest says",
-        cure="copy the data set again, or pack it again",
+        cure="copy the data set again, or pack it again with --overwrite",
         this_rank_only=True,
     )
 
@@ -310,6 +318,7 @@ class Reader:
         self._read_ahead, self._threads = max(1, read_ahead), threads
         self._buffers = _Buffers(pin)
         self._pending: deque[Future[Batch]] = deque()
+        self._closed = False
 
     def __enter__(self) -> "Reader":
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="reader")
@@ -322,11 +331,14 @@ class Reader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._closed = bool(self._pending)
         self._pool.shutdown(cancel_futures=True)
         self._pending.clear()
 
     def __iter__(self) -> Iterator[Batch]:
-        while self._pending:
+        while self._pending or self._closed:
+            if self._closed:
+                raise RuntimeError("the reader has been left, with batches still to come")
             started = time.perf_counter()
             batch = self._pending.popleft().result()
             self.wait_s += time.perf_counter() - started

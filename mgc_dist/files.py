@@ -21,6 +21,16 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def stamp_of(path: Path) -> str:
+    """Place, size and times of a file: changes whenever its content may have changed.
+
+    The time of change alone does not tell: archives may give all of their files one.
+    """
+    facts = path.stat()
+    times = f"{facts.st_mtime_ns} {facts.st_ctime_ns}"
+    return f"{path.resolve()} {facts.st_ino} {facts.st_size} {times}"
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -70,30 +80,37 @@ def locked(path: Path, *, wait_s: float, purpose: str) -> Iterator[None]:
     """Hold a lock that ends with this process, however it ends.
 
     Args:
-        path: of the lock file; it stays behind, empty.
+        path: of the lock file; its holder may remove it.
         wait_s: how long to wait for another process to let go.
         purpose: what the lock is for, in the error message.
 
     Raises:
         UserError: another process still holds it after that time.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + wait_s
+    while (handle := _try_lock(path)) is None:
+        if time.monotonic() >= deadline:
+            raise UserError(
+                purpose,
+                got=f"another process at it for more than {wait_s:g} s (lock {path})",
+                expected="to have the folder alone",
+                cure="wait for it, or end it",
+                this_rank_only=True,
+            )
+        time.sleep(0.1)
     try:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    raise UserError(
-                        purpose,
-                        got=f"another process at it for more than {wait_s:g} s (lock {path})",
-                        expected="to have the folder alone",
-                        cure="wait for it, or end it",
-                        this_rank_only=True,
-                    ) from error
-                time.sleep(0.1)
         yield
     finally:
         os.close(handle)
+
+
+def _try_lock(path: Path) -> int | None:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_ino == os.stat(path).st_ino:  # not one that its holder removed
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    return None

@@ -46,12 +46,20 @@ def _read(path: Path, work: str) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # whole ones
-    entries = []
-    for line in lines:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    if not entries or entries[0] != {"work": work}:
+    if not lines or _parsed(lines[0]) != {"work": work}:
         return {}
-    return {str(entry["id"]): entry for entry in entries[1:]}
+    done = {}
+    for line in lines[1:]:
+        entry = _parsed(line)
+        if not isinstance(entry.get("id"), str):
+            break
+        done[entry["id"]] = entry
+    return done
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}

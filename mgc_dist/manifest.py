@@ -19,6 +19,7 @@ FORMAT = "mgc_dist shards"
 FORMAT_VERSION = 2
 NAME = "manifest.json"
 INDEX = "index.npy"
+_SEAL = "manifest_sha256"
 E = TypeVar("E", "TrackEntry", "ShardEntry")
 _SETTINGS = ("segment_samples", "hop_samples", "sample_rate", "rows_per_shard")
 _SHARD = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
@@ -137,7 +138,18 @@ def twins(tracks: Iterable[TrackEntry]) -> list[tuple[str, str]]:
 def write(folder: Path, manifest: Manifest) -> None:
     """Write the manifest under a temporary name, flush it, and rename it."""
     content = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(manifest)
-    replace_text(folder / NAME, json.dumps(content, indent=1, ensure_ascii=False))
+    replace_text(folder / NAME, sealed(content))
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """The text of a manifest, with a digest of its own content as the last key."""
+    content = {key: value for key, value in content.items() if key != _SEAL}
+    return json.dumps(content | {_SEAL: _seal_of(content)}, indent=1, ensure_ascii=False)
+
+
+def _seal_of(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read(folder: Path) -> Manifest:
@@ -156,7 +168,11 @@ def read(folder: Path) -> Manifest:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        seal = content.pop(_SEAL, None)
+        whole = seal == _seal_of(content)
         version = (content.pop("format"), content.pop("format_version"))
+        if version == (FORMAT, FORMAT_VERSION) and not whole:
+            raise ValueError(f"content that is not of its own {_SEAL} {seal}")
         manifest = _from_json(content) if version == (FORMAT, FORMAT_VERSION) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
@@ -165,7 +181,7 @@ def read(folder: Path) -> Manifest:
             f"manifest {path}",
             got=f"{version[0]!r} version {version[1]}",
             expected=f"{FORMAT!r} version {FORMAT_VERSION}",
-            cure="pack the data set again with this version of mgc_dist",
+            cure="pack it again with this version of mgc_dist, and --overwrite",
         )
     _check(path, manifest)
     return manifest
@@ -241,5 +257,5 @@ def _damaged(path: Path, got: str) -> UserError:
         f"manifest {path}",
         got=got,
         expected="a whole manifest as `shard` wrote it",
-        cure="pack the data set again, or copy it again",
+        cure="copy the data set again, or pack it again with --overwrite",
     )

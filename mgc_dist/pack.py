@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from mgc_dist import audio, manifest, record
 from mgc_dist.cut import SPREAD_VERSION, PackPlan, reason_of
 from mgc_dist.errors import UserError
-from mgc_dist.files import locked, replacing, sha256, sync, write_at
+from mgc_dist.files import locked, replacing, sha256, stamp_of, sync, write_at
 from mgc_dist.ledger import Ledger
 from mgc_dist.manifest import Manifest, ShardEntry, TrackEntry
 from mgc_dist.tracks import Track
@@ -37,6 +38,9 @@ _LEDGER = "packing.jsonl.tmp"
 _OURS = re.compile(
     r"(train|validation|test)-\d{6}\.tar(\.tmp)?|(index\.npy|manifest\.json|packing\.jsonl)(\.tmp)*"
 )
+
+_LONGEST_FLOAT = 0.30000000000000004
+"""As many digits as a start time can have in JSON."""
 
 Settings = dict[str, int | float | str]
 
@@ -70,14 +74,8 @@ class SourceFiles:
         return audio.read_int16(track.path, self.sample_rate), sha256(track.path)
 
     def stamp(self, track: Track) -> str:
-        """Size and time of change of the file."""
+        """Place, size and times of the file."""
         return stamp_of(track.path)
-
-
-def stamp_of(path: Path) -> str:
-    """Size and time of change of a file."""
-    facts = path.stat()
-    return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +103,7 @@ def pack(
     settings: Settings,
     waves: Waves,
     *,
+    overwrite: bool,
     jobs: int,
     progress: Callable[[Iterator[PackedTrack]], Iterable[PackedTrack]],
 ) -> tuple[Manifest | None, dict[str, str]]:
@@ -115,6 +114,7 @@ def pack(
         out: folder; what an earlier try has finished of the same plan is kept.
         settings: to record in the manifest.
         waves: where the audio comes from.
+        overwrite: whether a data set, or files of its names, may be replaced.
         jobs: processes, 0 for one a core.
         progress: wraps the stream of finished tracks, to show how far it is.
 
@@ -123,12 +123,15 @@ def pack(
         unusable when they were decoded: then nothing has been published.
 
     Raises:
-        UserError: another process packs here, the disk is too small, a description too long.
+        UserError: another process packs here, something is there that may not be replaced, the
+            disk is too small, or a description too long.
         OSError: writing failed.
     """
     _refuse_long_descriptions(plan)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / LOCK, wait_s=0, purpose=f"packing into {out}"):
+    with _alone(out):
+        if not overwrite:
+            _refuse_to_replace(out)
         with Ledger(out / _LEDGER, _name_of(plan, waves)) as ledger:
             packed = _write_all(plan, out, waves, ledger, jobs=jobs, progress=progress)
         bad = {item.id: item.bad for item in packed if item.bad}
@@ -138,8 +141,42 @@ def pack(
         else:
             made = _publish(plan, out, settings, packed, jobs)
             (out / _LEDGER).unlink()
-        (out / LOCK).unlink()
     return made, bad
+
+
+def tidy(out: Path) -> None:
+    """Remove what a packing that was killed after its last step has left behind."""
+    with _alone(out):
+        _remove_ours(out, (".tmp",))
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    with locked(out / LOCK, wait_s=0, purpose=f"packing into {out}"):
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink()
+
+
+def _refuse_to_replace(out: Path) -> None:
+    """Under the lock: what was looked at before may have changed."""
+    if (out / manifest.NAME).exists():
+        raise UserError(
+            f"--out {out}",
+            got="a data set that another process has packed meanwhile",
+            expected="an empty folder",
+            cure="choose another --out, or replace it with --overwrite",
+        )
+    ours = sorted(path.name for path in out.iterdir() if _OURS.fullmatch(path.name))
+    foreign = [name for name in ours if not name.endswith(".tmp")]
+    if foreign and not (out / _LEDGER).exists():
+        raise UserError(
+            f"--out {out}",
+            got=f"{foreign[0]}, which no packing that was killed here has left",
+            expected="an empty folder",
+            cure="choose another --out, or let it be replaced with --overwrite",
+        )
 
 
 def _name_of(plan: PackPlan, waves: Waves) -> str:
@@ -239,6 +276,13 @@ def _pack_track(
     except audio.UnusableAudio as error:
         return PackedTrack(id=track.id, bad=reason_of(error))
     windows = audio.segments(wave, cut.segment_samples, cut.hop_samples)
+    if len(windows) != len(where):
+        raise UserError(
+            f"audio file {track.path}",
+            got=f"{len(windows)} segments",
+            expected=f"{len(where)} as its header promised when packing began",
+            cure="it has changed meanwhile: pack again",
+        )
     checksums, payloads = [], []
     for segment, ((row, path, offset), window) in enumerate(zip(where, windows, strict=True)):
         data = record.encode(_describe(plan, track, segment, row), window)
@@ -284,7 +328,8 @@ def _refuse_long_descriptions(plan: PackPlan) -> None:
     """Before anything is decoded: with the longest numbers that can come."""
     rows = int(plan.segments.sum())
     for track, segments in zip(plan.tracks, plan.segments, strict=True):
-        record.head(_describe(plan, track, max(0, int(segments) - 1), rows), 0)
+        last = _describe(plan, track, max(0, int(segments) - 1), rows)
+        record.head(replace(last, start_s=_LONGEST_FLOAT), 0)
 
 
 def _publish(
@@ -350,7 +395,10 @@ def track_entries(plan: PackPlan, packed: Sequence[PackedTrack]) -> tuple[TrackE
 
 def is_packed(plan: PackPlan, found: Manifest, settings: Settings) -> bool:
     """Whether a manifest already holds what the plan would write, by content of the sources."""
-    same = {key: found.settings.get(key) for key in settings} == settings
+    wanted = settings | {"rows_per_shard": plan.cut.rows_per_shard}
+    same = {key: found.settings.get(key) for key in wanted} == wanted
+    if plan.excluded != found.excluded:
+        return False
     names = [PackedTrack(id=track.id) for track in plan.tracks]
     entries = tuple(replace(entry, sha256="") for entry in found.tracks)
     cut = plan.cut
@@ -364,6 +412,21 @@ def is_packed(plan: PackPlan, found: Manifest, settings: Settings) -> bool:
         return False
     pairs = zip(found.tracks, plan.tracks, strict=True)
     return all(entry.sha256 == sha256(track.path) for entry, track in pairs)
+
+
+def damage(out: Path, found: Manifest, jobs: int) -> str:
+    """What is not as the manifest says, by size and sha256 of its files; "" if all is."""
+
+    def fault(item: tuple[str, str]) -> str:
+        path, digest = out / item[0], item[1]
+        if not path.is_file():
+            return f"no {path.name}"
+        return "" if sha256(path) == digest else f"another {path.name}"
+
+    items = [(shard.name, shard.sha256) for shard in found.shards]
+    with ThreadPoolExecutor(jobs or cores()) as threads:
+        faults = threads.map(fault, [(manifest.INDEX, found.index_sha256), *items])
+        return next((text for text in faults if text), "")
 
 
 def identities(

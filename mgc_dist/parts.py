@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from mgc_dist import audio
-from mgc_dist.cut import Cut, reason_of
+from mgc_dist.cut import reason_of
 from mgc_dist.errors import UserError
-from mgc_dist.files import locked, replace_text, sha256, sync, write_at
+from mgc_dist.files import locked, replace_text, sha256, stamp_of, sync, write_at
 from mgc_dist.ledger import Ledger
 from mgc_dist.tracks import Track
 from mgc_dist.workers import spread
@@ -98,7 +99,7 @@ class PartWaves:
 
 def decode_part(
     tracks: Sequence[Track],
-    cut: Cut,
+    sample_rate: int,
     out: Path,
     *,
     part: tuple[int, int],
@@ -109,7 +110,7 @@ def decode_part(
 
     Args:
         tracks: all of them.
-        cut: gives the sample rate.
+        sample_rate: of the waves, in Hz.
         out: folder of the data set.
         part: (i, n), i from 1 to n.
         jobs: processes, 0 for one a core.
@@ -124,15 +125,18 @@ def decode_part(
     waves, temporary = folder / f"{name}.pcm", folder / f"{name}.pcm.tmp"
     mine = sorted(tracks, key=lambda track: track.id)[part[0] - 1 :: part[1]]
     with locked(folder / f"{name}.lock", wait_s=0, purpose=f"--part {part[0]}/{part[1]}"):
-        tasks = _tasks(mine, cut)
-        work = hashlib.sha256(json.dumps([asdict(cut), part, tasks]).encode()).hexdigest()
+        tasks = _tasks(mine, sample_rate)
+        work = hashlib.sha256(json.dumps([sample_rate, part, tasks]).encode()).hexdigest()
         if _is_done(folder, name, work):
-            return len(mine), _bad(_read_list(folder, name)[1])
+            (folder / f"{name}.lock").unlink()
+            return len(mine), _bad(_read_list(folder, name).tracks)
         with Ledger(folder / f"{name}.jsonl.tmp", work) as ledger:
             temporary.touch()
             os.truncate(temporary, sum(2 * samples for _, samples, _ in tasks.values()))
             paths = {track.id: track.path for track in mine}
-            decode = partial(_decode, paths=paths, cut=cut, into=temporary, name=waves.name)
+            decode = partial(
+                _decode, paths=paths, sample_rate=sample_rate, into=temporary, name=waves.name
+            )
             items = [(id_, task, ledger.done.get(id_)) for id_, task in tasks.items()]
             decoded = []
             for item in progress(spread(decode, items, jobs)):
@@ -145,7 +149,7 @@ def decode_part(
             "format": _FORMAT,
             "work": work,
             "part": list(part),
-            "cut": asdict(cut),
+            "sample_rate": sample_rate,
             "tracks": [vars(item) for item in decoded],
         }
         replace_text(folder / f"{name}.json", json.dumps(content))
@@ -154,7 +158,7 @@ def decode_part(
     return len(mine), _bad(decoded)
 
 
-def join(tracks: Sequence[Track], cut: Cut, out: Path) -> PartWaves:
+def join(tracks: Sequence[Track], sample_rate: int, out: Path) -> PartWaves:
     """The waves of all parts.
 
     Raises:
@@ -183,15 +187,15 @@ def join(tracks: Sequence[Track], cut: Cut, out: Path) -> PartWaves:
         )
     decoded: dict[str, DecodedTrack] = {}
     for name in names:
-        made_with, listed = _read_list(folder, name)
-        if made_with != cut:
+        part = _read_list(folder, name)
+        if part.sample_rate != sample_rate:
             raise UserError(
                 f"part {folder / name}",
-                got=f"{made_with}",
-                expected=f"{cut}",
-                cure="give --segment-s, --hop-s, --sample-rate as the parts were made with",
+                got=f"waves at {part.sample_rate} Hz",
+                expected=f"{sample_rate} Hz",
+                cure="give the --sample-rate that the parts were made with",
             )
-        decoded |= {item.id: item for item in listed}
+        decoded |= {item.id: item for item in part.tracks}
     for track in tracks:
         size = track.path.stat().st_size if track.path.is_file() else 0
         item = decoded.get(track.id)
@@ -210,24 +214,23 @@ def remove(out: Path) -> None:
     folder = out / FOLDER
     for path in folder.glob("part-*-of-*"):
         path.unlink()
-    folder.rmdir()
+    with suppress(OSError):  # none there, or files of others in it
+        folder.rmdir()
 
 
 def _name(number: int, total: int) -> str:
     return f"part-{number:04d}-of-{total:04d}"
 
 
-def _tasks(tracks: Sequence[Track], cut: Cut) -> dict[str, tuple[int, int, str]]:
+def _tasks(tracks: Sequence[Track], sample_rate: int) -> dict[str, tuple[int, int, str]]:
     """Offset in bytes, planned samples (0 for a bad header) and stamp of the source, by id."""
     tasks, offset = {}, 0
     for track in tracks:
         try:
-            samples = audio.read_header(track.path).samples_at(cut.sample_rate)
+            samples = audio.read_header(track.path).samples_at(sample_rate)
         except audio.UnusableAudio:
             samples = 0
-        facts = track.path.stat() if track.path.is_file() else None
-        stamp = f"{facts.st_size} {facts.st_mtime_ns}" if facts else ""
-        tasks[track.id] = (offset, samples, stamp)
+        tasks[track.id] = (offset, samples, stamp_of(track.path) if track.path.is_file() else "")
         offset += 2 * samples
     return tasks
 
@@ -235,22 +238,28 @@ def _tasks(tracks: Sequence[Track], cut: Cut) -> dict[str, tuple[int, int, str]]
 def _decode(
     item: tuple[str, tuple[int, int, str], dict[str, object] | None],
     paths: dict[str, Path],
-    cut: Cut,
+    sample_rate: int,
     into: Path,
     name: str,
 ) -> DecodedTrack:
-    id_, (offset, _, _), promised = item
+    id_, (offset, planned, _), promised = item
     path = paths[id_]
     if promised:
         known = DecodedTrack(**promised)  # type: ignore[arg-type]
-        data = _read_wave(into, known)
-        if known.bad or xxhash.xxh3_64_intdigest(data) == known.checksum:
+        if known.bad or _is_whole(into, known):
             return known
     size = path.stat().st_size if path.is_file() else 0
     try:
-        wave = audio.read_int16(path, cut.sample_rate)
+        wave = audio.read_int16(path, sample_rate)
     except audio.UnusableAudio as error:
         return DecodedTrack(id=id_, source_bytes=size, bad=reason_of(error))
+    if len(wave) != planned:
+        raise UserError(
+            f"audio file {path}",
+            got=f"{len(wave)} samples",
+            expected=f"{planned} as its header promised when this part began",
+            cure="it has changed meanwhile: run this part again",
+        )
     write_at(into, offset, wave.data.cast("B"))
     return DecodedTrack(
         id=id_,
@@ -268,27 +277,45 @@ def _read_wave(path: Path, entry: DecodedTrack) -> bytes:
         return os.pread(file.fileno(), 2 * entry.samples, entry.offset)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What the list beside a part's waves says."""
+
+    work: str
+    sample_rate: int
+    tracks: list[DecodedTrack]
+
+
 def _is_done(folder: Path, name: str, work: str) -> bool:
-    path = folder / f"{name}.json"
-    if not path.is_file() or not (folder / f"{name}.pcm").is_file():
+    """Whether a part is finished and all of its waves are as they were written."""
+    waves = folder / f"{name}.pcm"
+    try:
+        part = _read_list(folder, name)
+    except UserError:
         return False
-    return bool(json.loads(path.read_text())["work"] == work)
+    return part.work == work and all(
+        item.bad or (waves.is_file() and _is_whole(waves, item)) for item in part.tracks
+    )
 
 
-def _read_list(folder: Path, name: str) -> tuple[Cut, list[DecodedTrack]]:
+def _is_whole(waves: Path, item: DecodedTrack) -> bool:
+    return xxhash.xxh3_64_intdigest(_read_wave(waves, item)) == item.checksum
+
+
+def _read_list(folder: Path, name: str) -> _Part:
     path = folder / f"{name}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']!r}")
-        listed = [DecodedTrack(**entry) for entry in content["tracks"]]
-        return Cut(**content["cut"]), listed
+        tracks = [DecodedTrack(**entry) for entry in content["tracks"]]
+        return _Part(work=content["work"], sample_rate=content["sample_rate"], tracks=tracks)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"part {path}",
             got=f"{type(error).__name__}: {error}",
             expected="a list as --part wrote it",
-            cure="remove it and run this part again",
+            cure="run this part again",
         ) from error
 
 

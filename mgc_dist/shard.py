@@ -91,13 +91,13 @@ def _pack(config: ShardConfig, found: "list[Track]", cut: "Cut") -> "Manifest | 
     rule = split.choose(config.split, found, config.split_file)
     settings = _settings(config, rule)
     listed, left_out = _by_list(config, rule, found)
+    existing = _existing(config)
     waves: Waves = SourceFiles(sample_rate=cut.sample_rate)
-    if config.join:
-        waves = joined = parts.join(listed, cut, config.out)
+    if config.join and not existing:
+        waves = joined = parts.join(listed, cut.sample_rate, config.out)
         segments, bad = count_segments({t.id: joined.samples(t) for t in listed}, cut)
     else:
         segments, bad = inspect(listed, cut)
-    existing = _existing(config)
     bad |= _other_bad(config, listed, cut, bad, existing)
     while True:  # again without the files that prove unusable only when they are decoded
         plan = _plan(config, rule, listed, cut, segments, bad, left_out)
@@ -105,19 +105,33 @@ def _pack(config: ShardConfig, found: "list[Track]", cut: "Cut") -> "Manifest | 
         if config.dry_run:
             return None
         if existing and _is_there(config, existing, plan, settings):
+            _finish(config)
             return existing
         with progress("packing", len(plan.tracks), unit="tracks") as bar:
             made, late = pack(
-                plan, config.out, settings, waves, jobs=config.jobs, progress=bar.over
+                plan,
+                config.out,
+                settings,
+                waves,
+                overwrite=config.overwrite,
+                jobs=config.jobs,
+                progress=bar.over,
             )
         if made is not None:
             break
         bad |= late
-    if config.join:
-        parts.remove(config.out)
+    _finish(config)
     print(f"Packed {made.rows} segments into {len(made.shards)} shards in {config.out}.")
     print(f"data set {made.dataset_id[:12]}; next: deepspeed launch/bias.py --shards {config.out}")
     return made
+
+
+def _finish(config: ShardConfig) -> None:
+    from mgc_dist import pack, parts
+
+    pack.tidy(config.out)
+    if config.join:
+        parts.remove(config.out)
 
 
 def _decode_part(config: ShardConfig, found: "Sequence[Track]", cut: "Cut") -> None:
@@ -129,7 +143,7 @@ def _decode_part(config: ShardConfig, found: "Sequence[Track]", cut: "Cut") -> N
     mine = len(found[part[0] - 1 :: part[1]])
     with progress(f"decoding part {config.part}", mine, unit="tracks") as bar:
         count, bad = decode_part(
-            found, cut, config.out, part=part, jobs=config.jobs, progress=bar.over
+            found, cut.sample_rate, config.out, part=part, jobs=config.jobs, progress=bar.over
         )
     for id_, reason in bad.items():
         print(f"unusable: {id_}: {reason}")
@@ -182,7 +196,7 @@ def _other_bad(
     from mgc_dist.display import progress
     from mgc_dist.tracks import KNOWN_BAD
 
-    if config.join:
+    if config.join and not existing:
         return {}
     suspects = [track for track in listed if track.id not in bad]
     if len(set(bad) - set(KNOWN_BAD)) <= config.allow_bad or config.dry_run:
@@ -235,7 +249,7 @@ def _is_there(
     config: ShardConfig, existing: "Manifest", plan: "PackPlan", settings: Settings
 ) -> bool:
     """True if the data set that is there is just the planned one; another one is an error."""
-    from mgc_dist.pack import is_packed
+    from mgc_dist.pack import damage, is_packed
 
     if not is_packed(plan, existing, settings):
         raise UserError(
@@ -243,6 +257,13 @@ def _is_there(
             got=f"a different data set ({existing.dataset_id[:12]})",
             expected="an empty folder, or the same tracks and settings",
             cure="choose another --out, or replace it with --overwrite",
+        )
+    if fault := damage(config.out, existing, config.jobs):
+        raise UserError(
+            f"--out {config.out}",
+            got=f"this data set, but {fault}",
+            expected="files as its manifest lists them",
+            cure="pack it again with --overwrite",
         )
     print(f"{config.out} already holds exactly this; nothing to do.")
     return True

@@ -112,7 +112,7 @@ def split_table(tracks: Sequence[Track], table: Path | None) -> tuple[list[Track
         kept = [track for track in tracks if track.split]
         left_out = {track.id: NOT_NAMED for track in tracks if not track.split}
     else:
-        of_track, unused = _match(_read_splits(table), tracks, table)
+        of_track, unused = _match(_pairs(table), tracks, table)
         kept = [replace(t, split=of_track[t.id]) for t in tracks if t.id in of_track]
         left_out = {t.id: NOT_NAMED for t in tracks if t.id not in of_track}
         left_out |= dict.fromkeys(unused, NOT_FOUND)
@@ -215,20 +215,6 @@ def _refuse_gaps(labelled: Sequence[Track], at_least: str) -> None:
                 )
 
 
-def _read_splits(table: Path) -> dict[str, str]:
-    """Comparable name -> split."""
-    named: dict[str, str] = {}
-    for name, split in _pairs(table):
-        if named.setdefault(_comparable(name), split) != split:
-            raise UserError(
-                f"--split-file {table}: {name}",
-                got=f"both {named[_comparable(name)]} and {split}",
-                expected="one split a track",
-                cure="take one of the two out",
-            )
-    return named
-
-
 def _pairs(table: Path) -> list[tuple[str, str]]:
     flag = "--split-file"
     try:
@@ -242,7 +228,7 @@ def _pairs(table: Path) -> list[tuple[str, str]]:
         ) from error
     if re.match(r"\w+:\s*\n\s*\[", text):
         return _predecessors_pairs(text, f"{flag} {table}")
-    rows = read_table(table, flag)
+    rows = [row for _, row in read_table(table, flag)]
     column = "track" if rows and "track" in rows[0] else "path"
     if not rows or column not in rows[0] or "split" not in rows[0]:
         raise UserError(
@@ -276,25 +262,29 @@ def _predecessors_pairs(text: str, where: str) -> list[tuple[str, str]]:
 
 
 def _match(
-    named: Mapping[str, str], tracks: Sequence[Track], table: Path
+    named: Sequence[tuple[str, str]], tracks: Sequence[Track], table: Path
 ) -> tuple[dict[str, str], list[str]]:
-    """Track id -> split, and the names that no track has."""
+    """Track id -> split, and the names that no track has; an exact id counts before all else."""
+    exact = {track.id for track in tracks}
     owners: dict[str, set[str]] = defaultdict(set)
     for track in tracks:
         for name in (track.id, f"{track.genre}/{track.path.name}", track.path.name):
             owners[_comparable(name)].add(track.id)
     of_track: dict[str, str] = {}
-    for name, split in named.items():
-        ids = sorted(owners.get(name, ()))
-        if len(ids) > 1 or of_track.get(ids[0] if ids else "", split) != split:
+    unused = []
+    for name, split in named:
+        ids = [name] if name in exact else sorted(owners.get(_comparable(name), ()))
+        if not ids:
+            unused.append(name)
+        elif len(ids) > 1 or of_track.setdefault(ids[0], split) != split:
+            two = f"both {of_track.get(ids[0])} and {split}"
             raise UserError(
                 f"--split-file {table}: {name}",
-                got=f"a name of {', '.join(ids)}" if len(ids) > 1 else f"two splits of {ids[0]}",
+                got=f"a name of {', '.join(ids)}" if len(ids) > 1 else two,
                 expected="one track and one split",
                 cure="write GENRE/NAME, or the track's id",
             )
-        of_track.update(dict.fromkeys(ids, split))
-    return of_track, [name for name in named if name not in owners]
+    return of_track, unused
 
 
 def _comparable(name: str) -> str:

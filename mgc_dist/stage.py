@@ -10,20 +10,19 @@ the user wrote the command. A shard's name, which comes from the manifest, may h
 digits, - and _ only, so no manifest can reach a shell.
 """
 
+import os
 import re
+import select
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from subprocess import Popen
-from typing import BinaryIO
-from urllib.parse import urlparse
+from typing import BinaryIO, cast
+from urllib.parse import unquote, urlparse
 
 from mgc_dist import manifest
 from mgc_dist.errors import UserError
-from mgc_dist.files import locked, sha256
+from mgc_dist.files import locked, sha256, sync
 from mgc_dist.manifest import Manifest
 
 STALLED_S = 120.0
@@ -53,8 +52,10 @@ def stage(folder: Path, source: str, *, timeout_s: float) -> None:
         _fetch(source, manifest.NAME, incoming / manifest.NAME)
         found = manifest.read(incoming)
         _refuse_other(folder, source, found)
-        if not (folder / manifest.NAME).is_file():
+        if not _is_whole(folder, found):
+            (folder / manifest.NAME).unlink(missing_ok=True)
             _copy(folder, source, found)
+            sync(folder)  # the names of the files, before the manifest vouches for them
             (incoming / manifest.NAME).replace(folder / manifest.NAME)
         shutil.rmtree(incoming)
 
@@ -70,6 +71,16 @@ def _refuse_other(folder: Path, source: str, found: Manifest) -> None:
                 cure="choose another folder to copy into, or remove what is there",
                 this_rank_only=True,
             )
+
+
+def _is_whole(folder: Path, found: Manifest) -> bool:
+    """Whether all is there, by size: sha256 was compared when it was copied."""
+    sizes = {shard.name: shard.bytes for shard in found.shards}
+    files = [folder / manifest.NAME, folder / manifest.INDEX, *(folder / name for name in sizes)]
+    return all(
+        path.is_file() and sizes.get(path.name, path.stat().st_size) == path.stat().st_size
+        for path in files
+    )
 
 
 def _copy(folder: Path, source: str, found: Manifest) -> None:
@@ -133,54 +144,53 @@ def _url(source: str, name: str) -> str:
             expected="a folder, https://..., or pipe:COMMAND",
             cure=f"say how to read it, for example pipe:aws s3 cp {source.rstrip('/')}/{{}} -",
         )
-    return str(Path(urlparse(source).path if scheme else source).resolve() / name)
+    return str(Path(unquote(urlparse(source).path) if scheme else source).resolve() / name)
 
 
 def _fetch(source: str, name: str, into: Path) -> None:
+    try:
+        with into.open("wb") as file:
+            for block in _blocks(source, name):
+                file.write(block)
+    except OSError as error:  # the node's disk: what the source does wrong is a UserError
+        raise OSError(error.errno, error.strerror, str(into)) from error
+    sync(into)
+
+
+def _blocks(source: str, name: str) -> Iterator[bytes]:
+    """The content of a file of the source; of a command only while it keeps sending.
+
+    Raises:
+        UserError: it cannot be read, or no byte has come for STALLED_S.
+    """
     from webdataset.gopen import gopen
 
-    url = _url(source, name)
+    stalled = False
     try:
-        with (
-            gopen(url) as stream,
-            _given_up_when_stalled(stream) as seen,
-            into.open("wb") as file,
-        ):
-            while block := stream.read(_BLOCK):
-                file.write(block)
-                seen()
+        with gopen(_url(source, name)) as stream:
+            process: Popen[bytes] | None = getattr(stream, "proc", None)  # files have none
+            if process is None:
+                while block := stream.read(_BLOCK):
+                    yield block
+                return
+            pipe = cast(BinaryIO, process.stdout).fileno()
+            while not stalled:
+                ready, _, _ = select.select([pipe], [], [], STALLED_S)
+                stalled = not ready
+                if stalled:
+                    process.kill()
+                elif block := os.read(pipe, _BLOCK):
+                    yield block
+                else:
+                    return
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.filename == str(into):
-            raise
         ended = re.search(r"exit (-?\d+)", str(error))
         command = source if source.startswith("pipe:") else "curl (EXIT CODES in its manual)"
+        got = f"exit code {ended[1]} of {command}" if ended else str(error)
         raise UserError(
             f"--shards-from {source}: {name}",
-            got=f"exit code {ended[1]} of {command}" if ended else str(error),
+            got=f"no byte for {STALLED_S:g} s" if stalled else got,
             expected="to read it",
             cure="check that the source is whole and can be reached from this node",
             this_rank_only=True,
         ) from error
-
-
-@contextmanager
-def _given_up_when_stalled(stream: BinaryIO) -> Iterator[Callable[[], None]]:
-    """End the command behind a stream when no byte has come for STALLED_S."""
-    process: Popen[bytes] | None = getattr(stream, "proc", None)  # files have none
-    last, ended = [time.monotonic()], threading.Event()
-
-    def watch(process: "Popen[bytes]") -> None:
-        while not ended.wait(min(1.0, STALLED_S / 4)):
-            if time.monotonic() - last[0] > STALLED_S:
-                process.kill()
-                return
-
-    def seen() -> None:
-        last[0] = time.monotonic()
-
-    if process is not None:
-        threading.Thread(target=watch, args=(process,), daemon=True).start()
-    try:
-        yield seen
-    finally:
-        ended.set()

@@ -189,3 +189,12 @@ def test_a_wav_file_from_a_pipe_says_so(tmp_path: Path) -> None:
         audio.read_header(path)
     path.write_bytes(riff() + b"LIST\4\0\0\0abcd")  # chunks after the audio are fine
     assert audio.read_header(path).frames == 1600
+
+
+def test_reasons_do_not_hold_the_path_and_raw_files_are_refused(tmp_path: Path) -> None:
+    for name in ("x.wav", "x.raw"):
+        path = tmp_path / name
+        path.write_bytes(b"no audio" * 100)
+        with pytest.raises(audio.UnusableAudio, match="no readable audio") as caught:
+            audio.read_header(path)
+        assert str(tmp_path) not in str(caught.value).split("got", 1)[1]

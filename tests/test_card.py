@@ -47,3 +47,11 @@ def test_lists_made_by_artist_need_no_warning() -> None:
     assert card.not_controlled("fault-filtered", 929, 929) == ""
     assert "3 tracks" in card.not_controlled("fault-filtered", 3, 929)
     assert card.not_controlled("kfold", 0, 10) == ""
+
+
+def test_a_card_that_is_no_text_is_written_again(tracks: Path, tmp_path: Path) -> None:
+    shard.run(shard_config(tracks, tmp_path))
+    text = (tmp_path / card.NAME).read_bytes()
+    (tmp_path / card.NAME).write_bytes(b"\xff\xfe")
+    shard.run(shard_config(tracks, tmp_path))
+    assert (tmp_path / card.NAME).read_bytes() == text

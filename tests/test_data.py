@@ -302,3 +302,21 @@ def test_more_shards_than_open_files(shards: Path) -> None:
 
     assert run(41, 100) == "8000\n"  # 12 shards and 30 others need 42
     assert "got a limit of 41 open files (ulimit -H -n), expected at least 42" in run(41, 41)
+
+
+def test_a_failed_opening_leaves_no_file_open(copy: Path) -> None:
+    (copy / "test-000003.tar").unlink()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(UserError, match=r"test-000003\.tar: got no such file"):
+        ShardSet(copy)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_reader_that_was_left_does_not_end_in_silence(shards: Path) -> None:
+    with ShardSet(shards) as data:
+        plan = sweep_batches(66, 8, 1, 0)
+        with Reader(data, "train", plan, read_ahead=2, pin=False) as reader:
+            batches = iter(reader)
+            next(batches)
+        with pytest.raises(RuntimeError, match="with batches still to come"):
+            next(batches)

@@ -1,6 +1,7 @@
 """Files: whole or not there."""
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -66,3 +67,30 @@ def test_a_lock_waits_with_a_limit_and_ends_with_its_process(tmp_path: Path) -> 
     with files.locked(path, wait_s=10, purpose="copying"):
         pass
     holder.join()
+
+
+def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    with files.locked(path, wait_s=0, purpose="a"):
+        stale = os.open(path, os.O_RDWR)  # as a process that waits has it open
+        path.unlink()
+    with files.locked(path, wait_s=0, purpose="b"):
+        assert os.fstat(stale).st_ino != path.stat().st_ino
+        with (
+            pytest.raises(UserError, match="c: got another process"),
+            files.locked(path, wait_s=0, purpose="c"),
+        ):
+            pass
+    os.close(stale)
+
+
+def test_a_stamp_tells_files_of_one_size_and_time_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode())
+        os.utime(tmp_path / name, (1, 1))
+    assert files.stamp_of(tmp_path / "a") != files.stamp_of(tmp_path / "b")
+    before = files.stamp_of(tmp_path / "a")
+    assert files.stamp_of(tmp_path / "a") == before
+    (tmp_path / "a").write_bytes(b"c")
+    os.utime(tmp_path / "a", (1, 1))
+    assert files.stamp_of(tmp_path / "a") != before

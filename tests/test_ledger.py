@@ -40,3 +40,15 @@ def test_lines_of_another_work_are_dropped(tmp_path: Path) -> None:
         assert ledger.done == {}
     with Ledger(path, "pack a") as ledger:
         assert ledger.done == {}
+
+
+def test_lines_that_are_no_entries_end_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    for odd in ("5", '{"x": 1}', '{"id": 3}', "[]"):
+        whole = fill(path).decode().splitlines()
+        path.write_text("\n".join([*whole[:3], odd, *whole[3:]]) + "\n")
+        with Ledger(path, "pack a") as ledger:
+            assert list(ledger.done.values()) == ENTRIES[:2]
+        path.write_text(odd + "\n")
+        with Ledger(path, "pack a") as ledger:
+            assert ledger.done == {}

@@ -20,7 +20,7 @@ def copy(shards: Path, tmp_path: Path) -> Path:
 
 def edit(folder: Path, **changes: object) -> None:
     path = folder / manifest.NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(manifest.sealed(json.loads(path.read_text()) | changes))
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -52,11 +52,11 @@ def test_version_and_contents_are_checked(copy: Path, shards: Path) -> None:
         ({"genres": "abc"}, "no list of names"),
         ({"extra": 1}, "keys"),
     ):
-        (copy / manifest.NAME).write_text(json.dumps(content | changes))
+        (copy / manifest.NAME).write_text(manifest.sealed(content | changes))
         with pytest.raises(UserError, match=message):
             manifest.read(copy)
     evil = [content["shards"][0] | {"name": "../../x.tar"}, *content["shards"][1:]]
-    (copy / manifest.NAME).write_text(json.dumps(content | {"shards": evil}))
+    (copy / manifest.NAME).write_text(manifest.sealed(content | {"shards": evil}))
     with pytest.raises(UserError, match="shard name"):
         manifest.read(copy)
 
@@ -65,7 +65,7 @@ def test_leaks_are_refused_when_loading(copy: Path) -> None:
     content = json.loads((copy / manifest.NAME).read_text())
     for track in content["tracks"]:
         track["group"] = "one artist of all"
-    (copy / manifest.NAME).write_text(json.dumps(content))
+    (copy / manifest.NAME).write_text(manifest.sealed(content))
     with pytest.raises(UserError, match="group one artist of all is in two splits"):
         manifest.read(copy)
 
@@ -106,7 +106,7 @@ def test_values_of_another_type_are_refused(
     content = json.loads((copy / manifest.NAME).read_text())
     entry = content[part] if part == "settings" else content[part][0]
     entry[name] = value
-    (copy / manifest.NAME).write_text(json.dumps(content))
+    (copy / manifest.NAME).write_text(manifest.sealed(content))
     with pytest.raises(UserError, match=rf"manifest .*{name} "):
         manifest.read(copy)
 

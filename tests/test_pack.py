@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -425,3 +426,100 @@ def test_folds_and_tables_reach_the_manifest(few: Path, tmp_path: Path) -> None:
     table.write_text(leak)
     with pytest.raises(UserError, match="is in two splits"):
         shard.run(shard_config(table, tmp_path / "leak", groups=None))
+
+
+def test_files_of_others_are_not_replaced(few: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train-000123.tar").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"got train-000123\.tar, which no packing"):
+        shard.run(shard_config(few, out))
+    assert (out / "train-000123.tar").read_bytes() == b"precious"
+
+
+def test_what_another_process_has_packed_meanwhile_is_not_replaced(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard.run(shard_config(few, tmp_path / "out"))
+    before = digests(tmp_path / "out")
+    monkeypatch.setattr(shard, "_existing", lambda config: None)  # as it was when we looked
+    with pytest.raises(UserError, match="another process has packed meanwhile"):
+        shard.run(shard_config(few, tmp_path / "out", seed=1))
+    assert digests(tmp_path / "out") == before
+
+
+def test_the_same_names_sizes_and_times_elsewhere_are_other_sources(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(few, tmp_path / "other"))
+    for path in other.glob("*/*.wav"):
+        wave, rate = soundfile.read(path)
+        soundfile.write(path, wave[::-1], rate, "PCM_16")
+    for path in [*few.glob("*/*.wav"), *other.glob("*/*.wav")]:
+        os.utime(path, (1, 1))
+    stop_after(monkeypatch, 50)
+    with pytest.raises(KeyboardInterrupt):
+        shard.run(shard_config(few, tmp_path / "out"))
+    monkeypatch.undo()
+    shard.run(shard_config(other, tmp_path / "out"))
+    shard.run(shard_config(other, tmp_path / "whole"))
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_damaged_set_is_not_called_done_and_can_be_packed_again(
+    few: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shard.run(shard_config(few, out))
+    whole = digests(out)
+    for damage, message in (
+        (lambda path: path.unlink(), r"no train-000000\.tar"),
+        (lambda path: path.write_bytes(path.read_bytes()[::-1]), r"another train-000000\.tar"),
+    ):
+        damage(out / "train-000000.tar")
+        with pytest.raises(UserError, match=rf"got this data set, but {message}.*\n.*--overwrite"):
+            shard.run(shard_config(few, out))
+        shard.run(shard_config(few, out, overwrite=True))
+        assert digests(out) == whole
+
+
+def test_a_new_bad_file_makes_it_another_data_set(few: Path, tmp_path: Path) -> None:
+    shard.run(shard_config(few, tmp_path / "out"))
+    (few / "blues" / "extra.wav").write_bytes(b"no audio")
+    with pytest.raises(UserError, match="a different data set"):
+        shard.run(shard_config(few, tmp_path / "out", allow_bad=1))
+
+
+def test_reasons_do_not_depend_on_how_the_folder_was_named(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (few / "blues" / "extra.wav").write_bytes(b"no audio")
+    shard.run(shard_config(few, tmp_path / "one", allow_bad=1))
+    monkeypatch.chdir(few.parent)
+    groups = few / "artists.csv"
+    shard.run(shard_config(Path(few.name), tmp_path / "two", groups=groups, allow_bad=1))
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_a_source_that_changes_while_it_is_packed_is_named(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = pack.audio.read_int16
+    monkeypatch.setattr(pack.audio, "read_int16", lambda path, rate: np.tile(read(path, rate), 2))
+    with pytest.raises(UserError, match=r"blues\.00000\.wav: got 7 segments, expected 3 as its"):
+        shard.run(shard_config(few, tmp_path / "out"))
+
+
+def test_what_a_kill_after_the_last_step_leaves_is_tidied(few: Path, tmp_path: Path) -> None:
+    shard.run(shard_config(few, tmp_path / "out"))
+    before = digests(tmp_path / "out")
+    (tmp_path / "out" / "packing.jsonl.tmp").write_text("{}\n")
+    (tmp_path / "out" / pack.LOCK).touch()
+    shard.run(shard_config(few, tmp_path / "out"))
+    assert digests(tmp_path / "out") == before
+
+
+def test_infinite_lengths_are_refused(few: Path, tmp_path: Path) -> None:
+    for changes in ({"segment_s": float("inf")}, {"hop_s": float("inf")}):
+        with pytest.raises(UserError, match="got inf, expected a number of seconds"):
+            shard.run(shard_config(few, tmp_path / "out", **changes))

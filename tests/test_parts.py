@@ -82,7 +82,7 @@ def test_missing_foreign_and_damaged_parts_are_refused(copy: Path, tmp_path: Pat
         shard.run(shard_config(copy, out, join=True))
     for path in (out / "parts").glob("*-of-0003*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"(?s)got Cut.*--segment-s, --hop-s, --sample-rate"):
+    with pytest.raises(UserError, match=r"got waves at 16000 Hz, expected 8000 Hz"):
         shard.run(shard_config(copy, out, join=True, sample_rate=8000))
     waves = out / "parts" / "part-0002-of-0002.pcm"
     content = bytearray(waves.read_bytes())
@@ -125,3 +125,57 @@ def test_a_list_of_another_format_is_refused(copy: Path, tmp_path: Path) -> None
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": "mgc_dist part 9"}))
     with pytest.raises(UserError, match="mgc_dist part 9"):
         shard.run(shard_config(copy, tmp_path / "out", join=True))
+
+
+def test_run_this_part_again_heals_what_is_damaged(
+    copy: Path, shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for number in (1, 2):
+        run_part(copy, out, f"{number}/2")
+    waves, listed = (out / "parts" / f"part-0001-of-0002.{kind}" for kind in ("pcm", "json"))
+    content = bytearray(waves.read_bytes())
+    content[7000] ^= 1
+    waves.write_bytes(content)
+    run_part(copy, out, "1/2")
+    for text in ("{", "{}", "5"):
+        listed.write_text(text)
+        run_part(copy, out, "1/2")
+    shard.run(shard_config(copy, out, join=True))
+    assert digests(out) == digests(shards)
+
+
+@pytest.mark.parametrize("left", [1, 3, 4])
+def test_a_kill_after_joining_is_finished_by_the_same_command(
+    left: int, tracks: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    for number in (1, 2):
+        run_part(tracks, out, f"{number}/2")
+    (out / "parts" / "notes.txt").write_text("mine")
+
+    def killed(out: Path) -> None:
+        for path in sorted((out / "parts").glob("part-*"))[left:]:
+            path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shard.run(shard_config(tracks, out, join=True))
+    shard.run(shard_config(tracks, out, join=True))
+    assert digests(out) == digests(shards)
+    assert [path.name for path in (out / "parts").iterdir()] == ["notes.txt"]
+
+
+def test_parts_know_nothing_of_rows_and_a_dry_run_writes_nothing(
+    tracks: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run_part(tracks, out, "1/1", dry_run=True)
+    assert not out.exists()
+    run_part(tracks, out, "1/1")
+    other = {"rows_per_shard": 50, "segment_s": 1.0, "hop_s": 0.5}
+    shard.run(shard_config(tracks, out, join=True, **other))
+    shard.run(shard_config(tracks, tmp_path / "whole", **other))
+    assert digests(out) == digests(tmp_path / "whole")

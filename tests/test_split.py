@@ -126,7 +126,7 @@ def test_the_predecessors_data_split_is_read(tmp_path: Path) -> None:
         **dict.fromkeys(("pop_00002", "metal_00001"), "validation"),
         **dict.fromkeys(("pop_00003", "metal_00002"), "test"),
     }
-    assert left_out == {"metal_00003": split.NOT_NAMED, "pop00099": split.NOT_FOUND}
+    assert left_out == {"metal_00003": split.NOT_NAMED, "pop/pop00099.png": split.NOT_FOUND}
     table.write_text("train:\n[__import__('os').system('touch x')]\n")
     with pytest.raises(UserError, match="a list of quoted names"):
         split.split_table(GTZAN_LIKE, table)
@@ -176,3 +176,14 @@ def test_a_column_of_splits_is_taken_by_itself() -> None:
     kept, left_out = split.split_table([*found, track("d")], None)
     assert kept == found
     assert left_out == {"d": split.NOT_NAMED}
+
+
+def test_an_exact_id_counts_before_its_letters(tmp_path: Path) -> None:
+    found = [track("rock_1-11"), track("rock_11-1"), track("c")]
+    table = tmp_path / "splits.csv"
+    table.write_text("track,split\nrock_1-11,train\nrock_11-1,val\nc,test\n")
+    kept, _ = split.split_table(found, table)
+    assert [t.split for t in kept] == ["train", "validation", "test"]
+    table.write_text("track,split\nrock-111,train\nc,test\n")
+    with pytest.raises(UserError, match="a name of rock_1-11, rock_11-1"):
+        split.split_table(found, table)

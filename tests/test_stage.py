@@ -178,7 +178,7 @@ def test_a_stalled_transfer_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_pat
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         started = time.monotonic()
-        with pytest.raises(UserError, match=r"manifest\.json: got .*expected to read it"):
+        with pytest.raises(UserError, match=r"manifest\.json: got no byte for 0.3 s"):
             fetch(tmp_path / "node", f"http://127.0.0.1:{listening.getsockname()[1]}")
     assert time.monotonic() - started < 20
 
@@ -216,7 +216,7 @@ def test_no_name_in_a_manifest_reaches_a_shell_or_leaves_the_folder(
     monkeypatch.chdir(tmp_path)
     content = json.loads((plain / "manifest.json").read_text())
     content["shards"][0]["name"] = name
-    (plain / "manifest.json").write_text(json.dumps(content))
+    (plain / "manifest.json").write_text(manifest.sealed(content))
     with pytest.raises(UserError, match="shard name"):
         fetch(tmp_path / "node", f"pipe:cat {plain}/{{}}")
     assert not (tmp_path / "PWNED").exists()
@@ -229,3 +229,33 @@ def test_a_node_without_room_says_how_much_is_needed(
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: usage._replace(free=10))
     with pytest.raises(UserError, match=r"got 0.00 GB of free space, expected 0.00 GB for what"):
         fetch(tmp_path / "node", str(plain))
+
+
+def test_a_command_whose_children_stall_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, plain: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(stage, "STALLED_S", 0.3)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"manifest\.json: got no byte for 0.3 s"):
+        fetch(tmp_path / "node", f"pipe:sleep 20; cat {plain}/{{}}")
+    assert time.monotonic() - started < 10
+
+
+def test_files_that_are_lost_on_the_node_are_fetched_again(plain: Path, tmp_path: Path) -> None:
+    fetch(tmp_path / "node", str(plain))
+    (tmp_path / "node" / "train-000001.tar").unlink()
+    (tmp_path / "node" / "test-000001.tar").write_bytes(b"cut")
+    fetch(tmp_path / "node", str(plain))
+    assert without_card(tmp_path / "node") == without_card(plain)
+
+
+def test_a_full_disk_is_the_nodes_fault(plain: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        stage._fetch(str(plain), "manifest.json", Path("/dev/full"))
+    assert caught.value.filename == "/dev/full"
+
+
+def test_a_file_url_may_hold_escapes(plain: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(plain, tmp_path / "a b"))
+    fetch(tmp_path / "node", "file://" + str(source).replace(" ", "%20"))
+    assert without_card(tmp_path / "node") == without_card(plain)

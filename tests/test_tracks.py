@@ -1,5 +1,6 @@
 """Finding, naming and splitting tracks; nothing leaks."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,53 @@ def test_tables_with_mistakes_are_refused(text: str, message: str, tmp_path: Pat
     table.write_text(text)
     with pytest.raises(UserError, match=message):
         tracks.find(table)
+
+
+def test_nothing_that_looks_like_a_track_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = touch(tmp_path / "data" / "genres_original", "blues/a.wav", "jazz/b.wav")
+    (root / "jazz" / "c.wav").symlink_to("/nowhere/annex/object")
+    touch(tmp_path / "data", "zydeco/d.wav", "e.wav", ".hidden/f.wav")
+    found = tracks.find(tmp_path / "data")
+    assert [t.id for t in found] == ["blues_a", "jazz_b", "jazz_c"]  # c will be unusable
+    others = tracks.overlooked(tmp_path / "data", found)
+    assert [path.name for path in others] == ["e.wav", "d.wav"]
+    listdir = os.listdir
+
+    def unreadable(folder: Path) -> list[str]:
+        if Path(folder).name == "jazz":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", unreadable)
+    with pytest.raises(PermissionError, match="jazz"):
+        tracks.find(tmp_path / "data")
+
+
+def test_groups_of_unnamed_tracks_stay_and_blank_names_are_refused(tmp_path: Path) -> None:
+    found = [track("a", group="Ann"), track("b"), track("c", group="Cid")]
+    table = tmp_path / "artists.csv"
+    table.write_text("track,artist\nb,Bob\nc,Ann\n")
+    assert [t.group for t in tracks.with_groups(found, table)] == ["Ann", "Bob", "Ann"]
+    table.write_text("track,artist\nb,Bob\n\n,Various\n")
+    with pytest.raises(UserError, match="line 4: got a blank track"):
+        tracks.with_groups(found, table)
+
+
+def test_tables_keep_line_breaks_and_unusual_letters(tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text(
+        'path,genre,group\n"a\u3000b.wav",rock,"AC\nDC"\n\nc.wav,rock,ACDC\nd.wav,rock,x\u2028y\n'
+    )
+    found = tracks.find(table)
+    assert {t.group for t in found} == {"AC\nDC", "ACDC", "x\u2028y"}
+    for text, message in (
+        ("path,genre,genre\na,rock,pop\n", "one of them twice"),
+        ("path,genre\na.wav,x\n\n\nb.wav,\n", "line 5: got a blank"),
+        ("path,genre,track\na.wav,x,\x01 y\n", "line 2: got track '.x01 y'"),
+        ("path,genre\na\x07b.wav,x\n", "control characters"),
+    ):
+        table.write_text(text)
+        with pytest.raises(UserError, match=message):
+            tracks.find(table)

@@ -210,3 +210,18 @@ def test_manifest_cut_at_any_byte(copy: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match="manifest"):
             verify(copy)
+
+
+def test_a_folder_may_be_called_anything(shards: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "v#1 ?x%20{0..3}"))
+    verify(folder)
+
+
+def test_a_flipped_bit_of_the_manifest_is_found(copy: Path) -> None:
+    path = copy / "manifest.json"
+    whole = path.read_bytes()
+    for offset in range(3, len(whole) - 3, 211):
+        change(path, offset, bytes([whole[offset] ^ 1]))
+        with pytest.raises(UserError, match="manifest"):
+            manifest.read(copy)
+        path.write_bytes(whole)
