@@ -5,7 +5,7 @@ All read the same synthetic tracks (22,050 Hz, mono, 30 s) and write segments of
 
 - "webdataset TarWriter", MDSWriter and litdata decode and resample each track once, with our own
   functions, so that only the writing differs. They write no checksums, in the order of the tracks;
-  ours writes a checksum a record, sha256 of shards and sources, and spreads a track's segments.
+  ours writes a checksum a record, sha256 of shards, and spreads a track's segments.
 - "Per segment" decodes and resamples every segment on its own and writes it with TarWriter:
   either the file is loaded for each segment and cut (as one does on top of
   torchaudio.datasets.GTZAN, and must where the format cannot seek), or only the segment's part

@@ -177,7 +177,7 @@ from datasets import load_dataset
 train = load_dataset("FOLDER", split="train")
 ```
 
-`manifest.json` lists tracks with the sha256 of their sources, and shards with theirs;
+`manifest.json` lists tracks with the xxh3_128 of their sources, and shards with their sha256;
 `python -m mgc_dist.shard verify FOLDER` checks every byte.
 
 ## How it was made

@@ -27,7 +27,7 @@ _SHARD = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
 @dataclass(frozen=True, kw_only=True)
 class TrackEntry:
-    """A packed track: its name, genre, group, split, segments and the hash of its source."""
+    """A packed track: its name, genre, group, split, segments and its source's xxh3_128."""
 
     id: str
     genre: str
@@ -35,7 +35,7 @@ class TrackEntry:
     split: str
     segments: int
     source: str
-    sha256: str
+    source_xxh3: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def twins(tracks: Iterable[TrackEntry]) -> list[tuple[str, str]]:
     first: dict[str, TrackEntry] = {}
     pairs = []
     for track in tracks:
-        other = first.setdefault(track.sha256, track)
+        other = first.setdefault(track.source_xxh3, track)
         if other.split != track.split:
             pairs.append((other.id, track.id))
     return pairs

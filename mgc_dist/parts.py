@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mgc_dist import audio
 from mgc_dist.cut import reason_of
 from mgc_dist.errors import UserError
-from mgc_dist.files import locked, replace_text, sha256, stamp_of, sync, write_at
+from mgc_dist.files import fingerprint, locked, replace_text, stamp_of, sync, write_at
 from mgc_dist.ledger import Ledger
 from mgc_dist.tracks import Track
 from mgc_dist.workers import spread
@@ -41,7 +41,7 @@ class DecodedTrack:
         offset: of the wave in it, in bytes.
         samples: of the wave.
         source_bytes: size of the source file.
-        sha256: of the source file.
+        source_xxh3: xxh3_128 of the source file.
         checksum: xxh3_64 of the wave.
         bad: why the track is unusable, "" if it is not.
     """
@@ -51,7 +51,7 @@ class DecodedTrack:
     offset: int = 0
     samples: int = 0
     source_bytes: int = 0
-    sha256: str = ""
+    source_xxh3: str = ""
     checksum: int = 0
     bad: str = ""
 
@@ -69,7 +69,7 @@ class PartWaves:
     tracks: dict[str, DecodedTrack]
 
     def __call__(self, track: Track) -> tuple[NDArray[np.int16], str]:
-        """The wave of a track, int16 [samples], and the sha256 of its source.
+        """The wave of a track, int16 [samples], and its source's xxh3_128.
 
         Raises:
             UserError: it is not what its part wrote.
@@ -84,7 +84,7 @@ class PartWaves:
                 expected=f"{2 * entry.samples} bytes with {entry.checksum:016x}",
                 cure="run this part again",
             )
-        return np.frombuffer(data, "<i2"), entry.sha256
+        return np.frombuffer(data, "<i2"), entry.source_xxh3
 
     def samples(self, track: Track) -> int | str:
         """Length of a track's wave, or why there is none."""
@@ -94,7 +94,7 @@ class PartWaves:
     def stamp(self, track: Track) -> str:
         """Checksums of source and wave."""
         entry = self.tracks[track.id]
-        return f"{entry.sha256} {entry.checksum:016x}"
+        return f"{entry.source_xxh3} {entry.checksum:016x}"
 
 
 def decode_part(
@@ -260,14 +260,15 @@ def _decode(
             expected=f"{planned} as its header promised when this part began",
             cure="it has changed meanwhile: run this part again",
         )
-    write_at(into, offset, wave.data.cast("B"))
+    with into.open("r+b", buffering=0) as file:
+        write_at(file, offset, wave.data.cast("B"))
     return DecodedTrack(
         id=id_,
         file=name,
         offset=offset,
         samples=len(wave),
         source_bytes=size,
-        sha256=sha256(path),
+        source_xxh3=fingerprint(path),
         checksum=xxhash.xxh3_64_intdigest(wave.data),
     )
 

@@ -39,10 +39,14 @@ def test_sha256_of_the_standards_example(tmp_path: Path) -> None:
 def test_write_at_names_the_file_when_the_disk_refuses(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"0123456789")
-    files.write_at(path, 3, memoryview(b"abc"))
+    with path.open("r+b", buffering=0) as file:
+        files.write_at(file, 3, memoryview(b"abc"))
     assert path.read_bytes() == b"012abc6789"
-    with pytest.raises(OSError, match="full") as caught:
-        files.write_at(Path("/dev/full"), 0, b"x")
+    with (
+        Path("/dev/full").open("r+b", buffering=0) as file,
+        pytest.raises(OSError, match="No space left") as caught,
+    ):
+        files.write_at(file, 0, b"x")
     assert caught.value.filename == "/dev/full"
 
 
