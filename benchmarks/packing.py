@@ -11,7 +11,8 @@ All read the same synthetic tracks (22,050 Hz, mono, 30 s) and write segments of
   torchaudio.datasets.GTZAN, and must where the format cannot seek), or only the segment's part
   of the WAV file is read. Resampled by torchaudio at the quality that music needs (the settings
   that its documentation names "kaiser best"; the default aliases at -17 dB), or by soxr HQ.
-- All that write WAV bytes make them with Python's wave module, the cheapest way found.
+- All that write WAV bytes make them with Python's wave module, the cheapest way found; TarWriter
+  with soundfile's as well, the library that most would take.
 - litdata starts processes of its own, whose imports count: they weigh less with more --tracks.
 
     python benchmarks/packing.py --json benchmarks/results/packing.json
@@ -66,7 +67,10 @@ def wav_bytes(samples: np.ndarray) -> bytes:
 
 
 def ours(folder: Path, scratch: Path) -> Callable[[], int]:
-    from mgc_dist import pack, shard, split  # noqa: F401 - imported before the clock starts
+    import rich.console  # before the clock starts, like the packages of the others
+    import rich.table  # noqa: F401
+
+    from mgc_dist import card, pack, parts, shard, split  # noqa: F401
     from mgc_dist.config import ShardConfig
 
     config = ShardConfig(
@@ -81,19 +85,22 @@ def ours(folder: Path, scratch: Path) -> Callable[[], int]:
     return work
 
 
-def tar_writer(folder: Path, scratch: Path) -> Callable[[], int]:
-    import webdataset
+def tar_writer(as_wav: Callable[[np.ndarray], bytes]) -> measure.Contender:
+    def contender(folder: Path, scratch: Path) -> Callable[[], int]:
+        import webdataset
 
-    def work() -> int:
-        count = 0
-        with webdataset.ShardWriter(str(scratch / "out-%06d.tar"), maxcount=512, verbose=0) as out:
-            for about, samples in described(folder):
-                key = f"{about['track']}_{about['segment']:02d}"
-                out.write({"__key__": key, "json": about, "wav": wav_bytes(samples)})
-                count += 1
-        return count
+        def work() -> int:
+            count, pattern = 0, str(scratch / "out-%06d.tar")
+            with webdataset.ShardWriter(pattern, maxcount=512, verbose=0) as out:
+                for about, samples in described(folder):
+                    key = f"{about['track']}_{about['segment']:02d}"
+                    out.write({"__key__": key, "json": about, "wav": as_wav(samples)})
+                    count += 1
+            return count
 
-    return work
+        return work
+
+    return contender
 
 
 def mosaic(folder: Path, scratch: Path) -> Callable[[], int]:
@@ -134,6 +141,12 @@ def lit(folder: Path, scratch: Path) -> Callable[[], int]:
         return sum(audio.segment_count(length, LENGTH, HOP) for length in lengths)
 
     return work
+
+
+def soundfile_bytes(samples: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    soundfile.write(content, samples, RATE, "PCM_16", format="WAV")
+    return content.getvalue()
 
 
 Read = Callable[[Path, int], np.ndarray]
@@ -198,7 +211,8 @@ def per_segment(read: Read, resampler: Callable[[], Resample]) -> measure.Conten
 OURS = "mgc_dist (checksums, sha256, shuffled, atomic)"
 CONTENDERS: dict[str, measure.Contender] = {
     OURS: ours,
-    "webdataset TarWriter": tar_writer,
+    "webdataset TarWriter, WAV by soundfile": tar_writer(soundfile_bytes),
+    "webdataset TarWriter, WAV by Python's wave": tar_writer(wav_bytes),
     "mosaicml-streaming MDSWriter": mosaic,
     "litdata.optimize": lit,
     "per segment: load, cut, torchaudio kaiser best": per_segment(load_and_cut, torchaudio_best),
