@@ -88,7 +88,7 @@ def locked(path: Path, *, wait_s: float, purpose: str) -> Iterator[None]:
     """Hold a lock that ends with this process, however it ends.
 
     Args:
-        path: of the lock file; its holder may remove it.
+        path: of the lock file; removed when the lock is let go.
         wait_s: how long to wait for another process to let go.
         purpose: what the lock is for, in the error message.
 
@@ -109,6 +109,7 @@ def locked(path: Path, *, wait_s: float, purpose: str) -> Iterator[None]:
     try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # while it is held: who waits for it looks at the inode
         os.close(handle)
 
 

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -151,13 +151,8 @@ def tidy(out: Path) -> None:
         _remove_ours(out, (".tmp",))
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    with locked(out / LOCK, wait_s=0, purpose=f"packing into {out}"):
-        try:
-            yield
-        finally:
-            (out / LOCK).unlink()
+def _alone(out: Path) -> AbstractContextManager[None]:
+    return locked(out / LOCK, wait_s=0, purpose=f"packing into {out}")
 
 
 def _refuse_to_replace(out: Path) -> None:
@@ -306,9 +301,8 @@ def _opened(path: Path) -> FileIO:
 def _is_written(known: PackedTrack, where: list[tuple[Path, int]], size: int) -> bool:
     """Whether the records that the ledger promises are on the disk: a crash may have lost them."""
     for checksum, (path, offset) in zip(known.checksums, where, strict=True):
-        with path.open("rb", buffering=0) as file:
-            if record.checksum(os.pread(file.fileno(), size, offset)) != checksum:
-                return False
+        if record.checksum(os.pread(_opened(path).fileno(), size, offset)) != checksum:
+            return False
     return True
 
 

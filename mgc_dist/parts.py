@@ -128,7 +128,6 @@ def decode_part(
         tasks = _tasks(mine, sample_rate)
         work = hashlib.sha256(json.dumps([sample_rate, part, tasks]).encode()).hexdigest()
         if _is_done(folder, name, work):
-            (folder / f"{name}.lock").unlink()
             return len(mine), _bad(_read_list(folder, name).tracks)
         with Ledger(folder / f"{name}.jsonl.tmp", work) as ledger:
             temporary.touch()
@@ -154,7 +153,6 @@ def decode_part(
         }
         replace_text(folder / f"{name}.json", json.dumps(content))
         (folder / f"{name}.jsonl.tmp").unlink()
-        (folder / f"{name}.lock").unlink()
     return len(mine), _bad(decoded)
 
 

@@ -8,6 +8,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import json
 import multiprocessing
+import shutil
 import socket
 import sys
 import traceback
@@ -159,6 +160,17 @@ def shards(tracks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tracks, packed: 66 rows in each split."""
     out = tmp_path_factory.mktemp("data") / "shards"
     shard.run(shard_config(tracks, out))
+    return out
+
+
+@pytest.fixture
+def copy(shards: Path, tmp_path: Path) -> Path:
+    """A copy of the shards that may be damaged."""
+    out = tmp_path / "copy"
+    out.mkdir()
+    for path in shards.iterdir():
+        if path.is_file():
+            shutil.copy(path, out)
     return out
 
 

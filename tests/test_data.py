@@ -20,17 +20,6 @@ from mgc_dist.files import sha256
 from mgc_dist.plan import Plan, lay_out, sweep_batches, training_batches
 
 
-@pytest.fixture
-def copy(shards: Path, tmp_path: Path) -> Path:
-    """A copy of the shards that may be damaged."""
-    out = tmp_path / "copy"
-    out.mkdir()
-    for path in shards.iterdir():
-        if path.is_file():
-            shutil.copy(path, out)
-    return out
-
-
 def test_batches_hold_the_planned_rows(shards: Path) -> None:
     plan = Plan(rows=66, total=100, global_batch=7, seed=2)
     layout = lay_out(global_batch=7, world=2, largest_micro_batch=2)

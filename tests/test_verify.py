@@ -22,17 +22,6 @@ from mgc_dist.files import sha256
 SIZE = record.record_bytes(8000)
 
 
-@pytest.fixture
-def copy(shards: Path, tmp_path: Path) -> Path:
-    """A copy of the shards that may be damaged."""
-    out = tmp_path / "copy"
-    out.mkdir()
-    for path in shards.iterdir():
-        if path.is_file():
-            shutil.copy(path, out)
-    return out
-
-
 def verify(folder: Path, jobs: int = 1) -> None:
     shard.verify(VerifyConfig(shards=folder, jobs=jobs))
 
