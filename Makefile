@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow soak check bench clean
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,9 @@ test: .venv/installed  ## everything but the slow tests
 test-slow: .venv/installed  ## the real size with random weights: 13 GB of memory, 10 GB of disk
 	$(RUN) python -m pytest -m slow
 
+soak: .venv/installed  ## 60 random faults to two runs, and what they lost: nothing; half an hour
+	$(RUN) PYTHONPATH=tests:tests/faults OMP_NUM_THREADS=1 python tests/faults/soak.py
+
 check: .venv/installed  ## style, types, and that rooms import only from below
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -27,12 +30,13 @@ check: .venv/installed  ## style, types, and that rooms import only from below
 
 # mosaicml-streaming asks for transformers < 5 and numpy < 2.2, but its reader and writer work
 # without them: it comes without its dependencies, the few that it imports are in the extra.
-bench: .venv/installed  ## packing, reading, memory against the peers; 20 minutes, 12 GB of disk
+bench: .venv/installed  ## packing, reading, memory against the peers, freezing; 25 minutes, 12 GB of disk
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,bench]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "mosaicml-streaming==0.13.*"
 	$(RUN) python benchmarks/packing.py --json benchmarks/results/packing.json
 	$(RUN) python benchmarks/reading.py --tracks 400 --json benchmarks/results/reading.json
 	$(RUN) python benchmarks/memory.py --json benchmarks/results/memory.json
+	$(RUN) python benchmarks/freezing.py --json benchmarks/results/freezing.json
 
-clean:  ## remove what `make demo` made, not the virtual environment
-	rm -rf data/demo shards/demo runs/demo-poe runs/demo-ce runs/demo-times.json
+clean:  ## remove what `make demo` and `make soak` made, not the virtual environment
+	rm -rf data/demo shards/demo runs/demo-poe runs/demo-ce runs/demo-times.json runs/soak

@@ -18,13 +18,10 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 import yaml
 
-from mgc_dist.errors import UserError
+from mgc_dist.errors import EXIT_BROKEN_PIPE, PeerLost, RunFailed, UserError, exit_code_of
 
 C = TypeVar("C")
 
-EXIT_BAD_INPUT = 2
-EXIT_IO = 74  # a file or folder cannot be read or written; sysexits.h's EX_IOERR
-EXIT_BROKEN_PIPE = 141  # as a shell reports SIGPIPE: the work was not finished
 PRESETS = Path(__file__).resolve().parent.parent / "launch" / "presets"
 
 _HELP = """{about}
@@ -45,25 +42,34 @@ def main(command: str, config_type: type[C], body: Callable[[C], int | None]) ->
     argv = sys.argv[1:]
     debug = "--debug" in argv
     try:
-        config = parse(command, config_type, [arg for arg in argv if arg != "--debug"])
-        code = body(config)
-    except UserError as error:
-        if debug:
-            raise
-        if error.this_rank_only or os.environ.get("RANK", "0") == "0":
-            print(f"mgc_dist {command}: error: {error}", file=sys.stderr)
-        code = EXIT_BAD_INPUT
+        code = body(parse(command, config_type, [arg for arg in argv if arg != "--debug"])) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
-    except OSError as error:
-        if debug:
-            raise
-        print(f"mgc_dist {command}: error: {error}", file=sys.stderr)
-        code = EXIT_IO
     except KeyboardInterrupt:
         code = 130
-    sys.exit(code or 0)
+    except (UserError, RunFailed, OSError) as error:
+        if debug:
+            raise
+        _tell(command, error)
+        code = exit_code_of(error)
+        if isinstance(error, PeerLost):
+            leave(code)
+    sys.exit(code)
+
+
+def _tell(command: str, error: Exception) -> None:
+    """Print an error once: on rank 0, unless the others may have met another one."""
+    own = isinstance(error, PeerLost | OSError) or getattr(error, "this_rank_only", False)
+    if own or os.environ.get("RANK", "0") == "0":
+        print(f"mgc_dist {command}: error: {error}", file=sys.stderr)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: a process group that lost a rank may block its own end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def parse(command: str, config_type: type[C], argv: Sequence[str]) -> C:

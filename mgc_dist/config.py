@@ -389,10 +389,37 @@ class EngineConfig:
     """Where the ranks compute."""
     bucket_elements: int = 50_000_000
     """Elements of a ZeRO communication bucket; the default overlaps on models of 300 M."""
+    compile: bool = False
+    """Compile the model (torch.compile): slower to start, faster steps on a GPU; not at stage 3."""
+    hang_timeout_s: float = 600.0
+    """A rank without progress for so long writes its stacks to the log and ends with code 75."""
+    max_refused_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, after which the run ends (70)."""
 
     def __post_init__(self) -> None:
         _require(
             "--micro-batch", self.micro_batch >= 1, self.micro_batch, "at least 1", "8 is usual"
+        )
+        _require(
+            "--compile with --zero-stage 3",
+            not (self.compile and self.zero_stage == 3),
+            "both",
+            "a compiled model at stage 0, 1 or 2",
+            "ZeRO-3 loses nearly all gradients of a compiled model, silently; use --zero-stage 2",
+        )
+        _require(
+            "--hang-timeout-s",
+            self.hang_timeout_s >= 1,
+            self.hang_timeout_s,
+            "at least 1",
+            "600 is usual",
+        )
+        _require(
+            "--max-refused-steps",
+            self.max_refused_steps >= 1,
+            self.max_refused_steps,
+            "at least 1",
+            "10 is usual",
         )
 
 
@@ -414,6 +441,18 @@ class RunConfig:
     """Newest checkpoints that are kept."""
     log_every_steps: int = 10
     """Optimizer steps between log lines and metrics."""
+    time_limit_s: float = 0.0
+    """Save and stop before the run has taken so long; 0 means no limit."""
+    max_tries: int = 3
+    """Tries in a row without a new checkpoint after which the run refuses to start again."""
+    fresh: bool = False
+    """Begin again in a used run folder; what is there is moved into RUN/aside-N."""
+    row_ledger: bool = False
+    """Write down which rows each step consumed (RUN/rows), to prove that none was lost."""
+    dry_run: bool = False
+    """Print batches, steps, parameters, memory and disk, and stop; needs no GPU."""
+    ranks: int = 0
+    """Ranks that `--dry-run` plans for; 0 means as many as were started."""
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -421,8 +460,25 @@ class RunConfig:
             ("--checkpoint-every-epochs", self.checkpoint_every_epochs),
             ("--keep-checkpoints", self.keep_checkpoints),
             ("--log-every-steps", self.log_every_steps),
+            ("--max-tries", self.max_tries),
         ):
             _require(flag, value > 0, value, "a positive number", "1 is the smallest usual value")
+        for flag, value in (("--time-limit-s", self.time_limit_s), ("--ranks", self.ranks)):
+            _require(flag, value >= 0, value, "0 or more", "0 is the default")
+        _require(
+            "--ranks",
+            self.dry_run or not self.ranks,
+            self.ranks,
+            "with --dry-run only",
+            "a real run has as many ranks as are started: deepspeed --num_gpus N",
+        )
+        _require(
+            "--fresh",
+            not self.fresh or self.resume == "never",
+            f"--resume {self.resume}",
+            "one of the two",
+            "--resume goes on, --fresh begins again",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

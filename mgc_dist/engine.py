@@ -4,20 +4,29 @@ What is built around here, all measured (docs/design.md): the model is built pla
 partitioned by `initialize` (zero.Init crashes on wav2vec2's weight-normed convolution); torch's
 fused AdamW needs no compiler; autocast keeps float32 weights; DeepSpeed's shared-memory op is
 switched off on a CPU, because it compiles at first use, leaks 66 MiB of /dev/shm a run and
-hangs on the lock of a killed build.
+hangs on the lock of a killed build. Checkpoints go through torch's restricted unpickler, with the
+few names that DeepSpeed needs: a stranger's pickle is refused before it runs.
 """
 
+import argparse
+import contextlib
+import io
 import logging
 import math
 import os
-from collections.abc import Sequence
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from mgc_dist.errors import UserError
 from mgc_dist.model import WaveClassifier
 from mgc_dist.plan import Layout
 from mgc_dist.ranks import Ranks
@@ -37,6 +46,7 @@ class Engine:
         weight_decay: of AdamW.
         clip_norm: largest norm of the gradient.
         bucket_elements: of ZeRO's communication.
+        compile_model: through torch.compile; not at stage 3, which then loses gradients.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class Engine:
         weight_decay: float,
         clip_norm: float,
         bucket_elements: int,
+        compile_model: bool = False,
     ) -> None:
         deepspeed = _import_deepspeed(ranks)
         head, backbone = model.head_and_backbone()
@@ -60,7 +71,7 @@ class Engine:
         self.ranks = ranks
         self.zero_stage = zero_stage
         self.bf16 = bf16
-        self._gather = deepspeed.zero.GatheredParameters
+        self._deepspeed = deepspeed
         self.config: dict[str, Any] = {
             "train_batch_size": layout.slots,
             "train_micro_batch_size_per_gpu": layout.micro_batch,
@@ -89,6 +100,12 @@ class Engine:
             model_parameters=[{"params": p, "lr": peak} for p, peak in groups if p],
             config=self.config,
         )
+        self._files = _Files(self._engine.checkpoint_engine)
+        self._engine.checkpoint_engine = self._files
+        self._norm: float | None = None
+        if compile_model:
+            assert zero_stage < 3
+            self._engine.compile()
 
     def __call__(self, wave: Tensor) -> Tensor:
         """int16 [B, T] on the device -> logits [B, K]."""
@@ -106,8 +123,8 @@ class Engine:
             group["lr"] = rate
         return rates
 
-    def step(self, loss_sum: Tensor, true_rows: int) -> None:
-        """Back-propagate one micro batch; at the end of the accumulation, update the weights.
+    def backward(self, loss_sum: Tensor, true_rows: int) -> None:
+        """Back-propagate one micro batch.
 
         DeepSpeed divides the loss by the accumulation and averages gradients over ranks, so
         that the factor here makes the update follow the mean over the true rows of the whole
@@ -118,33 +135,136 @@ class Engine:
             true_rows: D, true rows of the whole global batch, over all ranks.
         """
         self._engine.backward(loss_sum * (self._scale / true_rows))
+
+    def step(self) -> bool:
+        """End a micro batch; at the end of the accumulation, update the weights.
+
+        Returns:
+            False, on every rank alike, if a gradient was not finite: the weights and the
+            optimizer are as they were.
+        """
+        at_boundary = self._engine.is_gradient_accumulation_boundary()
+        refused = at_boundary and self.zero_stage == 0 and not self._is_finite_at_stage_0()
+        config = self._engine._config
+        clip_norm = config.gradient_clipping
+        config.gradient_clipping = 0.0 if refused else clip_norm  # it fails without a gradient
         self._engine.step()
+        config.gradient_clipping = clip_norm
+        if at_boundary and self.zero_stage > 0:
+            refused = bool(self._engine.optimizer.overflow)
+            self._norm = _finite_or_none(self._engine.get_global_grad_norm())
+        return not refused
+
+    def _is_finite_at_stage_0(self) -> bool:
+        """Measure the gradient; drop it if it is not finite, because stage 0 would apply it.
+
+        The gradients have been averaged by now, so all ranks come to the same answer. The
+        optimizer passes over parameters without a gradient.
+        """
+        parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
+        norm = float(
+            torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        )
+        if math.isfinite(norm):
+            self._norm = norm
+            return True
+        for parameter in parameters:
+            parameter.grad = None
+        self._norm = None
+        return False
 
     def grad_norm(self) -> float | None:
-        """Norm of the last step's gradient before clipping; None at stage 0 in float32."""
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        """Norm of the last step's gradient before clipping; None if it was not finite."""
+        return self._norm
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write this rank's part of a checkpoint (a collective)."""
+    def all_grads(self) -> dict[str, Tensor]:
+        """Full gradients of the trainable parameters (a collective at each of them).
+
+        Between the last `backward` of a step and its `step`: {name: gradient in the
+        parameter's shape}; for the census and for tests, it is slow.
+        """
+        from deepspeed.utils import safe_get_full_grad
+
+        grads: dict[str, Tensor] = {}
+        for name, parameter in self._engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            grad = parameter.grad if self.zero_stage == 0 else safe_get_full_grad(parameter)
+            if grad is not None:
+                grads[name] = grad
+        return grads
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> list[Path]:
+        """Write this rank's part of a checkpoint (a collective).
+
+        Returns:
+            The files that this rank has written.
+
+        Raises:
+            OSError, RuntimeError: a file could not be written; all ranks have got to the end
+                of the collectives nevertheless.
+        """
+        self._files.begin()
         self._engine.save_checkpoint(
             str(folder), tag=tag, client_state={"mgc_dist": state}, save_latest=False
         )
+        return self._files.finish()
 
-    def load(self, checkpoint: Path) -> dict[str, Any]:
+    def all_load(self, checkpoint: Path, *, reshape: bool) -> dict[str, Any]:
         """Restore weights and optimizer from a verified checkpoint (a collective).
+
+        Args:
+            checkpoint: its folder.
+            reshape: it comes from another world size or stage: rank 0 rewrites it first as
+                DeepSpeed's universal checkpoint, beside it, and removes that afterwards.
+                Frozen weights are not restored then: they must be the same already.
 
         Returns:
             The state that was given to `save`.
 
         Raises:
             RuntimeError: DeepSpeed found nothing to load.
+            UserError, OSError: the universal checkpoint could not be written.
         """
-        path, client = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if not reshape or self.zero_stage == 0:  # stage 0 holds everything on every rank
+            return self._load(checkpoint)
+        universal = checkpoint.with_name(f"tmp-universal-{checkpoint.name}")
+        self.ranks.all_decide(lambda: _convert(checkpoint, universal))
+        config = self._engine._config
+        config.load_universal_checkpoint = True
+        try:
+            state = self._load(universal)
+        finally:
+            config.load_universal_checkpoint = False
+        if self.zero_stage == 3:
+            self._repair_stage_3()
+        self.ranks.barrier()
+        if self.ranks.is_first:
+            shutil.rmtree(universal)
+        return state
+
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
+        with _refusing_code(checkpoint):
+            path, client = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None:
             raise RuntimeError(f"DeepSpeed loaded nothing from {checkpoint}")
         state: dict[str, Any] = client["mgc_dist"]
         return state
+
+    def _repair_stage_3(self) -> None:
+        """Undo what DeepSpeed 0.19 does to more than one parameter group at stage 3.
+
+        It gives all sub-groups one `step` tensor, which each of them then counts up, and the
+        first group's settings to all: 4e-4 off after a few steps (docs/design.md).
+        """
+        inner = self._engine.optimizer.optimizer
+        for values in inner.state.values():
+            if torch.is_tensor(values.get("step")):
+                values["step"] = values["step"].clone()
+        for group, peak in zip(self._engine.optimizer.param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak  # set again at every step; all other settings are common to all
+        steps = [id(v["step"]) for v in inner.state.values() if torch.is_tensor(v.get("step"))]
+        assert len(set(steps)) == len(steps)
 
     def all_weights(self) -> dict[str, Tensor]:
         """Full float32 weights on the CPU of rank 0, {} elsewhere (a collective)."""
@@ -162,7 +282,7 @@ class Engine:
         return weights
 
     def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        gathered: AbstractContextManager[None] = self._gather(
+        gathered: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(
             parameters, enabled=self.zero_stage == 3
         )
         return gathered
@@ -189,6 +309,103 @@ def lr_factor(samples_seen: int, total: int, *, warmup: float, final: float) -> 
     return final + (1 - final) * 0.5 * (1 + math.cos(angle))
 
 
+class _Files:
+    """DeepSpeed's way to files, made safe: it loads no foreign code, and never raises midway.
+
+    A rank that raised inside `save_checkpoint` would leave the others in its barriers.
+    """
+
+    def __init__(self, inner: object) -> None:
+        self._inner = inner
+        self._written: list[Path] = []
+        self._error: OSError | RuntimeError | None = None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    def begin(self) -> None:
+        self._written, self._error = [], None
+
+    def finish(self) -> list[Path]:
+        """The files written since `begin`; raises what went wrong with one."""
+        if self._error is not None:
+            raise self._error
+        return self._written
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            Path(path).mkdir(parents=True, exist_ok=exist_ok)
+        except OSError as error:
+            self._error = error
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if self._error is not None:
+            return
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+            self._written.append(Path(path))
+        except (OSError, RuntimeError) as error:
+            cause = error.__cause__ or error.__context__
+            self._error = cause if isinstance(cause, OSError) else error
+
+    def load(self, path: str, map_location: str | torch.device | None = None) -> object:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def safe_names() -> list[Any]:
+    """Classes that DeepSpeed's checkpoints need besides tensors; harmless ones."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
+
+
+def _convert(checkpoint: Path, universal: Path) -> None:
+    """Rewrite a checkpoint as DeepSpeed's universal one, which any world size reads (rank 0)."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(universal, ignore_errors=True)
+    words = argparse.Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(universal),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,  # ours are not Megatron's: no universal_checkpoint_info
+    )
+    silence = io.StringIO()
+    with (
+        contextlib.redirect_stdout(silence),
+        contextlib.redirect_stderr(silence),
+        _refusing_code(checkpoint),
+    ):
+        ds_to_universal.main(words)
+
+
+@contextlib.contextmanager
+def _refusing_code(checkpoint: Path) -> Iterator[None]:
+    """Put torch's refusal to unpickle a foreign class into the words of this program."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)|global (\S+)", str(error))
+        name = (found[1] or found[2]) if found else "something that is no tensor"
+        raise UserError(
+            f"checkpoint {checkpoint}",
+            got=f"a file that would run code when it is loaded ({name})",
+            expected="tensors, as training writes them",
+            cure="do not use it, nor anything else from where it came from",
+            this_rank_only=True,
+        ) from error
+
+
+def _finite_or_none(norm: float | Tensor | None) -> float | None:
+    return float(norm) if norm is not None and math.isfinite(float(norm)) else None
+
+
 def _import_deepspeed(ranks: Ranks) -> ModuleType:
     on_cpu = ranks.device.type == "cpu"
     if on_cpu:
@@ -196,7 +413,9 @@ def _import_deepspeed(ranks: Ranks) -> ModuleType:
     import deepspeed
 
     module: ModuleType = deepspeed
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # it passes weights_only=False everywhere
+    torch.serialization.add_safe_globals(safe_names())
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return module

@@ -8,6 +8,7 @@ with the same weights: to the bit on CPUs, where it is tested; GPU kernels may a
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgc_dist import checkpoint
+from mgc_dist import checkpoint, record
+from mgc_dist.census import Census
 from mgc_dist.config import TrainConfig
 from mgc_dist.data import Batch, Reader, ShardSet
 from mgc_dist.display import Bar, progress
 from mgc_dist.engine import Engine, lr_factor
-from mgc_dist.journal import Journal
+from mgc_dist.errors import EXIT_IO, EXIT_NON_FINITE, RunFailed
+from mgc_dist.journal import Journal, RowLedger
+from mgc_dist.lease import Lease
 from mgc_dist.logits import BiasTable
 from mgc_dist.loss import masked_sum, row_losses
 from mgc_dist.model import WaveClassifier, save_exported
 from mgc_dist.plan import Layout, Plan, training_batches
 from mgc_dist.ranks import Ranks, seed_everything
 from mgc_dist.score import all_score
-from mgc_dist.stop import Stop
-from mgc_dist.tally import Meter, Tally
+from mgc_dist.stop import Stop, describe
+from mgc_dist.tally import Laggards, Meter, Tally
+from mgc_dist.watch import Watch
 
 log = logging.getLogger(__name__)
+
+MAX_FAILED_SAVES = 3
+"""Checkpoints in a row that may fail to be written before the run ends."""
 
 
 @dataclass
@@ -41,14 +49,16 @@ class State:
         samples_seen: positions consumed; the only state of the order.
         best_macro_f1: best validation macro-F1 over tracks so far, -1 before the first.
         best_samples_seen: when it was reached; a tie keeps the earlier one.
+        refused_in_a_row: steps up to now whose gradient was not finite.
     """
 
     samples_seen: int = 0
     best_macro_f1: float = -1.0
     best_samples_seen: int = 0
+    refused_in_a_row: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Fit:
     """A training run, ready to go.
 
@@ -58,7 +68,7 @@ class Fit:
         shards, table: the data; no table for the loss `ce`.
         plan, layout: the order of rows, and how a step's rows lie over ranks.
         model, engine: the main model, and DeepSpeed around it.
-        ranks, journal, stop: peers, metrics.jsonl, and the signal flag.
+        ranks, journal, stop: peers, metrics.jsonl, and what asks for a stop.
     """
 
     config: TrainConfig
@@ -73,21 +83,41 @@ class Fit:
     journal: Journal
     stop: Stop
 
+    def __post_init__(self) -> None:
+        self._lease: Lease
+        self._watch: Watch
+        self._census = Census(self.model)
+        self._laggards = Laggards()
+        self._kept_losses: list[tuple[Tensor, Tensor]] = []
+        self._failed_saves = 0
+        self._save_s = self._step_s = 0.0
+        self._stepped_at_s = time.monotonic()
+        self._rows: RowLedger | None = None
+
     @property
     def run(self) -> Path:
         """The run folder."""
         return self.config.output.run
 
-    def train(self, state: State) -> bool:
+    def train(self, state: State, lease: Lease, watch: Watch) -> bool:
         """Train from a state to the end of the plan (a collective).
+
+        Args:
+            state: where to begin; it is moved on.
+            lease: the right to write into the run folder.
+            watch: told of every micro step.
 
         Returns:
             Whether the end was reached; False after a stop that all ranks agreed on: a
             checkpoint has been saved then.
 
         Raises:
-            NonFiniteLoss: a step's loss was NaN or infinite.
+            RunFailed: too many steps in a row were refused, or checkpoints could not be saved.
+            UserError: the census of gradients found one missing.
         """
+        self._lease, self._watch = lease, watch
+        if self.config.output.row_ledger:
+            self._rows = RowLedger(self.run, self._lease.attempt, self.ranks.rank)
         first = self.plan.step_of(state.samples_seen)
         batches = training_batches(self.plan, self.layout, self.ranks.rank, first)
         pin = self.ranks.device.type == "cuda"
@@ -107,24 +137,33 @@ class Fit:
             ) as bar,
         ):
             tally, meter = Tally(self.ranks), Meter(reader, state.samples_seen)
+            self._stepped_at_s = time.monotonic()
             for batch in reader:
-                loss_sum = self._micro_step(batch)
-                tally.add(loss_sum)
-                if batch.plan.micro_step < self.layout.accumulation - 1:
-                    continue
                 step = batch.plan.step
-                state.samples_seen = self.plan.seen_after(step)
-                stopping = tally.reduce(step, self.plan, self.stop.signal)
-                if self._after_step(step, state, stopping, tally, meter, bar):
-                    return False
+                self._watch.progress(step, "computing")
+                tally.add(self._forward_backward(batch, meter))
+                at_end = batch.plan.micro_step == self.layout.accumulation - 1
+                if at_end:
+                    self._take_census()
+                applied = self.engine.step()
+                if at_end:
+                    state.samples_seen = self.plan.seen_after(step)
+                    self._note_refusal(step, state, applied)
+                    asked = bool(self.stop.signal) or self._time_is_up()
+                    stopping = tally.reduce(self.plan.true_rows(step), asked)
+                    if self._after_step(step, state, stopping, tally, meter, bar):
+                        return False
+                self._watch.progress(step + at_end, "reading")
         return True
 
-    def _micro_step(self, batch: Batch) -> Tensor:
+    def _forward_backward(self, batch: Batch, meter: Meter) -> Tensor:
         step, config, device = batch.plan.step, self.config, self.ranks.device
         if batch.plan.micro_step == 0:
             seed_everything(config.output.seed, step, self.ranks.rank)
             self.engine.set_lr(self._lr_factor(step))
-        logits = self.engine(batch.wave.to(device, non_blocking=True))  # [B, K]
+            self._kept_losses.clear()
+        with meter.own_work():
+            logits = self.engine(batch.wave.to(device, non_blocking=True))  # [B, K]
         bias = self.table.lookup(batch.row).to(device, non_blocking=True) if self.table else None
         losses = row_losses(
             config.objective.loss,
@@ -134,9 +173,64 @@ class Fit:
             beta=config.objective.beta,
             bias_ratio=config.objective.bias_ratio,
         )  # [B]
+        self._kept_losses.append((batch.row, losses.detach()))
+        if self._rows:
+            self._rows.add(batch.row.tolist())
         loss_sum = masked_sum(losses, batch.weight.to(device, non_blocking=True))
-        self.engine.step(loss_sum, self.plan.true_rows(step))
+        self.engine.backward(loss_sum, self.plan.true_rows(step))
         return loss_sum.detach()
+
+    def _take_census(self) -> None:
+        if self._census.is_open:
+            grads = self.engine.all_grads()
+            if all(bool(grad.isfinite().all()) for grad in grads.values()):
+                self._census.add(grads)
+
+    def _note_refusal(self, step: int, state: State, applied: bool) -> None:
+        """Count steps whose gradient was not finite, name their rows, end after too many.
+
+        Raises:
+            RunFailed: with exit code 70.
+        """
+        if self._rows:
+            self._rows.end_step(step)
+        if applied:
+            state.refused_in_a_row = 0
+            return
+        state.refused_in_a_row += 1
+        bad = [
+            int(row)
+            for rows, losses in self._kept_losses
+            for row, loss in zip(rows.tolist(), losses.tolist(), strict=True)
+            if row >= 0 and not math.isfinite(loss)
+        ]
+        rows = sorted(row for part in self.ranks.all_gather(bad) for row in part)
+        keys = ", ".join(self._key(row) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
+        what = f"the losses of {keys}" if rows else "the gradient, with finite losses,"
+        message = f"step {step + 1} is refused: {what} not finite"
+        if self.ranks.is_first:
+            log.warning("%s; %d in a row", message, state.refused_in_a_row)
+        self.journal.write("refused", step=step + 1, samples_seen=state.samples_seen, reason=what)
+        limit = self.config.engine.max_refused_steps
+        if state.refused_in_a_row >= limit:
+            raise RunFailed(
+                f"{message}; {limit} in a row are too many; the last checkpoint is untouched. "
+                "Look at these segments, or lower --lr and --head-lr",
+                EXIT_NON_FINITE,
+            )
+
+    def _key(self, row: int) -> str:
+        entry, tracks = self.shards.index[row], self.shards.manifest.tracks
+        return record.key_of(tracks[int(entry["track"])].id, int(entry["segment"]))
+
+    def _time_is_up(self) -> bool:
+        """Whether a further step and a save might not end within the time limit."""
+        now, limit = time.monotonic(), self.config.output.time_limit_s
+        self._step_s = max(0.9 * self._step_s, now - self._stepped_at_s)
+        self._stepped_at_s = now
+        if not limit:
+            return False
+        return now - self.stop.started_at_s + 3 * self._step_s + 2 * self._save_s + 2 > limit
 
     def _lr_factor(self, step: int) -> float:
         optim = self.config.optim
@@ -158,18 +252,24 @@ class Fit:
             self._log(step, state, tally.latest(), meter)
         if self.plan.due(max(1, round(output.validate_every_epochs * rows)), step):
             with meter.paused():
-                self._validate(state, tally)
+                self._validate(step, state)
         stopping = stopping and not ends
         if stopping or self.plan.due(max(1, round(output.checkpoint_every_epochs * rows)), step):
             with meter.paused():
-                self._save(step, state, tally)
+                self._save(step, state, last=stopping or ends)
+        self._stepped_at_s = time.monotonic()
         if stopping:
-            log.info("stopped by a signal after step %d, saved; --resume auto goes on", step + 1)
+            number = self.stop.signal
+            why = describe(number) if number else "the time limit, or a signal to another rank"
+            log.info("stopped by %s after step %d, saved; --resume auto goes on", why, step + 1)
         return stopping
 
     def _log(self, step: int, state: State, loss: float, meter: Meter) -> None:
         factor, optim = self._lr_factor(step), self.config.optim
-        rate, wait = meter.read(state.samples_seen)
+        rate, wait, own_s = meter.read(state.samples_seen)
+        slow = self._laggards.all_look(own_s, self.ranks)
+        if slow and self.ranks.is_first:
+            log.warning("%s", slow)
         norm = self.engine.grad_norm()
         epoch = (state.samples_seen - 1) / self.plan.rows
         left_s = (self.plan.total - state.samples_seen) / rate if rate else math.nan
@@ -194,11 +294,17 @@ class Fit:
             *(_peak_memory_gib(self.ranks.device), _clock(left_s)),
         )
 
-    def _validate(self, state: State, tally: Tally) -> None:
-        tally.latest()
+    def _validate(self, step: int, state: State) -> None:
+        def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
+            for batch in batches:
+                self._watch.progress(step, "validating")
+                yield batch
+
         self.engine.train(False)
-        batch = self.config.engine.micro_batch
-        result = all_score(self.engine, self.shards, "validation", self.ranks, batch=batch)
+        size = self.config.engine.micro_batch
+        result = all_score(
+            self.engine, self.shards, "validation", self.ranks, batch=size, progress=watched
+        )
         self.engine.train(True)
         better = result.track.macro_f1 > state.best_macro_f1
         self.journal.write(
@@ -215,35 +321,73 @@ class Fit:
             *(state.samples_seen / self.plan.rows, result.track.accuracy, result.track.macro_f1),
             *(result.segment.accuracy, " (best)" if better else ""),
         )
-        if better:
+        if better and self._export(step, self.run / "best"):
             state.best_macro_f1 = result.track.macro_f1
             state.best_samples_seen = state.samples_seen
-            self._export(self.run / "best")
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, step: int, folder: Path) -> bool:
+        """Write the model; whether it could be written. The next better one is tried again."""
+        self._watch.progress(step, "exporting")
         weights = self.engine.all_weights()
-        if self.ranks.is_first:
-            save_exported(self.model, weights, folder, self.shards.manifest.sample_rate)
-        self.ranks.barrier()
 
-    def _save(self, step: int, state: State, tally: Tally) -> None:
-        tally.latest()  # raises before a state with NaN is saved
+        def write() -> str:
+            self._lease.check()
+            try:
+                save_exported(self.model, weights, folder, self.shards.manifest.sample_rate)
+            except OSError as error:
+                return f"{folder}: {error}"
+            return ""
+
+        reason = self.ranks.all_decide(write)
+        if reason:
+            self._tell_failure(step, reason)
+        return not reason
+
+    def _save(self, step: int, state: State, *, last: bool) -> None:
+        """Commit a checkpoint; one that cannot be written is told, and the run goes on.
+
+        Raises:
+            RunFailed: with exit code 74, at the end of the run or the third time in a row.
+        """
+        self._watch.progress(step, "saving")
         started = time.perf_counter()
-        folder = checkpoint.all_commit(
-            self.run,
-            step + 1,
-            self.ranks,
-            lambda root, tag: self.engine.save(root, tag, asdict(state)),
-            facts={
-                "world": self.ranks.world,
-                "zero_stage": self.engine.zero_stage,
-                "identity": self.identity,
-            },
-            keep=self.config.output.keep_checkpoints,
+        root = self.run / checkpoint.FOLDER
+        try:
+            folder = checkpoint.all_commit(
+                self.run,
+                step + 1,
+                self.ranks,
+                lambda root, tag: self.engine.save(root, tag, asdict(state)),
+                facts={
+                    "world": self.ranks.world,
+                    "zero_stage": self.engine.zero_stage,
+                    "identity": self.identity,
+                },
+                keep=self.config.output.keep_checkpoints,
+                lease=self._lease,
+                expected_bytes=self.ranks.all_decide(lambda: checkpoint.size_of_newest(root)),
+            )
+        except checkpoint.SaveFailed as error:
+            self._failed_saves += 1
+            self._tell_failure(step, str(error))
+            if last or self._failed_saves >= MAX_FAILED_SAVES:
+                raise RunFailed(
+                    f"no checkpoint could be saved at step {step + 1}: {error}; the last whole one "
+                    f"in {root} is untouched",
+                    EXIT_IO,
+                ) from error
+            return
+        self._failed_saves = 0
+        self._save_s = time.perf_counter() - started
+        self.journal.write(
+            "checkpoint", samples_seen=state.samples_seen, save_s=round(self._save_s, 3)
         )
-        seconds = time.perf_counter() - started
-        self.journal.write("checkpoint", samples_seen=state.samples_seen, save_s=round(seconds, 3))
-        log.info("saved %s in %.1f s", folder, seconds)
+        log.info("saved %s in %.1f s", folder, self._save_s)
+
+    def _tell_failure(self, step: int, reason: str) -> None:
+        if self.ranks.is_first:
+            log.error("not saved at step %d: %s; the run goes on", step + 1, reason)
+        self.journal.write("save_failed", step=step + 1, reason=reason)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -1,11 +1,15 @@
 """metrics.jsonl and status.json of a run folder: one line an event, units in the key names."""
 
 import json
+import logging
+import math
 import time
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
-from mgc_dist.files import replace_text
+from mgc_dist.files import replace_text, write_at
+
+log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 STATUS = "status.json"
@@ -16,6 +20,8 @@ Value = str | int | float | None | list[float] | dict[str, float]
 class Journal:
     """Appends events; does nothing on ranks that do not write, and no file before the first.
 
+    What cannot be written, as on a full disk, is kept and written when there is room again.
+
     Args:
         run: the run folder.
         writes: whether this rank writes (rank 0).
@@ -24,26 +30,75 @@ class Journal:
     def __init__(self, run: Path, *, writes: bool) -> None:
         self._run = run
         self._writes = writes
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._kept = b""
 
     def write(self, event: str, **values: Value) -> None:
-        """Append one event with the time, and flush."""
+        """Append one event with the time."""
         if self._writes:
-            self._file = self._file or (self._run / METRICS).open("a", encoding="utf-8")
-            line = {"event": event, "time_s": round(time.time(), 3)} | values
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            line: dict[str, Value] = {"event": event, "time_s": round(time.time(), 3)}
+            line |= values
+            self._kept += json.dumps(_without_nan(line)).encode() + b"\n"
+            try:
+                self._flush()
+            except OSError as error:
+                log.warning("%s: %s; kept for later", self._run / METRICS, error.strerror)
+
+    def _flush(self) -> None:
+        if self._file is None:
+            self._file = (self._run / METRICS).open(
+                "r+b" if (self._run / METRICS).exists() else "xb", 0
+            )
+            end = self._file.seek(0, 2)
+            if end and _last_byte(self._run / METRICS) != b"\n":  # a kill cut the last line
+                self._kept = b"\n" + self._kept
+        end = self._file.seek(0, 2)
+        try:
+            write_at(self._file, end, self._kept)
+        except OSError:
+            self._file.truncate(end)
+            raise
+        self._kept = b""
 
     def status(self, state: str, **values: Value) -> None:
         """Replace status.json: `running`, `stopped`, `failed` or `done`."""
         if self._writes:
-            replace_text(self._run / STATUS, json.dumps({"state": state} | values, indent=1))
+            try:
+                replace_text(self._run / STATUS, json.dumps({"state": state} | values, indent=1))
+            except OSError as error:
+                log.warning("%s: %s", self._run / STATUS, error.strerror)
 
     def close(self) -> None:
         """Close the file."""
         if self._file:
             self._file.close()
             self._file = None
+
+
+class RowLedger:
+    """Which rows this rank consumed in which step, to prove that none was lost or repeated.
+
+    Args:
+        run: the run folder; files go into RUN/rows.
+        attempt: name of this try.
+        rank: who writes.
+    """
+
+    def __init__(self, run: Path, attempt: str, rank: int) -> None:
+        (run / "rows").mkdir(exist_ok=True)
+        self._file = (run / "rows" / f"{attempt}-rank{rank:05d}.jsonl").open("a", encoding="utf-8")
+        self._rows: list[int] = []
+
+    def add(self, rows: list[int]) -> None:
+        """Rows of a micro batch, -1 for padding."""
+        self._rows += [row for row in rows if row >= 0]
+
+    def end_step(self, step: int) -> None:
+        """Write down the rows of a step that has been taken."""
+        line = {"step": step, "rows": self._rows, "time_s": time.time()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._rows = []
 
 
 def read_status(run: Path) -> dict[str, object]:
@@ -57,5 +112,26 @@ def read_metrics(run: Path, event: str) -> list[dict[str, float]]:
     path = run / METRICS
     if not path.is_file():
         return []
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line["event"] == event]
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:  # cut by a kill
+            continue
+        if line["event"] == event:
+            found.append(line)
+    return found
+
+
+def _without_nan(line: dict[str, Value]) -> dict[str, Value]:
+    """JSON knows no NaN: null stands for what is not finite."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1)

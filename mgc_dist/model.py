@@ -6,9 +6,11 @@ attention mask is ever given: the base flavour of wav2vec2 (group norm) must not
 for the large flavour (layer norm) a mask of ones changes nothing.
 """
 
+import errno
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 import torchaudio
 import transformers
+import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -135,9 +138,61 @@ def build_main(
     _refuse_unfit(name, net, segment_samples)
     frozen = _freeze(net, freeze, frozen_layers)
     if activation_checkpointing:
-        net.activation_checkpointing_enable()
+        # the reentrant kind drops gradients above a frozen prefix, silently
+        net.activation_checkpointing_enable({"use_reentrant": False})
     extractor = _feature_extractor(name, sample_rate)
     return WaveClassifier(net, do_normalize=extractor.do_normalize, frozen=frozen)
+
+
+def describe_main(
+    name: str,
+    genres: Sequence[str],
+    *,
+    freeze: str,
+    frozen_layers: int | None,
+    activation_checkpointing: bool,
+    segment_samples: int,
+) -> WaveClassifier:
+    """The main model of `build_main` without its weights: on torch's meta device, in a second.
+
+    Args:
+        name: as for `build_main`; only its configuration is read.
+        genres: in label order.
+        freeze: as for `build_main`.
+        frozen_layers: N of `layers:N`.
+        activation_checkpointing: recompute activations in the backward pass.
+        segment_samples: T.
+
+    Raises:
+        UserError: the model's configuration cannot be found, or does not fit.
+    """
+    _quiet()
+    labels: dict[str, object] = {"num_labels": len(genres), "layerdrop": 0.0}
+    with torch.device("meta"):
+        if name.endswith(".json"):
+            net = _from_config_file(Path(name), labels)
+        else:
+            try:
+                config = AutoConfig.from_pretrained(name, **labels)
+            except (OSError, ValueError) as error:
+                raise _not_found(name, error) from error
+            net = AutoModelForAudioClassification.from_config(config)
+    _refuse_unfit(name, net, segment_samples)
+    frozen = _freeze(net, freeze, frozen_layers)
+    if activation_checkpointing:
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    return WaveClassifier(net, do_normalize=True, frozen=frozen)
+
+
+def part_of(name: str) -> str:
+    """Part of the model that a parameter belongs to, by its name: as `--freeze` divides it."""
+    for part in ("feature_extractor", "feature_projection", "masked_spec_embed"):
+        if f".{part}" in name:
+            return part
+    layer = re.search(r"\.encoder\.layers\.(\d+)\.", name)
+    if layer:
+        return f"layer {layer[1]}"
+    return "encoder, besides its layers" if ".encoder." in name else "head"
 
 
 def find_exported(run_or_export: Path) -> Path:
@@ -201,7 +256,11 @@ def save_exported(
     fresh.load_state_dict({k.removeprefix("net."): v for k, v in weights.items()}, strict=True)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    fresh.save_pretrained(temporary)
+    try:
+        fresh.save_pretrained(temporary)
+    except (SafetensorError, RuntimeError) as error:  # a full disk is no OSError there
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(errno.EIO, str(error), str(temporary)) from error
     Wav2Vec2FeatureExtractor(
         feature_size=1,
         sampling_rate=sample_rate,
@@ -304,6 +363,20 @@ def fingerprint(module: nn.Module, *settings: str) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def frozen_fingerprint(model: WaveClassifier) -> str:
+    """xxh3_128 of the weights that training does not change; "none" if it changes all.
+
+    A checkpoint that is carried to another number of ranks does not restore them: they come from
+    the model that the run is given, which therefore must be the same.
+    """
+    digest = xxhash.xxh3_128()
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    for name, parameter in frozen:
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest() if frozen else "none"
 
 
 def _quiet() -> None:

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mgc_dist.errors import UserError
+from mgc_dist.errors import EXIT_IO, PeerLost, RunFailed, UserError
 
 T = TypeVar("T")
 
+_BROKEN = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 _SLURM = {
     "RANK": "SLURM_PROCID",
     "LOCAL_RANK": "SLURM_LOCALID",
@@ -62,6 +63,26 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def all_gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks (a collective); it must be picklable."""
+        values: list[T | None] = [None] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        else:
+            values = [value]
+        return cast(list[T], values)
+
+    @staticmethod
+    def is_broken(error: BaseException) -> bool:
+        """Whether an error says that the process group has lost a rank.
+
+        NCCL and the store have exceptions of their own; gloo raises RuntimeError, such as
+        "[gloo/transport/tcp/pair.cc:553] Connection closed by peer".
+        """
+        return isinstance(error, dist.DistError) or (
+            type(error) is RuntimeError and any(word in str(error) for word in _BROKEN)
+        )
+
     def all_decide(self, decide: Callable[[], T]) -> T:
         """Let rank 0 decide for all (a collective).
 
@@ -72,13 +93,14 @@ class Ranks:
             Rank 0's value on every rank.
 
         Raises:
-            UserError: rank 0's (or its OSError), on every rank, so that none is left waiting.
+            UserError, RunFailed: rank 0's (an OSError as a UserError with exit code 74), on
+                every rank, so that none is left waiting.
         """
-        box: list[T | UserError | None] = [None]
+        box: list[T | UserError | RunFailed | None] = [None]
         if self.is_first:
             try:
                 box[0] = decide()
-            except UserError as error:
+            except (UserError, RunFailed) as error:
                 box[0] = error
             except OSError as error:
                 box[0] = UserError(
@@ -86,10 +108,11 @@ class Ranks:
                     got=error.strerror or str(error),
                     expected="to read or write it",
                     cure="check the path, its permissions and the free space",
+                    exit_code=EXIT_IO,
                 )
         if self.world > 1:
             dist.broadcast_object_list(box, device=self.device)
-        if isinstance(box[0], UserError):
+        if isinstance(box[0], UserError | RunFailed):
             raise box[0]
         return cast(T, box[0])
 
@@ -124,6 +147,9 @@ def join(device: str, timeout_s: float = 1800.0) -> Iterator[Ranks]:
                 expected="a free port there that every rank can reach",
                 cure="if another job uses the port: deepspeed --master_port 29501 launch/...",
             ) from error
+        except RuntimeError as error:  # DistStoreError, or gloo's own words
+            said = str(error).splitlines()[0]
+            raise PeerLost(f"rank {rank} waited for {world} ranks in vain: {said}") from error
     elif world == 1:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=store)
@@ -136,8 +162,15 @@ def join(device: str, timeout_s: float = 1800.0) -> Iterator[Ranks]:
         )
     try:
         yield Ranks(rank=rank, world=world, local_rank=local_rank, device=place)
-    finally:
+    except PeerLost:
+        raise  # leaving a group that lost a rank may block: the command ends the process
+    except BaseException as error:
+        if Ranks.is_broken(error):
+            said = str(error).splitlines()[0]
+            raise PeerLost(f"rank {rank} of {world} lost its peers: {said}") from error
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def seed_everything(*numbers: int) -> None:

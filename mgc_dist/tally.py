@@ -1,24 +1,19 @@
-"""What a step reports: its loss and the stop flag over all ranks, and the speed of the run."""
+"""What a step reports: its loss and the stop flag over all ranks; the speed of run and ranks."""
 
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mgc_dist.data import Reader
-from mgc_dist.plan import Plan
 from mgc_dist.ranks import Ranks
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss of a step was NaN or infinite; nothing was saved after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +21,7 @@ class _Pending:
     packed: Tensor
     work: Any
     copied: torch.cuda.Event | None
-    step: int
-    plan: Plan
+    true_rows: int
 
 
 class Tally:
@@ -53,21 +47,17 @@ class Tally:
         """Add the loss sum of a micro batch: a scalar on the device."""
         self._sum = loss_sum if self._sum is None else self._sum + loss_sum
 
-    def reduce(self, step: int, plan: Plan, signal: int) -> bool:
+    def reduce(self, true_rows: int, stop_asked: bool) -> bool:
         """Start this step's reduction; returns whether the step before it asked for a stop.
 
         Args:
-            step: that has just been taken.
-            plan: of the run.
-            signal: that this rank has received, 0 for none.
-
-        Raises:
-            NonFiniteLoss: the step before had a loss that is NaN or infinite.
+            true_rows: of the step that has just been taken, over all ranks.
+            stop_asked: whether this rank has been told to stop.
         """
         assert self._sum is not None
         self._settle()
         stopping, self._stopping = self._stopping, False
-        flag = torch.full((), float(bool(signal)), dtype=torch.float64, device=self._sum.device)
+        flag = torch.full((), float(stop_asked), dtype=torch.float64, device=self._sum.device)
         packed = torch.stack([self._sum.double(), flag])
         self._sum = None
         work = dist.all_reduce(packed, async_op=True) if self._ranks.world > 1 else None
@@ -80,15 +70,11 @@ class Tally:
             packed = host.copy_(packed, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-        self._pending = _Pending(packed=packed, work=work, copied=copied, step=step, plan=plan)
+        self._pending = _Pending(packed=packed, work=work, copied=copied, true_rows=true_rows)
         return stopping
 
     def latest(self) -> float:
-        """Mean loss over the true rows of the step just taken (waits for the device).
-
-        Raises:
-            NonFiniteLoss: it is NaN or infinite.
-        """
+        """Mean loss over the true rows of the step just taken (waits for the device)."""
         self._settle()
         return self._loss
 
@@ -102,15 +88,7 @@ class Tally:
             pending.copied.synchronize()
         total, flag = pending.packed.tolist()
         self._stopping = flag > 0
-        step, plan = pending.step, pending.plan
-        self._loss = total / plan.true_rows(step)
-        if not math.isfinite(self._loss):
-            positions = np.arange(step * plan.global_batch, plan.seen_after(step))
-            places = plan.places(positions)
-            raise NonFiniteLoss(
-                f"loss of step {step + 1} is {self._loss}; its training rows are "
-                f"{', '.join(map(str, places[:64]))}{', ...' if len(places) > 64 else ''}"
-            )
+        self._loss = total / pending.true_rows
 
 
 class Meter:
@@ -125,7 +103,7 @@ class Meter:
         self._reader = reader
         self._samples_seen = samples_seen
         self._since = time.perf_counter()
-        self._wait_s = 0.0
+        self._wait_s = self._own_s = 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -136,11 +114,50 @@ class Meter:
         finally:
             self._since += time.perf_counter() - started
 
-    def read(self, samples_seen: int) -> tuple[float, float]:
-        """Segments per second and waiting share since the last reading; starts a new window."""
+    @contextmanager
+    def own_work(self) -> Iterator[None]:
+        """A block in which this rank waits for no other: what tells a slow rank from the rest."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._own_s += time.perf_counter() - started
+
+    def read(self, samples_seen: int) -> tuple[float, float, float]:
+        """Since the last reading: segments/s, waiting share, own seconds; starts a new window."""
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         rate = (samples_seen - self._samples_seen) / seconds
-        wait = (self._reader.wait_s - self._wait_s) / seconds
+        waited_s = self._reader.wait_s - self._wait_s
+        own_s = self._own_s + waited_s
         self._since, self._samples_seen, self._wait_s = now, samples_seen, self._reader.wait_s
-        return rate, min(wait, 1.0)
+        self._own_s = 0.0
+        return rate, min(waited_s / seconds, 1.0), own_s
+
+
+class Laggards:
+    """Names ranks that are slow for several windows in a row; it does not stop them."""
+
+    FACTOR = 1.5
+    """Own time over the median of all ranks that counts as slow."""
+    WINDOWS = 3
+    """In a row, before a rank is named."""
+
+    def __init__(self) -> None:
+        self._slow: dict[int, int] = {}
+
+    def all_look(self, own_s: float, ranks: Ranks) -> str:
+        """Compare the ranks' own seconds in this window (a collective).
+
+        Returns:
+            A sentence that names the slow ones; "" if there are none.
+        """
+        seconds = ranks.all_gather(own_s)
+        median = statistics.median_low(seconds)
+        named = []
+        for rank, own in enumerate(seconds):
+            slow = own > self.FACTOR * median
+            self._slow[rank] = self._slow.get(rank, 0) + 1 if slow else 0
+            if self._slow[rank] >= self.WINDOWS:
+                named.append(f"rank {rank} is slow: {own:.2f} s of reading and forward passes")
+        return f"{'; '.join(named)}, median {median:.2f} s" if named else ""

@@ -2,13 +2,13 @@
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mgc_dist import cli
 from mgc_dist.config import TrainConfig
-from mgc_dist.errors import UserError
+from mgc_dist.errors import EXIT_BAD_INPUT, UserError, exit_code_of
 from mgc_dist.stop import Stop
 
 if TYPE_CHECKING:
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from mgc_dist.data import ShardSet
     from mgc_dist.fit import Fit, State
+    from mgc_dist.lease import Lease
     from mgc_dist.logits import BiasTable
     from mgc_dist.plan import Plan
     from mgc_dist.ranks import Ranks
+    from mgc_dist.watch import Watch
 
 log = logging.getLogger(__name__)
 
-EXIT_NON_FINITE = 70
 DONE, REQUEUE = "DONE", "REQUEUE"
 
 
@@ -30,13 +31,14 @@ def run(config: TrainConfig) -> int:
     """Train to the end of the plan, or to an agreed stop.
 
     Returns:
-        0 when done, and when a signal stopped the run and all was saved (the run folder then
-        holds REQUEUE instead of DONE); 70 after a loss that was not finite.
+        0 when done, and when the run was stopped and all was saved (the run folder then holds
+        REQUEUE instead of DONE).
 
     Raises:
         UserError: data, table, model, arithmetic or run folder do not fit the configuration.
+        RunFailed: the run could not go on; mgc_dist.errors lists the exit codes.
     """
-    stop = Stop().listen()  # before `import torch`: a signal during the import would kill us
+    stop = Stop().listen().follow_launcher()  # before `import torch`, which takes seconds
     from mgc_dist import display, logits, ranks, stage
     from mgc_dist.data import ShardSet
 
@@ -49,8 +51,12 @@ def run(config: TrainConfig) -> int:
             table = logits.read(data.table, shards.manifest)
         plan = _plan(config, shards)
         identity = _identity(config, shards, table, plan)
-        with ranks.join(config.engine.device) as peers:
+        # the watch ends a rank that hangs, with better words than the group's own time-out
+        timeout_s = 1.5 * config.engine.hang_timeout_s + 60
+        with ranks.join(config.engine.device, timeout_s) as peers:
             display.start_logging(peers.rank)
+            if config.output.dry_run:
+                return _forecast(config, shards, plan, peers)
             if peers.all_decide(lambda: _is_complete(config, identity)):
                 if peers.is_first:
                     print(f"{config.output.run} is already complete.")
@@ -59,31 +65,92 @@ def run(config: TrainConfig) -> int:
 
 
 def _train(fit: "Fit") -> int:
-    from mgc_dist.tally import NonFiniteLoss
+    """Take the run folder, train, and give it back."""
+    from mgc_dist import lease
+    from mgc_dist.watch import Watch
 
-    journal, peers = fit.journal, fit.ranks
+    run, peers, journal = fit.run, fit.ranks, fit.journal
+
+    def take() -> lease.Lease:
+        run.mkdir(parents=True, exist_ok=True)
+        return lease.acquire(run, lease.new_attempt())
+
+    held = peers.all_decide(take)
+    timeout_s = fit.config.engine.hang_timeout_s
+    try:
+        with Watch(held, peers.rank, peers.world, fit.stop, hang_timeout_s=timeout_s) as watch:
+            try:
+                _run_fit(fit, held, watch)
+            except RuntimeError as error:
+                raise _in_words(fit, watch, error) from error
+    finally:
+        journal.close()
+        if peers.is_first:
+            held.release()
+    return 0
+
+
+def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
+    """Train from where the run folder is, and write down how it ended."""
+    from mgc_dist import lease
+
+    peers, journal, run = fit.ranks, fit.journal, fit.run
     state = _resume(fit)  # what is refused up to here leaves the run folder as it was
-    peers.all_decide(lambda: _open_run(fit))
+    peers.all_decide(lambda: _open_run(fit, held, state))
     _say_arithmetic(fit, state)
+    outcome = "failed"
     try:
         journal.write("start", samples_seen=state.samples_seen, world=peers.world)
         journal.status("running", samples_seen=state.samples_seen, total=fit.plan.total)
-        done = fit.train(state)
-        outcome = "done" if done else "stopped"
+        outcome = "done" if fit.train(state, held, watch) else "stopped"
         journal.write(outcome, samples_seen=state.samples_seen)
-        journal.status(outcome, samples_seen=state.samples_seen, total=fit.plan.total)
-    except NonFiniteLoss as error:
-        log.error("%s; the last checkpoint is untouched", error)
-        journal.status("failed", reason=str(error))
-        return EXIT_NON_FINITE
+        peers.all_decide(lambda: _close_run(fit, state, outcome))
     except BaseException as error:
-        journal.status("failed", reason=f"{type(error).__name__}: {error}")
+        if isinstance(error, RuntimeError):
+            error = _in_words(fit, watch, error)
+        code, reason = exit_code_of(error), f"{type(error).__name__}: {error}"
+        journal.status("failed", reason=reason, exit_code=code, samples_seen=state.samples_seen)
         raise
     finally:
-        journal.close()
-    if peers.is_first:
-        _say_outcome(fit, state, done)
-    return 0
+        if peers.is_first:
+            lease.record_end(run, held.attempt, state.samples_seen, outcome)
+
+
+def _in_words(fit: "Fit", watch: "Watch", error: BaseException) -> BaseException:
+    """What a RuntimeError of torch means here: a rank was lost, or memory is short."""
+    import torch
+
+    if fit.ranks.is_broken(error):
+        return watch.lost(error)
+    short = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
+    if isinstance(error, torch.OutOfMemoryError) or short:
+        return UserError(
+            f"--micro-batch {fit.config.engine.micro_batch}",
+            got=" ".join(str(error).split())[:200],
+            expected="a batch that fits the memory of a rank",
+            cure="lower it: --global-batch stays as it is; or --activation-checkpointing",
+            this_rank_only=True,
+        )
+    return error
+
+
+def _forecast(config: TrainConfig, shards: "ShardSet", plan: "Plan", peers: "Ranks") -> int:
+    """`--dry-run`: say what a run would be, and whether anything contradicts (rank 0)."""
+    from mgc_dist import forecast
+
+    if not peers.is_first:
+        return 0
+    found = shards.manifest
+    planned = forecast.forecast(
+        config,
+        world=config.output.ranks or peers.world,
+        plan=plan,
+        genres=found.genres,
+        segment_samples=found.segment_samples,
+        sample_rate=found.sample_rate,
+    )
+    forecast.show(planned)
+    return EXIT_BAD_INPUT if planned.problems else 0
 
 
 def _plan(config: TrainConfig, shards: "ShardSet") -> "Plan":
@@ -114,7 +181,7 @@ def _build(
     from mgc_dist.engine import Engine
     from mgc_dist.fit import Fit
     from mgc_dist.journal import Journal
-    from mgc_dist.model import build_main
+    from mgc_dist.model import build_main, frozen_fingerprint
     from mgc_dist.plan import lay_out
 
     optim, found = config.optim, shards.manifest
@@ -133,6 +200,7 @@ def _build(
         segment_samples=found.segment_samples,
         sample_rate=found.sample_rate,
     ).to(peers.device)
+    identity = identity | {"frozen weights of --model": frozen_fingerprint(model)}
     precision, on_gpu = config.engine.precision, peers.device.type == "cuda"
     bf16 = precision == "bf16" or (
         precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -148,6 +216,7 @@ def _build(
         weight_decay=optim.weight_decay,
         clip_norm=optim.clip_norm,
         bucket_elements=config.engine.bucket_elements,
+        compile_model=config.engine.compile,
     )
     return Fit(
         config=config,
@@ -229,97 +298,66 @@ def _is_complete(config: TrainConfig, identity: dict[str, Any]) -> bool:
     if run.exists() and not run.is_dir():
         raise UserError(f"--run {run}", got="a file", expected="a folder", cure="choose another")
     used = run.is_dir() and any(run.iterdir())
-    if used and resume == "never":
+    if used and resume == "never" and not config.output.fresh:
         raise UserError(
             f"--run {run}",
             got="a folder that is not empty",
             expected="a new or empty one",
-            cure="continue it with --resume auto, or choose another name with --run",
+            cure="continue it with --resume auto, begin again with --fresh, or name another --run",
         )
+    from mgc_dist.resume import refuse_change
+
     complete = used and resume == "auto" and (run / DONE).is_file()
     if complete:
         trained = json.loads((run / "env.json").read_text())["identity"]
-        _refuse_change(f"--run {run}, which is complete", identity, trained)
+        refuse_change(f"--run {run}, which is complete", identity, trained)
     return complete
 
 
 def _resume(fit: "Fit") -> "State":
-    from mgc_dist import checkpoint
+    """Weights, optimizer and state of the checkpoint that is asked for (a collective)."""
+    from mgc_dist import checkpoint, lease, resume
     from mgc_dist.fit import State
 
-    folder = fit.ranks.all_decide(lambda: _chosen(fit))
+    config, peers = fit.config.output, fit.ranks
+    folder = resume.all_choose(config, peers)
     if folder is None:
-        return State()
-    facts = checkpoint.facts(folder)
-    here = {"world": fit.ranks.world, "zero_stage": fit.engine.zero_stage}
-    for name, flag in (("world", "ranks (--num_gpus)"), ("zero_stage", "--zero-stage")):
-        if facts[name] != here[name]:
-            raise UserError(
-                f"checkpoint {folder}: {flag}",
-                got=here[name],
-                expected=f"{facts[name]}, as it was saved with",
-                cure=f"resume with {facts[name]}",
+        state = State()
+    else:
+        facts = checkpoint.facts(folder)
+        resume.refuse_change(f"checkpoint {folder}", fit.identity, facts["identity"])
+        stage = fit.engine.zero_stage
+        reshape = resume.must_reshape(folder, world=peers.world, zero_stage=stage)
+        state = State(**fit.engine.all_load(folder, reshape=reshape))
+        log.info("resuming from %s", folder)
+        if reshape:
+            log.info(
+                "it was saved by %s ranks at ZeRO-%s: the run goes on the same but for rounding",
+                *(facts["world"], facts["zero_stage"]),
             )
-    _refuse_change(f"checkpoint {folder}", fit.identity, facts["identity"])
-    state = fit.engine.load(folder)
-    log.info("resuming from %s", folder)
-    return State(
-        samples_seen=state["samples_seen"],
-        best_macro_f1=state["best_macro_f1"],
-        best_samples_seen=state["best_samples_seen"],
-    )
-
-
-def _refuse_change(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise UserError(
-                f"{what}: {name}",
-                got=value,
-                expected=f"{theirs.get(name)}, as the run was started with",
-                cure="give the same, or start another run with --run",
-            )
-
-
-def _chosen(fit: "Fit") -> Path | None:
-    from mgc_dist import checkpoint
-
-    run, resume = fit.run, fit.config.output.resume
-    if resume == "never":
-        return None
-    if resume in ("auto", "latest"):
-        found = checkpoint.newest(run)
-        if found is None and resume == "latest":
-            raise UserError(
-                f"--resume latest in {run}",
-                got="no checkpoint",
-                expected=f"one in {run / checkpoint.FOLDER}",
-                cure="--resume auto starts from the beginning if there is none",
-            )
-        if found is None:
-            log.info("no checkpoint in %s: starting from the beginning", run)
-        return found
-    reason = checkpoint.damage(Path(resume))
-    if reason:
+    tries = peers.all_decide(lambda: lease.fruitless_tries(config.run, state.samples_seen))
+    if tries >= config.max_tries and not config.fresh:
         raise UserError(
-            f"--resume {resume}",
-            got=reason,
-            expected="never, auto, latest, or the folder of a whole checkpoint",
-            cure=f"checkpoints are in {run / checkpoint.FOLDER}",
+            f"run folder {config.run}",
+            got=f"{tries} tries in a row that ended without a new checkpoint",
+            expected=f"fewer than {config.max_tries} (--max-tries)",
+            cure=f"{config.run / 'train.log'} says what happened; then raise --max-tries once",
         )
-    return Path(resume)
+    return state
 
 
-def _open_run(fit: "Fit") -> None:
-    """Make the run folder and write down what runs here (rank 0)."""
+def _open_run(fit: "Fit", held: "Lease", state: "State") -> None:
+    """Write down what runs here (rank 0)."""
     import platform
     import socket
     from importlib.metadata import version
 
-    from mgc_dist import display
+    from mgc_dist import display, lease, resume
     from mgc_dist.files import replace_text
 
-    fit.run.mkdir(parents=True, exist_ok=True)
+    if fit.config.output.fresh:
+        resume.set_aside(fit.run)
+    lease.record_start(fit.run, held.attempt, state.samples_seen, fit.ranks.world)
     for marker in (DONE, REQUEUE):
         (fit.run / marker).unlink(missing_ok=True)
     packages = ("mgc_dist", "torch", "transformers", "deepspeed", "numpy")
@@ -332,15 +370,18 @@ def _open_run(fit: "Fit") -> None:
         "dataset_id": fit.shards.manifest.dataset_id,
         "identity": fit.identity,
     }
-    replace_text(fit.run / "config.yaml", cli.dump("train", fit.config))
+    again = replace(fit.config, output=replace(fit.config.output, fresh=False))
+    replace_text(fit.run / "config.yaml", cli.dump("train", again))
     replace_text(fit.run / "env.json", json.dumps(content, indent=1))
     replace_text(fit.run / "ds_config.json", json.dumps(fit.engine.config, indent=1))
     display.start_logging(fit.ranks.rank, fit.run / "train.log")
 
 
-def _say_outcome(fit: "Fit", state: "State", done: bool) -> None:
-    (fit.run / (DONE if done else REQUEUE)).touch()
-    if done:
+def _close_run(fit: "Fit", state: "State", outcome: str) -> None:
+    """Leave the marker that batch scripts read, and say what comes next (rank 0)."""
+    (fit.run / (DONE if outcome == "done" else REQUEUE)).touch()
+    fit.journal.status(outcome, samples_seen=state.samples_seen, total=fit.plan.total, exit_code=0)
+    if outcome == "done":
         log.info(
             "done; best validation track macro-F1 %.3f after epoch %.2f is in %s",
             *(state.best_macro_f1, state.best_samples_seen / fit.plan.rows, fit.run / "best"),

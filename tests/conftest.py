@@ -219,3 +219,24 @@ def write_model(path: Path, **changes: Any) -> Path:
     """A config file of a tiny wav2vec2."""
     path.write_text(json.dumps(TINY | changes))
     return path
+
+
+@pytest.fixture(scope="session")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config file of the tiny wav2vec2 with dropout and SpecAugment."""
+    return write_model(tmp_path_factory.mktemp("model") / "noisy.json", **NOISY)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    shards: Path, table: Path, noisy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """Hash of the final weights of a run on two ranks that nothing happened to: 13 steps."""
+    from harness import start, weights_hash
+    from test_train import config
+
+    work = tmp_path_factory.mktemp("undisturbed")
+    settings = config(shards, noisy, work / "run", checkpoint_every_epochs=0.3, resume="auto")
+    job = start(settings, work)
+    assert job.wait() == [0, 0], job.said
+    return weights_hash(work / "run")

@@ -10,27 +10,42 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mgc_dist import checkpoint
-from mgc_dist.errors import UserError
+from mgc_dist.errors import PeerLost, UserError
+from mgc_dist.lease import Lease
 from mgc_dist.ranks import Ranks
 
 ALONE = Ranks(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
 
 
-def commit(run: Path, step: int, keep: int = 10, save=None) -> Path:
-    def write(root: Path, tag: str) -> None:
-        (root / tag / "part").mkdir(parents=True)
-        (root / tag / "weights.pt").write_bytes(bytes([step]) * 1000)
-        (root / tag / "part" / "optimizer.pt").write_bytes(b"x" * 300)
+def commit(run: Path, step: int, keep: int = 10, save=None, room: int = 0) -> Path:
+    def write(root: Path, tag: str) -> list[Path]:
+        paths = [root / tag / "weights.pt", root / tag / "part" / "optimizer.pt"]
+        paths[1].parent.mkdir(parents=True)
+        paths[0].write_bytes(bytes([step]) * 1000)
+        paths[1].write_bytes(b"x" * 300)
+        return paths
 
+    (run / "lease.json").write_text('{"attempt": "ours"}')
     return checkpoint.all_commit(
-        run, step, ALONE, save or write, facts={"world": 1, "zero_stage": 2}, keep=keep
+        run,
+        step,
+        ALONE,
+        save or write,
+        facts={"world": 1, "zero_stage": 2},
+        keep=keep,
+        lease=Lease(run=run, attempt="ours"),
+        expected_bytes=room,
     )
 
 
+def newest(run: Path) -> Path | None:
+    return checkpoint.all_newest(run, ALONE)
+
+
 def test_commit_and_find(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path) is None
+    assert newest(tmp_path) is None
     first, second = commit(tmp_path, 9), commit(tmp_path, 10)
-    assert checkpoint.newest(tmp_path) == second
+    assert newest(tmp_path) == second
     assert checkpoint.facts(second) == {"step": 10, "world": 1, "zero_stage": 2}
     assert (tmp_path / "checkpoints" / "latest").read_text() == second.name
     assert checkpoint.damage(first) == ""
@@ -46,15 +61,18 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
 def test_a_failed_save_leaves_the_previous_one_newest(tmp_path: Path) -> None:
     good = commit(tmp_path, 1)
 
-    def fail(root: Path, tag: str) -> None:
+    def fail(root: Path, tag: str) -> list[Path]:
         (root / tag).mkdir()
         (root / tag / "weights.pt").write_bytes(b"half")
-        raise OSError("disk full")
+        raise OSError(28, "disk full", "weights.pt")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(checkpoint.SaveFailed, match=r"rank 0: weights.pt: disk full"):
         commit(tmp_path, 2, save=fail)
-    assert checkpoint.newest(tmp_path) == good
-    assert commit(tmp_path, 2) == checkpoint.newest(tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("tmp-*")), "removed at once"
+    with pytest.raises(checkpoint.SaveFailed, match=r"bytes free, .* needed"):
+        commit(tmp_path, 2, room=2**60)
+    assert newest(tmp_path) == good
+    assert commit(tmp_path, 2) == newest(tmp_path)
     assert not list((tmp_path / "checkpoints").glob("tmp-*"))
 
 
@@ -82,7 +100,7 @@ def test_any_damage_falls_back_to_the_one_before(
         content[place] ^= 4
         path.write_bytes(content)
     assert checkpoint.damage(bad)
-    assert checkpoint.newest(tmp_path) == good
+    assert newest(tmp_path) == good
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -99,20 +117,19 @@ def test_what_is_passed_over_is_named_and_nothing_starts_from_scratch(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("mgc_dist"), "propagate", True)
     commit(tmp_path, 1)
-    newest = commit(tmp_path, 2)
-    (newest / "weights.pt").unlink()
-    checkpoint.newest(tmp_path)
+    (commit(tmp_path, 2) / "weights.pt").unlink()
+    newest(tmp_path)
     assert "passing over checkpoint step-00000002: no file weights.pt" in caplog.text
     (tmp_path / "checkpoints" / "step-00000001" / "MANIFEST.json").unlink()
     with pytest.raises(UserError, match="2 damaged, none whole"):
-        checkpoint.newest(tmp_path)
+        newest(tmp_path)
 
 
 def test_newer_ones_are_set_aside_by_a_run_that_went_back(tmp_path: Path) -> None:
     for step in (10, 30, 40):
         commit(tmp_path, step)
     again = commit(tmp_path, 20, keep=2)
-    assert checkpoint.newest(tmp_path) == again
+    assert newest(tmp_path) == again
     names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*-*"))
     assert names == [
         "aside-step-00000030",
@@ -126,5 +143,42 @@ def test_latest_is_only_a_hint(tmp_path: Path) -> None:
     good = commit(tmp_path, 1)
     (tmp_path / "checkpoints" / "latest").write_text("step-00000099")
     (tmp_path / "checkpoints" / "step-junk").mkdir()
-    assert checkpoint.newest(tmp_path) == good
+    assert newest(tmp_path) == good
     assert json.loads((good / "MANIFEST.json").read_text())["files"].keys() == set(FILES[:2])
+
+
+def test_a_run_whose_folder_was_taken_over_does_not_commit(tmp_path: Path) -> None:
+    good = commit(tmp_path, 1)
+
+    def taken(root: Path, tag: str) -> list[Path]:
+        (tmp_path / "lease.json").write_text('{"attempt": "theirs", "host": "elsewhere"}')
+        (root / tag).mkdir()
+        (root / tag / "weights.pt").write_bytes(b"x")
+        return [root / tag / "weights.pt"]
+
+    with pytest.raises(PeerLost, match="elsewhere has taken it over"):
+        commit(tmp_path, 2, save=taken)
+    assert newest(tmp_path) == good
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.floats(0, 0.9999), st.integers(0, 7))
+def test_a_bit_flipped_anywhere_in_the_manifest_is_damage(
+    tmp_path: Path, where: float, bit: int
+) -> None:
+    path = commit(tmp_path, 1) / "MANIFEST.json"
+    content = bytearray(path.read_bytes())
+    whole = json.loads(content)
+    content[int(where * len(content))] ^= 1 << bit
+    path.write_bytes(content)
+    try:
+        means_the_same = json.loads(content) == whole  # a blank for a line's end
+    except ValueError:
+        means_the_same = False
+    assert means_the_same or checkpoint.damage(path.parent)
+
+
+def test_a_file_that_no_manifest_lists_is_damage(tmp_path: Path) -> None:
+    folder = commit(tmp_path, 1)
+    (folder / "zero_pp_rank_9_mp_rank_00_optim_states.pt").write_bytes(b"x")
+    assert "not in its manifest" in checkpoint.damage(folder)

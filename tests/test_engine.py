@@ -56,7 +56,8 @@ def step_of_engine(tiny_model: Path, stage: int) -> tuple[dict[str, np.ndarray],
         rates = engine.set_lr(0.5)
         plan = Plan(rows=ROWS, total=ROWS, global_batch=8, seed=0)
         for micro in training_batches(plan, layout, peers.rank, 0):
-            engine.step(micro_losses(engine, label, wave, micro.place), plan.true_rows(0))
+            engine.backward(micro_losses(engine, label, wave, micro.place), plan.true_rows(0))
+            assert engine.step()
         weights = engine.all_weights()
         return {name: value.numpy() for name, value in weights.items()}, rates
 

@@ -15,7 +15,7 @@ from mgc_dist import ranks
 from mgc_dist.journal import Journal, read_metrics, read_status
 from mgc_dist.plan import Plan
 from mgc_dist.stop import Stop
-from mgc_dist.tally import Meter, NonFiniteLoss, Tally
+from mgc_dist.tally import Laggards, Meter, Tally
 
 PLAN = Plan(rows=10, total=40, global_batch=4, seed=0)
 
@@ -27,8 +27,8 @@ def reduce_on_two_ranks() -> tuple[list[bool], list[float]]:
         for step in range(4):
             tally.add(torch.tensor(1.0 + step))
             tally.add(torch.tensor(float(peers.rank)))
-            signalled = signal.SIGUSR1 if step == 1 and peers.rank == 1 else 0
-            stops.append(tally.reduce(step, PLAN, signalled))
+            asked = step == 1 and peers.rank == 1
+            stops.append(tally.reduce(PLAN.true_rows(step), asked))
             if step != 2:  # reading now or later changes nothing
                 losses.append(tally.latest())
     return stops, losses
@@ -42,16 +42,23 @@ def test_all_ranks_read_the_same_one_step_late() -> None:
     assert losses == [(2 * (1 + step) + 1) / 4 for step in (0, 1, 3)]
 
 
-def test_a_loss_that_is_not_finite_names_step_and_rows() -> None:
+def test_a_loss_that_is_not_finite_is_passed_on() -> None:
     with ranks.join("cpu") as peers:
         tally = Tally(peers)
         tally.add(torch.tensor(math.nan))
-        tally.reduce(2, PLAN, 0)
-        rows = ", ".join(str(p) for p in PLAN.places(torch.arange(8, 12).numpy()))
-        with pytest.raises(
-            NonFiniteLoss, match=f"loss of step 3 is nan; its training rows are {rows}"
-        ):
-            tally.latest()
+        tally.reduce(4, False)
+        assert math.isnan(tally.latest())
+
+
+def look() -> list[str]:
+    with ranks.join("cpu") as peers:
+        laggards = Laggards()
+        return [laggards.all_look(2.0 if peers.rank == 1 else 1.0, peers) for _ in range(4)]
+
+
+def test_a_slow_rank_is_named_after_three_windows() -> None:
+    said = "rank 1 is slow: 2.00 s of reading and forward passes, median 1.00 s"
+    assert run_ranks(3, look) == [["", "", said, said]] * 3
 
 
 def test_meter_leaves_pauses_out() -> None:
@@ -64,7 +71,8 @@ def test_meter_leaves_pauses_out() -> None:
     reader.wait_s = 0.05
     with meter.paused():
         time.sleep(0.3)
-    rate, wait = meter.read(110)
+    rate, wait, own_s = meter.read(110)
+    assert own_s == pytest.approx(0.05)
     assert rate == pytest.approx(100, rel=0.3)
     assert wait == pytest.approx(0.5, rel=0.3)
 
@@ -99,3 +107,37 @@ def test_journal_appends_lines_and_replaces_the_status(tmp_path: Path) -> None:
     silent.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert len([json.loads(line) for line in lines]) == 4
+
+
+def test_journal_keeps_what_a_full_disk_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from mgc_dist import journal as module
+
+    write, full = module.write_at, [False]
+
+    def writing(file, offset, data):
+        if full[0]:
+            write(file, offset, data[:5])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, offset, data)
+
+    monkeypatch.setattr(module, "write_at", writing)
+    journal = Journal(tmp_path, writes=True)
+    for number in range(4):
+        full[0] = number in (1, 2)
+        journal.write("step", number=number)
+    journal.close()
+    assert [line["number"] for line in read_metrics(tmp_path, "step")] == [0, 1, 2, 3]
+
+
+def test_journal_goes_on_after_a_line_that_a_kill_has_cut(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "step", "number": 1}\n{"event": "st')
+    journal = Journal(tmp_path, writes=True)
+    journal.write("step", number=2, loss=math.nan)
+    journal.close()
+    found = read_metrics(tmp_path, "step")
+    assert [line["number"] for line in found] == [1, 2]
+    assert found[1]["loss"] is None

@@ -1,0 +1,289 @@
+"""`--dry-run` of training: what a run would be, from arithmetic and from a model without weights.
+
+Nothing here needs a GPU or the weights. Bytes of states are those of float32 weights with AdamW
+(autocast keeps them): exact but for allocators. Activations are counted on torch's meta device:
+what autograd would keep for the backward pass, in float32; bf16 autocast keeps less.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from mgc_dist.config import TrainConfig
+from mgc_dist.model import WaveClassifier, describe_main, part_of
+from mgc_dist.plan import Layout, Plan, lay_out
+
+STAGES = (0, 1, 2, 3)
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of a rank at one ZeRO stage.
+
+    Attributes:
+        weights: float32, and at stages 1 to 3 this rank's share of the optimizer's own copy.
+        gradients, optimizer: of the trained weights; AdamW's two moments.
+        buckets: of communication.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buckets: int
+
+    @property
+    def all(self) -> int:
+        """Their sum, without activations."""
+        return self.weights + self.gradients + self.optimizer + self.buckets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run would be.
+
+    Attributes:
+        layout: of the global batch.
+        plan: of the rows.
+        parts: part of the model -> (parameters, trained ones).
+        memory: by ZeRO stage.
+        activation_bytes: of one micro batch, in float32.
+        checkpoint_bytes: of one checkpoint.
+        disk_bytes: of all that is kept, with one being written.
+        free_bytes: where the run folder will be.
+        stage: that is asked for.
+        problems: contradictions, a sentence each.
+        notes: what a user might not expect.
+    """
+
+    layout: Layout
+    plan: Plan
+    parts: dict[str, tuple[int, int]]
+    memory: dict[int, Memory]
+    activation_bytes: int
+    checkpoint_bytes: int
+    disk_bytes: int
+    free_bytes: int
+    stage: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def forecast(
+    config: TrainConfig,
+    *,
+    world: int,
+    plan: Plan,
+    genres: Sequence[str],
+    segment_samples: int,
+    sample_rate: int,
+) -> Forecast:
+    """Work out a run.
+
+    Args:
+        config: of the run.
+        world: ranks to plan for.
+        plan: of the rows.
+        genres: in label order.
+        segment_samples: T.
+        sample_rate: in Hz.
+
+    Raises:
+        UserError: the model cannot be found or does not fit; more ranks than rows in a batch.
+    """
+    stage = config.engine.zero_stage
+    layout = lay_out(
+        global_batch=config.optim.global_batch,
+        world=world,
+        largest_micro_batch=config.engine.micro_batch,
+    )
+    model = describe_main(
+        config.main.model,
+        genres,
+        freeze=config.main.freeze,
+        frozen_layers=config.main.frozen_layers,
+        activation_checkpointing=config.main.activation_checkpointing,
+        segment_samples=segment_samples,
+    )
+    parts = count_parts(model)
+    every, trained = (sum(counts) for counts in zip(*parts.values(), strict=True))
+    bucket = min(config.engine.bucket_elements, trained)
+    memory = {s: memory_of(s, every, trained, world, bucket) for s in STAGES}
+    activations = activation_bytes(model, layout.micro_batch, segment_samples)
+    checkpoint = checkpoint_bytes(every, trained)
+    disk = (config.output.keep_checkpoints + 1) * checkpoint + 2 * 4 * every
+    run = config.output.run.resolve()
+    free = shutil.disk_usage(next(path for path in (run, *run.parents) if path.exists())).free
+    return Forecast(
+        layout=layout,
+        plan=plan,
+        parts=parts,
+        memory=memory,
+        activation_bytes=activations,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=disk,
+        free_bytes=free,
+        stage=stage,
+        problems=tuple(_problems(run, disk, free, memory[stage].all + activations)),
+        notes=tuple(_notes(layout, plan, segment_samples / sample_rate)),
+    )
+
+
+def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameters of each part of the model, and how many of them are trained."""
+    every: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        every[part_of(name)] += parameter.numel()
+        trained[part_of(name)] += parameter.numel() * parameter.requires_grad
+    return {part: (every[part], trained[part]) for part in every}
+
+
+def memory_of(stage: int, every: int, trained: int, world: int, bucket: int) -> Memory:
+    """Bytes of a rank, activations apart.
+
+    Args:
+        stage: of ZeRO.
+        every: parameters.
+        trained: parameters.
+        world: ranks.
+        bucket: elements of a communication bucket.
+
+    Source: Rajbhandari et al., "ZeRO", SC 2020, section 5, for float32 weights; stages 1 to 3
+    of DeepSpeed 0.19 keep a float32 copy of the trained weights in the optimizer.
+    """
+    share = -(-trained // world)
+    copy = 4 * share if stage else 0
+    return Memory(
+        weights=4 * (-(-every // world) if stage == 3 else every) + copy,
+        gradients=4 * (share if stage >= 2 else trained),
+        optimizer=8 * (share if stage else trained),
+        buckets=4 * bucket * (2 if stage else 1) if world > 1 else 0,
+    )
+
+
+def checkpoint_bytes(every: int, trained: int) -> int:
+    """Bytes of a checkpoint: all weights, and the optimizer's copy and moments of the trained.
+
+    At stage 0 there is no copy and at stage 3 the trained weights are in the copy only: less.
+    """
+    return 4 * every + 12 * trained
+
+
+def activation_bytes(model: WaveClassifier, rows: int, segment_samples: int) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass, in float32.
+
+    Args:
+        model: on the meta device.
+        rows: B.
+        segment_samples: T.
+    """
+    kept: dict[int, int] = {}
+    own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
+    alive: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and id(tensor.untyped_storage()) not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)  # else a later storage may have its address
+        return tensor
+
+    model.net.config.apply_spec_augment = False  # it looks at numbers, of which there are none
+    wave = torch.zeros((rows, segment_samples), dtype=torch.int16, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.train()(wave)
+    del output
+    return sum(kept.values())
+
+
+def _problems(run: Path, disk: int, free: int, memory: int) -> list[str]:
+    problems = []
+    if disk > free:
+        problems.append(
+            f"{_size(disk)} of checkpoints do not fit into {_size(free)} free at {run}: lower "
+            "--keep-checkpoints, or choose another --run"
+        )
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        if memory > total:
+            problems.append(
+                f"{_size(memory)} a rank do not fit into the GPU's {_size(total)}: lower "
+                "--micro-batch, or use --activation-checkpointing"
+            )
+    return problems
+
+
+def _notes(layout: Layout, plan: Plan, seconds: float) -> list[str]:
+    notes = []
+    if layout.waste > 0.1:
+        notes.append(
+            f"{100 * layout.waste:.0f} % of each step computes padding; --global-batch "
+            f"{layout.slots} would waste none"
+        )
+    if plan.rows < plan.global_batch:
+        notes.append(f"a step holds {plan.global_batch} rows, of only {plan.rows}: some come twice")
+    if plan.steps < 10:
+        notes.append(f"only {plan.steps} optimizer steps of {seconds:g} s segments")
+    return notes
+
+
+def show(found: Forecast) -> None:
+    """Print it."""
+    console = Console(highlight=False, soft_wrap=True)
+    layout, plan = found.layout, found.plan
+    console.print(
+        f"global batch {layout.global_batch} = {layout.world} ranks x micro batch "
+        f"{layout.micro_batch} x accumulation {layout.accumulation} ({layout.slots} slots, "
+        f"{100 * layout.waste:.0f} % padding)\n"
+        f"{plan.rows:,} training rows, {plan.total:,} positions, {plan.steps:,} optimizer steps"
+    )
+    table = Table(title="Parameters")
+    for column in ("part", "all", "trained"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part, (every, trained) in _grouped(found.parts).items():
+        table.add_row(part, f"{every:,}", f"{trained:,}" if trained else "frozen")
+    console.print(table)
+    table = Table(title="Memory of a rank, estimated")
+    for column in ("ZeRO", "weights", "gradients", "optimizer", "buckets", "activations", "all"):
+        table.add_column(column, justify="right")
+    for stage, memory in found.memory.items():
+        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.buckets)
+        total = memory.all + found.activation_bytes
+        cells = map(_size, (*sizes, found.activation_bytes, total))
+        table.add_row(f"{'-> ' if stage == found.stage else ''}{stage}", *cells)
+    console.print(table)
+    console.print(
+        f"activations in float32, less under bf16 autocast; a checkpoint is "
+        f"{_size(found.checkpoint_bytes)}, all that is kept {_size(found.disk_bytes)}, free "
+        f"{_size(found.free_bytes)}"
+    )
+    for note in found.notes:
+        console.print(f"note: {note}")
+    for problem in found.problems:
+        console.print(f"problem: {problem}")
+
+
+def _grouped(parts: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Neighbouring layers that are all trained, or all frozen, in one line."""
+    grouped: dict[str, tuple[int, int]] = {}
+    for trains in (False, True):
+        layers = {p: c for p, c in parts.items() if p.startswith("layer ") and bool(c[1]) == trains}
+        if layers:
+            numbers = sorted(int(part.split()[1]) for part in layers)
+            title = f"layers {numbers[0] + 1} to {numbers[-1] + 1} of the encoder"
+            every, trained = (sum(counts) for counts in zip(*layers.values(), strict=True))
+            grouped[title] = (every, trained)
+    rest = {part: counts for part, counts in parts.items() if not part.startswith("layer ")}
+    head = {part: rest.pop(part) for part in ("head",) if part in rest}
+    return rest | grouped | head
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

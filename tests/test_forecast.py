@@ -1,0 +1,156 @@
+"""The dry run against what is really built, kept and written."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import BASE_FLAVOUR, build_tiny, run_ranks, write_model
+from test_slow import LARGE
+from test_train import config
+
+from mgc_dist import forecast as module
+from mgc_dist import ranks, train
+from mgc_dist.data import ShardSet
+from mgc_dist.engine import Engine
+from mgc_dist.forecast import Forecast, activation_bytes, checkpoint_bytes, count_parts, forecast
+from mgc_dist.model import describe_main
+from mgc_dist.plan import Plan, lay_out
+
+PLAN = Plan(rows=1000, total=3000, global_batch=16, seed=0)
+
+
+def of(model: Path, tmp_path: Path, *, world: int = 2, **changes: Any) -> Forecast:
+    settings = config(tmp_path, model, tmp_path / "run", **changes)
+    genres = [str(number) for number in range(10)]
+    return forecast(
+        settings,
+        world=world,
+        plan=PLAN,
+        genres=genres,
+        segment_samples=8000,
+        sample_rate=16_000,
+    )
+
+
+@pytest.mark.parametrize("flavour", [{}, BASE_FLAVOUR])
+@pytest.mark.parametrize("freeze", ["none", "feature_encoder", "layers:1", "backbone"])
+def test_parts_are_those_of_the_model_that_is_built(
+    freeze: str, flavour: dict[str, Any], tmp_path: Path
+) -> None:
+    file, layers = write_model(tmp_path / "m.json", **flavour), {"layers:1": 1}.get(freeze)
+    built = build_tiny(file, freeze=freeze, frozen_layers=layers)
+    found = of(file, tmp_path, freeze=freeze).parts
+    expected = count_parts(built)
+    assert {part: counts for part, counts in found.items() if part != "head"} == {
+        part: counts for part, counts in expected.items() if part != "head"
+    }
+    assert sum(every for every, _ in expected.values()) == sum(
+        parameter.numel() for parameter in built.parameters()
+    )
+
+
+def kept_by_autograd(file: Path, rows: int) -> int:
+    """Bytes that the real model keeps, on the CPU."""
+    net, kept = build_tiny(file), {}
+    own = {parameter.data_ptr() for parameter in net.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = net.train()(torch.zeros((rows, 8000), dtype=torch.int16))
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+def test_activations_are_those_that_autograd_keeps(tiny_model: Path) -> None:
+    empty = describe_main(
+        str(tiny_model),
+        ["a", "b", "c"],
+        freeze="none",
+        frozen_layers=None,
+        activation_checkpointing=False,
+        segment_samples=8000,
+    )
+    estimate = activation_bytes(empty, 4, 8000)
+    assert estimate == pytest.approx(kept_by_autograd(tiny_model, 4), rel=0.25)
+
+
+def saved(file: Path, stage: int, folder: Path) -> tuple[int, int]:
+    """Save a checkpoint; its parameters, all and trained."""
+    with ranks.join("cpu") as peers:
+        model = build_tiny(file, freeze="layers:1", frozen_layers=1)
+        counts = [sum(c) for c in zip(*count_parts(model).values(), strict=True)]
+        engine = Engine(
+            model,
+            lay_out(global_batch=2, world=peers.world, largest_micro_batch=1),
+            peers,
+            zero_stage=stage,
+            bf16=False,
+            lr=1e-3,
+            head_lr=1e-3,
+            weight_decay=0.0,
+            clip_norm=1.0,
+            bucket_elements=10**7,
+        )
+        engine.train(True)
+        engine.backward(engine(torch.ones((1, 8000), dtype=torch.int16)).sum(), 2)
+        engine.step()
+        engine.save(folder, "step", {})
+        peers.barrier()
+        return counts[0], counts[1]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_checkpoints_are_as_large_as_was_said(stage: int, tmp_path: Path) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
+    file = write_model(tmp_path / "wide.json", **wide)
+    every, trained = run_ranks(2, saved, file, stage, tmp_path)[0]
+    size = sum(path.stat().st_size for path in (tmp_path / "step").rglob("*.pt"))
+    least = 4 * every + 8 * trained
+    assert 0.9 * least < size < 1.1 * checkpoint_bytes(every, trained)
+    if stage in (1, 2):
+        assert size == pytest.approx(checkpoint_bytes(every, trained), rel=0.1)
+
+
+def test_the_large_model_needs_no_weights(tmp_path: Path) -> None:
+    file = tmp_path / "large.json"
+    file.write_text(json.dumps({"model_type": "wav2vec2", **LARGE}))
+    found = of(file, tmp_path, world=8, freeze="feature_encoder", zero_stage=3)
+    every, trained = (sum(counts) for counts in zip(*found.parts.values(), strict=True))
+    assert every == 315_438_720 + 256 * 1024 + 256 + 10 * 256 + 10  # and projector, classifier
+    assert trained < every
+    assert found.memory[2].all < found.memory[1].all < found.memory[0].all
+    assert found.memory[0].weights == 4 * every
+
+
+def test_problems_and_notes(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert of(tiny_model, tmp_path).problems == ()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    (problem,) = of(tiny_model, tmp_path).problems
+    assert "lower --keep-checkpoints" in problem
+    assert "padding" in of(tiny_model, tmp_path, global_batch=9, world=4).notes[0]
+
+
+def test_the_command(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    settings = config(shards, tiny_model, tmp_path / "run")
+    dry = replace(settings, output=replace(settings.output, dry_run=True, ranks=4))
+    with ShardSet(shards):
+        assert run_ranks(1, train.run, dry) == [0]
+    assert not (tmp_path / "run").exists()
+    module.show(of(tiny_model, tmp_path, freeze="layers:1"))
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("2 ranks x micro batch", "layers 1 to 1 of the encoder", "frozen", "-> 2"):
+        assert words in said
