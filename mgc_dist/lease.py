@@ -152,10 +152,12 @@ def record_start(run: Path, attempt: str, samples_seen: int, world: int) -> None
 
 
 def record_end(run: Path, attempt: str, samples_seen: int, outcome: str) -> None:
-    """Add how a try ended; a killed one leaves no such line."""
-    _append(
-        run, {"attempt": attempt, "samples_seen": samples_seen, "event": "end", "outcome": outcome}
-    )
+    """Add how a try ended; a killed one leaves no such line, nor may a full disk hide its error."""
+    line = {"attempt": attempt, "samples_seen": samples_seen, "event": "end", "outcome": outcome}
+    try:
+        _append(run, line)
+    except OSError as error:
+        log.warning("%s: %s", run / ATTEMPTS, error.strerror)
 
 
 def fruitless_tries(run: Path, samples_seen: int) -> int:

@@ -136,7 +136,10 @@ class Meter:
 
 
 class Laggards:
-    """Names ranks that are slow for several windows in a row; it does not stop them."""
+    """Names ranks that are slow for several windows in a row; it does not stop them.
+
+    On a GPU a forward pass is only launched here: reading and a slow host are seen, a slow GPU not.
+    """
 
     FACTOR = 1.5
     """Own time over the median of all ranks that counts as slow."""
