@@ -102,7 +102,7 @@ class Engine:
         )
         self._files = _Files(self._engine.checkpoint_engine)
         self._engine.checkpoint_engine = self._files
-        self._norm: float | None = None
+        self._norm: float | Tensor | None = None
         if compile_model:
             assert zero_stage < 3
             self._engine.compile()
@@ -152,7 +152,7 @@ class Engine:
         config.gradient_clipping = clip_norm
         if at_boundary and self.zero_stage > 0:
             refused = bool(self._engine.optimizer.overflow)
-            self._norm = _finite_or_none(self._engine.get_global_grad_norm())
+            self._norm = self._engine.get_global_grad_norm()  # on a GPU not waited for
         return not refused
 
     def _is_finite_at_stage_0(self) -> bool:
@@ -175,7 +175,8 @@ class Engine:
 
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping; None if it was not finite."""
-        return self._norm
+        norm = None if self._norm is None else float(self._norm)
+        return norm if norm is not None and math.isfinite(norm) else None
 
     def all_grads(self) -> dict[str, Tensor]:
         """Full gradients of the trainable parameters (a collective at each of them).
@@ -400,10 +401,6 @@ def _refusing_code(checkpoint: Path) -> Iterator[None]:
             cure="do not use it, nor anything else from where it came from",
             this_rank_only=True,
         ) from error
-
-
-def _finite_or_none(norm: float | Tensor | None) -> float | None:
-    return float(norm) if norm is not None and math.isfinite(float(norm)) else None
 
 
 def _import_deepspeed(ranks: Ranks) -> ModuleType:

@@ -90,7 +90,7 @@ class Fit:
         self._laggards = Laggards()
         self._kept_losses: list[tuple[Tensor, Tensor]] = []
         self._failed_saves = 0
-        self._save_s = self._step_s = 0.0
+        self._step_s = self._validate_s = self._save_s = 0.0
         self._stepped_at_s = time.monotonic()
         self._rows: RowLedger | None = None
 
@@ -224,13 +224,14 @@ class Fit:
         return record.key_of(tracks[int(entry["track"])].id, int(entry["segment"]))
 
     def _time_is_up(self) -> bool:
-        """Whether a further step and a save might not end within the time limit."""
+        """Whether two steps, a validation and a save might not end within the time limit."""
         now, limit = time.monotonic(), self.config.output.time_limit_s
         self._step_s = max(0.9 * self._step_s, now - self._stepped_at_s)
         self._stepped_at_s = now
         if not limit:
             return False
-        return now - self.stop.started_at_s + 3 * self._step_s + 2 * self._save_s + 2 > limit
+        needed_s = 3 * self._step_s + 1.5 * self._validate_s + 2 * self._save_s + 2
+        return now - self.stop.started_at_s + needed_s > limit
 
     def _lr_factor(self, step: int) -> float:
         optim = self.config.optim
@@ -300,6 +301,7 @@ class Fit:
                 self._watch.progress(step, "validating")
                 yield batch
 
+        started = time.perf_counter()
         self.engine.train(False)
         size = self.config.engine.micro_batch
         result = all_score(
@@ -324,6 +326,7 @@ class Fit:
         if better and self._export(step, self.run / "best"):
             state.best_macro_f1 = result.track.macro_f1
             state.best_samples_seen = state.samples_seen
+        self._validate_s = max(self._validate_s, time.perf_counter() - started)
 
     def _export(self, step: int, folder: Path) -> bool:
         """Write the model; whether it could be written. The next better one is tried again."""

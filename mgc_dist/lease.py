@@ -7,10 +7,12 @@ A holder that was cut off and comes back finds another name in the lease before 
 anything, and ends. Locks of the file system are not used: they are not reliable on every NFS.
 """
 
+import contextlib
 import json
 import logging
 import os
 import secrets
+import shutil
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -131,6 +133,13 @@ def acquire(run: Path, attempt: str, *, stale_s: float = STALE_S) -> Lease:
     taken = {"attempt": attempt, **asdict(this_process()), "taken_at_s": round(time.time(), 3)}
     replace_text(run / LEASE, json.dumps(taken))
     return Lease(run=run, attempt=attempt)
+
+
+def forget(run: Path) -> None:
+    """Remove the traces of a try that began nothing, and the folder if it is empty then."""
+    shutil.rmtree(run / HEARTBEATS, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        run.rmdir()
 
 
 def new_attempt() -> str:

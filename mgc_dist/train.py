@@ -87,6 +87,8 @@ def _train(fit: "Fit") -> int:
         journal.close()
         if peers.is_first:
             held.release()
+            if not (run / "config.yaml").exists():  # nothing has begun: the name stays free
+                lease.forget(run)
     return 0
 
 
@@ -106,24 +108,25 @@ def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
         journal.write(outcome, samples_seen=state.samples_seen)
         peers.all_decide(lambda: _close_run(fit, state, outcome))
     except BaseException as error:
-        if isinstance(error, RuntimeError):
-            error = _in_words(fit, watch, error)
-        code, reason = exit_code_of(error), f"{type(error).__name__}: {error}"
+        told = _in_words(fit, watch, error)
+        code, reason = exit_code_of(told), f"{type(told).__name__}: {told}"
         journal.status("failed", reason=reason, exit_code=code, samples_seen=state.samples_seen)
-        raise
+        raise told from error.__cause__ if told is error else error
     finally:
         if peers.is_first:
             lease.record_end(run, held.attempt, state.samples_seen, outcome)
 
 
 def _in_words(fit: "Fit", watch: "Watch", error: BaseException) -> BaseException:
-    """What a RuntimeError of torch means here: a rank was lost, or memory is short."""
+    """What an error of torch means here: a rank was lost, or memory is short; else itself."""
     import torch
 
     if fit.ranks.is_broken(error):
         return watch.lost(error)
     short = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
-    if isinstance(error, torch.OutOfMemoryError) or short:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and short
+    ):
         return UserError(
             f"--micro-batch {fit.config.engine.micro_batch}",
             got=" ".join(str(error).split())[:200],

@@ -114,6 +114,8 @@ class Watch:
         content = {"rank": self._rank, "step": self._step, "phase": self._phase, **ended}
         try:
             self._file.write_text(json.dumps(content | self._process | {"time_s": time.time()}))
+        except FileNotFoundError:  # rank 0 has removed what a refused try had made
+            pass
         except OSError as error:  # a full disk is met, and told, where something counts
             log.warning("rank %d: no heartbeat: %s", self._rank, error)
 

@@ -178,3 +178,14 @@ def test_exports_and_tables_hold_no_pickle(stopped: Path, table: Path) -> None:
                 import numpy as np
 
                 np.load(path, allow_pickle=False)
+
+
+def test_a_refused_start_leaves_the_name_free(
+    shards: Path, table: Path, noisy: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = go_on(shards, noisy, run, tmp_path, resume="latest")
+    assert job.codes == [2, 2], job.said
+    assert "no checkpoint" in job.said
+    assert "heartbeat" not in job.said
+    assert not run.exists()
