@@ -84,8 +84,10 @@ class Watch:
     def lost(self, error: BaseException) -> PeerLost:
         """The exception for a collective that failed, naming the rank that is to blame."""
         deadline = time.monotonic() + 2.5 * BEAT_S
-        while not (names := self._missing()) and time.monotonic() < deadline:
+        # a killed process closes its connections some time before it is seen to be dead
+        while not (names := self._missing(sure=True)) and time.monotonic() < deadline:
             time.sleep(0.2)
+        names = names or self._missing()
         said = " ".join(str(error).split())[:200]
         who = "; ".join(names) or "no rank is seen to be missing"
         codes = [int(b["exit_code"]) for b in map(self._seen, range(self._world)) if b]
@@ -113,7 +115,9 @@ class Watch:
     def _beat(self, **ended: str | int) -> None:
         content = {"rank": self._rank, "step": self._step, "phase": self._phase, **ended}
         try:
-            self._file.write_text(json.dumps(content | self._process | {"time_s": time.time()}))
+            aside = self._file.with_suffix(".tmp")
+            aside.write_text(json.dumps(content | self._process | {"time_s": time.time()}))
+            aside.replace(self._file)
         except FileNotFoundError:  # rank 0 has removed what a refused try had made
             pass
         except OSError as error:  # a full disk is met, and told, where something counts
@@ -137,15 +141,19 @@ class Watch:
             faulthandler.dump_traceback(file, all_threads=True)
         leave(EXIT_TEMPORARY)
 
-    def _missing(self) -> list[str]:
-        """Ranks that have failed, died, fallen silent, or are somewhere else, in words."""
+    def _missing(self, *, sure: bool = False) -> list[str]:
+        """Ranks that have failed, died or fallen silent, in words.
+
+        Unless only those are asked for that are surely to blame, also ranks that were never seen
+        or that were last seen somewhere else.
+        """
         names = []
         for rank in range(self._world):
             beat = self._seen(rank) if rank != self._rank else None
             if rank == self._rank:
                 continue
             if beat is None:
-                names.append(f"rank {rank} was never seen")
+                names += [] if sure else [f"rank {rank} was never seen"]
                 continue
             process, age_s = process_of(beat), time.time() - float(beat["time_s"])
             here = (int(beat["step"]), beat["phase"])
@@ -156,20 +164,18 @@ class Watch:
                 names.append(f"rank {rank} ({process.place}) is gone, {last}")
             elif age_s > 2 * BEAT_S + _LOOK_S:
                 names.append(f"rank {rank} ({process.place}) is silent, {last}")
-            elif here != (self._step, self._phase):
+            elif not sure and here != (self._step, self._phase):
                 names.append(f"rank {rank} ({process.place}) is elsewhere, {last}")
         return names
 
     def _seen(self, rank: int) -> dict[str, Any] | None:
         path = heartbeat_file(self._lease.run, self._lease.attempt, rank)
-        for _ in range(3):  # it may be half written just now
-            try:
-                content = json.loads(path.read_text())
-                process_of(content)
-                return _EMPTY | dict(content)
-            except (OSError, ValueError, KeyError, TypeError):
-                time.sleep(0.02)
-        return None
+        try:
+            content = json.loads(path.read_text())
+            process_of(content)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return _EMPTY | dict(content)
 
 
 def _log_files() -> list[TextIO]:

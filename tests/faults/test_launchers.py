@@ -63,6 +63,8 @@ def test_the_launcher_is_ended(
         handle = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+        for number in (signal.SIGINT, signal.SIGHUP):  # background jobs inherit them ignored
+            signal.signal(number, signal.SIG_DFL)
         os.execvpe(command[0], command, environment)
     started: list[int] = []
     try:
