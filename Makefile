@@ -19,7 +19,7 @@ test: .venv/installed  ## everything but the slow tests
 test-slow: .venv/installed  ## the real size with random weights: 13 GB of memory, 10 GB of disk
 	$(RUN) python -m pytest -m slow
 
-soak: .venv/installed  ## 60 random faults to two runs, and what they lost: nothing; half an hour
+soak: .venv/installed  ## 60 random faults to two runs, and what they lost: nothing; 35 minutes
 	$(RUN) PYTHONPATH=tests:tests/faults OMP_NUM_THREADS=1 python tests/faults/soak.py
 
 check: .venv/installed  ## style, types, and that rooms import only from below

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,7 @@ def draw(rng: np.random.Generator, weights: dict[str, int]) -> str:
 def disturb(soak: Soak, run: Path) -> Outcome:
     """Start, disturb, start again, until all faults have happened; then to the end."""
     rng, outcome = np.random.default_rng(soak.seed), Outcome()
+    shutil.rmtree(run, ignore_errors=True)  # of an earlier soak
     settings = soak.settings(run)
     for number in range(soak.kills):
         world = int(rng.choice(soak.worlds))
