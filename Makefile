@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+# Tests wait for processes more than they compute: three at a time keep two cores busy.
+PYTEST := python -m pytest -n 3 --dist worksteal
 
 .PHONY: demo test test-slow soak check bench clean
 
@@ -14,10 +16,10 @@ demo: .venv/installed  ## the whole way on synthetic music, two ranks on the CPU
 	$(RUN) python launch/demo.py
 
 test: .venv/installed  ## everything but the slow tests
-	$(RUN) python -m pytest -m "not slow"
+	$(RUN) $(PYTEST) -m "not slow"
 
 test-slow: .venv/installed  ## the real size with random weights: 13 GB of memory, 10 GB of disk
-	$(RUN) python -m pytest -m slow
+	$(RUN) $(PYTEST) -m slow
 
 soak: .venv/installed  ## 60 random faults to two runs, and what they lost: nothing; 35 minutes
 	$(RUN) PYTHONPATH=tests:tests/faults OMP_NUM_THREADS=1 python tests/faults/soak.py
