@@ -17,7 +17,7 @@ from mgc_dist.errors import UserError
 Device = Literal["auto", "cpu", "cuda"]
 SplitName = Literal["train", "validation", "test"]
 SplitRule = Literal["auto", "fault-filtered", "stratified", "kfold", "table"]
-LossName = Literal["ce", "poe", "mixture"]
+LossName = Literal["ce", "poe", "learned-mixin", "learned-mixin-h", "reweight", "dfl", "mixture"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -294,7 +294,8 @@ class ModelConfig:
     """The main model."""
 
     model: str = "facebook/wav2vec2-large-960h-lv60-self"
-    """Hub name or folder of a transformers waveform model, or a config .json (random weights)."""
+    """Hub name or folder of a transformers waveform model, a config .json (random weights), or
+    `logmel-cnn`: a small CNN on log-mel bands, for tests and benchmarks."""
     freeze: str = "feature_encoder"
     """`none`, `feature_encoder`, `layers:N` (the CNN and the lower N layers) or `backbone`."""
     activation_checkpointing: bool = False
@@ -322,16 +323,60 @@ class LossConfig:
     """How the frozen bias logits enter the loss."""
 
     loss: LossName = "poe"
-    """`ce` (no bias), `poe` (product of experts) or `mixture` (of probabilities)."""
+    """`ce` (no bias), `poe` (product of experts), `learned-mixin` (the same, how much is learned),
+    `learned-mixin-h` (with an entropy term), `reweight`, `dfl` (debiased focal), `mixture`."""
     beta: float = 0.5
     """Weight of the bias log-probabilities in `poe`; 0 is `ce`."""
+    beta_end: float | None = None
+    """Weight at the last step of `poe`; it moves there in a straight line over the steps."""
+    entropy_weight: float = 0.03
+    """Weight of the entropy of the scaled bias in `learned-mixin-h`."""
+    dfl_gamma: float = 2.0
+    """Exponent of `dfl`: (1 - b_y)^gamma; 0 is `ce`."""
     bias_ratio: float = 0.1
     """Share r of the bias model in `mixture`: -log((1 - r) p + r b)."""
+    ce_weight: float = 0.0
+    """Weight of a plain cross-entropy that is added to the loss."""
+
+    @property
+    def needs_bias(self) -> bool:
+        """Whether a bias table is read."""
+        return self.loss != "ce"
+
+    @property
+    def learns_gain(self) -> bool:
+        """Whether the main model learns by how much the bias counts."""
+        return self.loss in ("learned-mixin", "learned-mixin-h")
+
+    def beta_at(self, done: float) -> float:
+        """Weight of the bias in `poe` when `done` of the steps, 0 to 1, are taken."""
+        end = self.beta if self.beta_end is None else self.beta_end
+        return self.beta + (end - self.beta) * done
 
     def __post_init__(self) -> None:
-        _require("--beta", self.beta >= 0, self.beta, "0 or more", "0.5 is the default")
+        for flag, value in (
+            ("--beta", self.beta),
+            ("--beta-end", self.beta if self.beta_end is None else self.beta_end),
+            ("--entropy-weight", self.entropy_weight),
+            ("--dfl-gamma", self.dfl_gamma),
+            ("--ce-weight", self.ce_weight),
+        ):
+            _require(
+                flag,
+                math.isfinite(value) and value >= 0,
+                value,
+                "0 or more",
+                "the default is a good start",
+            )
         _require(
             "--bias-ratio", 0 <= self.bias_ratio < 1, self.bias_ratio, "0 to below 1", "try 0.1"
+        )
+        _require(
+            "--beta-end",
+            self.beta_end is None or self.loss == "poe",
+            f"{self.beta_end} with --loss {self.loss}",
+            "--loss poe",
+            "only the product of experts has a beta to move",
         )
 
 

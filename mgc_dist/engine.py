@@ -112,6 +112,11 @@ class Engine:
         logits: Tensor = self._engine(wave)
         return logits
 
+    def with_gain(self, wave: Tensor) -> tuple[Tensor, Tensor]:
+        """int16 [B, T] on the device -> logits [B, K], gain of the bias float32 [B]."""
+        logits, gain = self._engine(wave, with_gain=True)
+        return logits, gain
+
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation mode."""
         self._engine.train(mode)
@@ -123,18 +128,18 @@ class Engine:
             group["lr"] = rate
         return rates
 
-    def backward(self, loss_sum: Tensor, true_rows: int) -> None:
+    def backward(self, share: Tensor) -> None:
         """Back-propagate one micro batch.
 
-        DeepSpeed divides the loss by the accumulation and averages gradients over ranks, so
-        that the factor here makes the update follow the mean over the true rows of the whole
-        global batch, whatever is padding and wherever it lies.
+        DeepSpeed divides the loss by the accumulation and averages gradients over ranks; the
+        factor here undoes both, so that the update follows the sum of all shares: the mean over
+        the true rows of the global batch, whatever is padding and wherever it lies.
 
         Args:
-            loss_sum: sum of the losses of this micro batch's true rows.
-            true_rows: D, true rows of the whole global batch, over all ranks.
+            share: of this micro batch in the loss of the step, a scalar: what its true rows
+                lose, divided by what the rows of the whole global batch count.
         """
-        self._engine.backward(loss_sum * (self._scale / true_rows))
+        self._engine.backward(share * self._scale)
 
     def step(self) -> bool:
         """End a micro batch; at the end of the accumulation, update the weights.

@@ -25,9 +25,8 @@ from mgc_dist.engine import Engine, lr_factor
 from mgc_dist.errors import EXIT_IO, EXIT_NON_FINITE, RunFailed
 from mgc_dist.journal import Journal, RowLedger
 from mgc_dist.lease import Lease
-from mgc_dist.logits import BiasTable
-from mgc_dist.loss import masked_sum, row_losses
 from mgc_dist.model import WaveClassifier, save_exported
+from mgc_dist.objective import Objective
 from mgc_dist.plan import Layout, Plan, training_batches
 from mgc_dist.ranks import Ranks, seed_everything
 from mgc_dist.score import all_score
@@ -65,7 +64,8 @@ class Fit:
     Attributes:
         config: of the run.
         identity: what a checkpoint must agree with to be resumed here.
-        shards, table: the data; no table for the loss `ce`.
+        shards: the data.
+        objective: the loss, with the bias table in it.
         plan, layout: the order of rows, and how a step's rows lie over ranks.
         model, engine: the main model, and DeepSpeed around it.
         ranks, journal, stop: peers, metrics.jsonl, and what asks for a stop.
@@ -74,7 +74,7 @@ class Fit:
     config: TrainConfig
     identity: dict[str, Any]
     shards: ShardSet
-    table: BiasTable | None
+    objective: Objective
     plan: Plan
     layout: Layout
     model: WaveClassifier
@@ -89,6 +89,7 @@ class Fit:
         self._census = Census(self.model)
         self._laggards = Laggards()
         self._kept_losses: list[tuple[Tensor, Tensor]] = []
+        self._gain: Tensor | None = None
         self._failed_saves = 0
         self._step_s = self._validate_s = self._save_s = 0.0
         self._stepped_at_s = time.monotonic()
@@ -150,7 +151,7 @@ class Fit:
                     state.samples_seen = self.plan.seen_after(step)
                     self._note_refusal(step, state, applied)
                     asked = bool(self.stop.signal) or self._time_is_up()
-                    stopping = tally.reduce(self.plan.true_rows(step), asked)
+                    stopping = tally.reduce(asked)
                     if self._after_step(step, state, stopping, tally, meter, bar):
                         return False
                 self._watch.progress(step + at_end, "reading")
@@ -163,22 +164,21 @@ class Fit:
             self.engine.set_lr(self._lr_factor(step))
             self._kept_losses.clear()
         with meter.own_work():
-            logits = self.engine(batch.wave.to(device, non_blocking=True))  # [B, K]
-        bias = self.table.lookup(batch.row).to(device, non_blocking=True) if self.table else None
-        losses = row_losses(
-            config.objective.loss,
-            logits,
-            batch.label.to(device, non_blocking=True),
-            bias,
-            beta=config.objective.beta,
-            bias_ratio=config.objective.bias_ratio,
-        )  # [B]
-        self._kept_losses.append((batch.row, losses.detach()))
+            logits, gain = self._forward(batch.wave.to(device, non_blocking=True))
+        loss = self.objective.micro_loss(batch, logits, gain)
+        self._kept_losses.append((batch.row, loss.rows))
         if self._rows:
             self._rows.add(batch.row.tolist())
-        loss_sum = masked_sum(losses, batch.weight.to(device, non_blocking=True))
-        self.engine.backward(loss_sum, self.plan.true_rows(step))
-        return loss_sum.detach()
+        self.engine.backward(loss.share)
+        return loss.share.detach()
+
+    def _forward(self, wave: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, K], and the gain [B] of the bias where it is learned."""
+        if not self.config.objective.learns_gain:
+            return self.engine(wave), None
+        logits, gain = self.engine.with_gain(wave)
+        self._gain = gain.detach()
+        return logits, gain
 
     def _take_census(self) -> None:
         if self._census.is_open:
@@ -283,6 +283,7 @@ class Fit:
             lr=optim.lr * factor,
             head_lr=optim.head_lr * factor,
             grad_norm=norm,
+            **self._bias_strength(step),
             segments_per_s=round(rate, 2),
             data_wait_share=round(wait, 5),
             peak_memory_gib=round(_peak_memory_gib(self.ranks.device), 3),
@@ -294,6 +295,12 @@ class Fit:
             *("-" if norm is None else f"{norm:.3f}", rate, 100 * wait),
             *(_peak_memory_gib(self.ranks.device), _clock(left_s)),
         )
+
+    def _bias_strength(self, step: int) -> dict[str, float]:
+        """How much the bias counts: beta, or the mean gain of rank 0's last micro batch."""
+        if self._gain is not None:
+            return {"mean_gain": float(self._gain.mean())}
+        return {"beta": self.objective.beta(step)} if self.config.objective.loss == "poe" else {}
 
     def _validate(self, step: int, state: State) -> None:
         def watched(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -3,7 +3,8 @@
 The main model is any `AutoModelForAudioClassification` with a convolutional feature encoder
 over raw audio (wav2vec2, HuBERT, WavLM, data2vec-audio). Segments have one length, so no
 attention mask is ever given: the base flavour of wav2vec2 (group norm) must not get one, and
-for the large flavour (layer norm) a mask of ones changes nothing.
+for the large flavour (layer norm) a mask of ones changes nothing. `logmel-cnn` is a small model of
+our own behind the same interface; transformers cannot load it without our code.
 """
 
 import errno
@@ -14,8 +15,10 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchaudio
 import transformers
 import xxhash
@@ -26,10 +29,13 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioClassification,
+    PretrainedConfig,
     PreTrainedModel,
     Wav2Vec2FeatureExtractor,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
+from mgc_dist.cnn import LogMelCnn
 from mgc_dist.errors import UserError
 from mgc_dist.ranks import seed_everything
 
@@ -47,28 +53,89 @@ def normalise(wave: Tensor) -> Tensor:
     return (x - mean) / torch.sqrt(variance + 1e-7)
 
 
+class CnnConfig(PretrainedConfig):  # type: ignore[misc]
+    """Settings of `logmel-cnn`; about 22,000 parameters for ten genres."""
+
+    model_type = "logmel-cnn"
+
+    def __init__(
+        self,
+        sample_rate: int = 16_000,
+        channels: Sequence[int] = (12, 24, 48),
+        width: int = 64,
+        **settings: Any,  # noqa: ANN401 - of transformers, which checks them
+    ) -> None:
+        self.sample_rate = sample_rate
+        self.channels = list(channels)
+        self.width = width
+        super().__init__(**settings)
+
+
+class CnnForAudioClassification(PreTrainedModel):  # type: ignore[misc]
+    """`logmel-cnn` with its head, in the form of a transformers model."""
+
+    config_class = CnnConfig
+    base_model_prefix = "cnn"
+    main_input_name = "input_values"
+
+    def __init__(self, config: CnnConfig) -> None:
+        super().__init__(config)
+        low, middle, high = config.channels
+        self.cnn = LogMelCnn(config.sample_rate, (low, middle, high), config.width)
+        self.classifier = nn.Linear(config.width, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Keep the layers' own initialisation, which transformers would replace."""
+
+    def forward(self, input_values: Tensor) -> SequenceClassifierOutput:
+        """Normalised float32 [B, T] -> logits [B, K]."""
+        return SequenceClassifierOutput(logits=self.classifier(self.cnn(input_values)))
+
+
 class WaveClassifier(nn.Module):
     """A transformers audio classifier that takes int16 segments.
 
     Args:
-        net: an `AutoModelForAudioClassification`.
+        net: an `AutoModelForAudioClassification`, or our `logmel-cnn`.
         do_normalize: whether its feature extractor normalises.
         frozen: modules that stay in eval mode, so that no dropout or mask changes them.
+        learns_gain: add a layer for the gain of the learned mixins, which is not exported.
     """
 
     def __init__(
-        self, net: PreTrainedModel, *, do_normalize: bool, frozen: Sequence[nn.Module] = ()
+        self,
+        net: PreTrainedModel,
+        *,
+        do_normalize: bool,
+        frozen: Sequence[nn.Module] = (),
+        learns_gain: bool = False,
     ) -> None:
         super().__init__()
         self.net = net
         self.do_normalize = do_normalize
         self._frozen = list(frozen)
+        self.gain = nn.Linear(net.classifier.in_features, 1) if learns_gain else None
+        self._below_head: Tensor | None = None
+        if self.gain is not None:
+            net.classifier.register_forward_pre_hook(self._keep_below_head)
 
-    def forward(self, wave: Tensor) -> Tensor:
-        """int16 [B, T] -> logits [B, K]."""
+    def _keep_below_head(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._below_head = inputs[0]  # [B, D]
+
+    def forward(self, wave: Tensor, *, with_gain: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """int16 [B, T] -> logits [B, K]; with the gain, g = softplus(w h + c), float32 [B].
+
+        h is what the last layer gets, [B, D] (Clark et al., EMNLP 2019).
+        """
         x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
         logits: Tensor = self.net(x).logits  # [B, K]
-        return logits
+        if not with_gain:
+            return logits
+        below, self._below_head = self._below_head, None
+        assert self.gain is not None
+        assert below is not None
+        return logits, F.softplus(self.gain(below).float())[:, 0]  # [B]
 
     def train(self, mode: bool = True) -> "WaveClassifier":
         """Switch the mode; frozen modules stay in eval mode."""
@@ -106,11 +173,12 @@ def build_main(
     seed: int,
     segment_samples: int,
     sample_rate: int,
+    learns_gain: bool = False,
 ) -> WaveClassifier:
     """The main model, with a new head.
 
     Args:
-        name: hub name, folder, or config .json (random weights).
+        name: hub name, folder, config .json (random weights), or `logmel-cnn` (random weights).
         genres: in label order.
         freeze: `none`, `feature_encoder`, `layers:N` or `backbone`.
         frozen_layers: N of `layers:N`.
@@ -118,19 +186,22 @@ def build_main(
         seed: of the new weights.
         segment_samples: T.
         sample_rate: of the segments in Hz.
+        learns_gain: for the learned mixins.
 
     Raises:
         UserError: the model cannot be found, does not fit, or has BatchNorm.
     """
     _quiet()
-    labels = {
+    labels: dict[str, Any] = {
         "num_labels": len(genres),
         "id2label": dict(enumerate(genres)),
         "label2id": {genre: label for label, genre in enumerate(genres)},
         "layerdrop": 0.0,  # ranks would drop different layers: ZeRO aborts or hangs
     }
     seed_everything(seed)
-    if name.endswith(".json"):
+    if name == CnnConfig.model_type:
+        net = CnnForAudioClassification(CnnConfig(sample_rate=sample_rate, **labels))
+    elif name.endswith(".json"):
         net = _from_config_file(Path(name), labels)
     else:
         net = _from_checkpoint(name, labels)
@@ -141,7 +212,9 @@ def build_main(
         # the reentrant kind drops gradients above a frozen prefix, silently
         net.activation_checkpointing_enable({"use_reentrant": False})
     extractor = _feature_extractor(name, sample_rate)
-    return WaveClassifier(net, do_normalize=extractor.do_normalize, frozen=frozen)
+    return WaveClassifier(
+        net, do_normalize=extractor.do_normalize, frozen=frozen, learns_gain=learns_gain
+    )
 
 
 def describe_main(
@@ -167,9 +240,11 @@ def describe_main(
         UserError: the model's configuration cannot be found, or does not fit.
     """
     _quiet()
-    labels: dict[str, object] = {"num_labels": len(genres), "layerdrop": 0.0}
+    labels: dict[str, Any] = {"num_labels": len(genres), "layerdrop": 0.0}
     with torch.device("meta"):
-        if name.endswith(".json"):
+        if name == CnnConfig.model_type:
+            net = CnnForAudioClassification(CnnConfig(**labels)).to("meta")
+        elif name.endswith(".json"):
             net = _from_config_file(Path(name), labels)
         else:
             try:
@@ -192,7 +267,9 @@ def part_of(name: str) -> str:
     layer = re.search(r"\.encoder\.layers\.(\d+)\.", name)
     if layer:
         return f"layer {layer[1]}"
-    return "encoder, besides its layers" if ".encoder." in name else "head"
+    if ".encoder." in name:
+        return "encoder, besides its layers"
+    return "cnn" if ".cnn." in name else "head"
 
 
 def find_exported(run_or_export: Path) -> Path:
@@ -215,7 +292,7 @@ def load_exported(folder: Path) -> WaveClassifier:
             expected="a run folder with best/, or an exported model",
             cure="train first: deepspeed launch/train.py",
         )
-    net, missing = _load(AutoModelForAudioClassification, str(folder))
+    net, missing = _load(_class_of(folder), str(folder))
     if missing or not hasattr(net.config, "segment_samples"):
         raise UserError(
             f"model folder {folder}",
@@ -224,6 +301,15 @@ def load_exported(folder: Path) -> WaveClassifier:
             cure="export the run again: python -m mgc_dist.export RUN OUT",
         )
     return WaveClassifier(net, do_normalize=_saved_extractor(folder).do_normalize).eval()
+
+
+def _class_of(folder: Path) -> type:
+    """What loads a folder: transformers, but for our own small model."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if settings.get("model_type") == CnnConfig.model_type:
+        return CnnForAudioClassification
+    auto: type = AutoModelForAudioClassification
+    return auto
 
 
 def sample_rate_of(folder: Path) -> int:
@@ -248,12 +334,18 @@ def save_exported(
 
     Args:
         model: whose configuration and feature settings are used.
-        weights: full float32 state dict of the wrapped model (`net.` names), on the CPU.
+        weights: full float32 state dict of the wrapped model (`net.` names), on the CPU; the
+            gain of the learned mixins is left out.
         folder: replaced if it exists, under a temporary name until whole.
         sample_rate: in Hz.
     """
-    fresh = AutoModelForAudioClassification.from_config(model.net.config).float()
-    fresh.load_state_dict({k.removeprefix("net."): v for k, v in weights.items()}, strict=True)
+    config = model.net.config
+    if isinstance(config, CnnConfig):
+        fresh = CnnForAudioClassification(config)
+    else:
+        fresh = AutoModelForAudioClassification.from_config(config)
+    of_net = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
+    fresh.float().load_state_dict(of_net, strict=True)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -428,6 +520,9 @@ def _from_config_file(path: Path, labels: dict[str, object]) -> PreTrainedModel:
 
 
 def _refuse_unfit(name: str, net: PreTrainedModel, segment_samples: int) -> None:
+    if isinstance(net, CnnForAudioClassification):
+        _refuse_short(name, segment_samples, frames=segment_samples // 256 + 1, needed=8)
+        return
     _refuse_no_encoder(f"--model {name}", net)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
         raise UserError(
@@ -438,11 +533,15 @@ def _refuse_unfit(name: str, net: PreTrainedModel, segment_samples: int) -> None
         )
     frames = int(net._get_feat_extract_output_lengths(torch.tensor(segment_samples)))
     needed = net.config.mask_time_length if _masks_time(net) else 1
+    _refuse_short(name, segment_samples, frames=frames, needed=needed)
+
+
+def _refuse_short(name: str, segment_samples: int, *, frames: int, needed: int) -> None:
     if frames < needed:
         raise UserError(
             f"segments of {segment_samples} samples for {name}",
             got=f"{frames} frames",
-            expected=f"at least {needed} (its SpecAugment mask)",
+            expected=f"at least {needed} (its SpecAugment mask, or its pooling)",
             cure="pack longer segments: python -m mgc_dist.shard --segment-s 3",
         )
 
@@ -468,6 +567,8 @@ def _freeze(net: PreTrainedModel, freeze: str, frozen_layers: int | None) -> lis
     feature encoder marks its input as requiring gradients unless it is told (1.49 x the time
     at half the layers frozen).
     """
+    if isinstance(net, CnnForAudioClassification):
+        return _freeze_cnn(net, freeze)
     base, encoder = net.base_model, net.base_model.encoder
     if hasattr(base, "masked_spec_embed") and not _masks_time(net):
         base.masked_spec_embed.requires_grad_(False)  # unused: ZeRO-3 repeats its last gradient
@@ -498,8 +599,25 @@ def _freeze(net: PreTrainedModel, freeze: str, frozen_layers: int | None) -> lis
     return parts
 
 
+def _freeze_cnn(net: "CnnForAudioClassification", freeze: str) -> list[nn.Module]:
+    """Freeze parts of `logmel-cnn`, whose feature encoder, the log-mel bands, has no weights."""
+    if freeze in ("none", "feature_encoder"):
+        return []
+    if freeze != "backbone":
+        raise UserError(
+            f"--freeze {freeze}",
+            got=freeze,
+            expected="none, feature_encoder or backbone for logmel-cnn",
+            cure="it has no encoder layers",
+        )
+    net.cnn.requires_grad_(False)
+    return [net.cnn]
+
+
 def _feature_extractor(name: str, sample_rate: int) -> Wav2Vec2FeatureExtractor:
     extractor = Wav2Vec2FeatureExtractor(sampling_rate=sample_rate, do_normalize=True)
+    if name == CnnConfig.model_type:
+        return extractor
     has_own = Path(name, "preprocessor_config.json").is_file()
     if has_own or not (Path(name).exists() or name.endswith(".json")):
         try:

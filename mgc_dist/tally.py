@@ -21,7 +21,6 @@ class _Pending:
     packed: Tensor
     work: Any
     copied: torch.cuda.Event | None
-    true_rows: int
 
 
 class Tally:
@@ -43,15 +42,14 @@ class Tally:
         """The last loss that is known, for a progress bar."""
         return f"loss {self._loss:.3f}"
 
-    def add(self, loss_sum: Tensor) -> None:
-        """Add the loss sum of a micro batch: a scalar on the device."""
-        self._sum = loss_sum if self._sum is None else self._sum + loss_sum
+    def add(self, share: Tensor) -> None:
+        """Add a micro batch's share of the step's loss: a scalar on the device."""
+        self._sum = share if self._sum is None else self._sum + share
 
-    def reduce(self, true_rows: int, stop_asked: bool) -> bool:
+    def reduce(self, stop_asked: bool) -> bool:
         """Start this step's reduction; returns whether the step before it asked for a stop.
 
         Args:
-            true_rows: of the step that has just been taken, over all ranks.
             stop_asked: whether this rank has been told to stop.
         """
         assert self._sum is not None
@@ -70,11 +68,11 @@ class Tally:
             packed = host.copy_(packed, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-        self._pending = _Pending(packed=packed, work=work, copied=copied, true_rows=true_rows)
+        self._pending = _Pending(packed=packed, work=work, copied=copied)
         return stopping
 
     def latest(self) -> float:
-        """Mean loss over the true rows of the step just taken (waits for the device)."""
+        """Loss of the step just taken, over all ranks (waits for the device)."""
         self._settle()
         return self._loss
 
@@ -86,9 +84,8 @@ class Tally:
             pending.work.wait()
         if pending.copied is not None:
             pending.copied.synchronize()
-        total, flag = pending.packed.tolist()
+        self._loss, flag = pending.packed.tolist()
         self._stopping = flag > 0
-        self._loss = total / pending.true_rows
 
 
 class Meter:

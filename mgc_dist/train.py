@@ -47,7 +47,7 @@ def run(config: TrainConfig) -> int:
         stage.stage(data.shards, data.shards_from, timeout_s=data.stage_timeout_s)
     with ShardSet(data.shards) as shards:
         table = None
-        if config.objective.loss != "ce":
+        if config.objective.needs_bias:
             table = logits.read(data.table, shards.manifest)
         plan = _plan(config, shards)
         identity = _identity(config, shards, table, plan)
@@ -185,6 +185,7 @@ def _build(
     from mgc_dist.fit import Fit
     from mgc_dist.journal import Journal
     from mgc_dist.model import build_main, frozen_fingerprint
+    from mgc_dist.objective import Objective
     from mgc_dist.plan import lay_out
 
     optim, found = config.optim, shards.manifest
@@ -202,6 +203,7 @@ def _build(
         seed=config.output.seed,
         segment_samples=found.segment_samples,
         sample_rate=found.sample_rate,
+        learns_gain=config.objective.learns_gain,
     ).to(peers.device)
     identity = identity | {"frozen weights of --model": frozen_fingerprint(model)}
     precision, on_gpu = config.engine.precision, peers.device.type == "cuda"
@@ -225,7 +227,7 @@ def _build(
         config=config,
         identity=identity,
         shards=shards,
-        table=table,
+        objective=Objective(config.objective, plan, shards, table),
         plan=plan,
         layout=layout,
         model=model,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mgc_dist import ranks
 from mgc_dist.census import STEPS, Census
-from mgc_dist.config import EngineConfig
+from mgc_dist.config import EngineConfig, LossConfig
 from mgc_dist.engine import Engine, lr_factor
 from mgc_dist.errors import UserError
 from mgc_dist.loss import masked_sum, row_losses
@@ -107,10 +107,10 @@ def trajectory(model: WaveClassifier, peers: ranks.Ranks, stage: int, bf16: bool
         engine.set_lr(factor(micro.step))
         true = torch.from_numpy(micro.place >= 0)
         rows = torch.from_numpy(np.maximum(micro.place, 0))
-        found = row_losses("ce", engine(wave[rows]), label[rows], None, beta=0.0, bias_ratio=0.0)
-        total = masked_sum(found, true.float())
-        engine.backward(total, PLAN.true_rows(micro.step))
-        losses[micro.step] += total.item() / PLAN.true_rows(micro.step)
+        found = row_losses(LossConfig(loss="ce"), engine(wave[rows]), label[rows])
+        share = masked_sum(found, true.float()) / PLAN.true_rows(micro.step)
+        engine.backward(share)
+        losses[micro.step] += share.item()
         if micro.micro_step == layout.accumulation - 1:
             if micro.step == 0:
                 first = {
@@ -191,7 +191,7 @@ def exported(file: Path, stage: int, folder: Path) -> tuple[np.ndarray, bool, bo
         engine.set_lr(1.0)
         for _ in range(2 * (3 if peers.world == 1 else 2)):
             loss = nn.functional.cross_entropy(engine(wave[:2]), label[:2], reduction="sum")
-            engine.backward(loss, 6)
+            engine.backward(loss / 6)
             engine.step()
         engine.train(False)
         with torch.no_grad():

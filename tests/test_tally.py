@@ -13,11 +13,8 @@ from conftest import run_ranks
 
 from mgc_dist import ranks
 from mgc_dist.journal import Journal, read_metrics, read_status
-from mgc_dist.plan import Plan
 from mgc_dist.stop import Stop
 from mgc_dist.tally import Laggards, Meter, Tally
-
-PLAN = Plan(rows=10, total=40, global_batch=4, seed=0)
 
 
 def reduce_on_two_ranks() -> tuple[list[bool], list[float]]:
@@ -28,7 +25,7 @@ def reduce_on_two_ranks() -> tuple[list[bool], list[float]]:
             tally.add(torch.tensor(1.0 + step))
             tally.add(torch.tensor(float(peers.rank)))
             asked = step == 1 and peers.rank == 1
-            stops.append(tally.reduce(PLAN.true_rows(step), asked))
+            stops.append(tally.reduce(asked))
             if step != 2:  # reading now or later changes nothing
                 losses.append(tally.latest())
     return stops, losses
@@ -39,14 +36,14 @@ def test_all_ranks_read_the_same_one_step_late() -> None:
     assert found[0] == found[1]
     stops, losses = found[0]
     assert stops == [False, False, True, False]
-    assert losses == [(2 * (1 + step) + 1) / 4 for step in (0, 1, 3)]
+    assert losses == [2 * (1 + step) + 1 for step in (0, 1, 3)]
 
 
 def test_a_loss_that_is_not_finite_is_passed_on() -> None:
     with ranks.join("cpu") as peers:
         tally = Tally(peers)
         tally.add(torch.tensor(math.nan))
-        tally.reduce(4, False)
+        tally.reduce(False)
         assert math.isnan(tally.latest())
 
 

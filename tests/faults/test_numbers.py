@@ -11,7 +11,7 @@ from harness import Patch, assert_survived, losses_of, slow, start
 from safetensors.torch import load_file
 from test_train import config
 
-from mgc_dist import fit, train
+from mgc_dist import fit, objective, train
 from mgc_dist.config import TrainConfig
 from mgc_dist.data import ShardSet
 from mgc_dist.journal import read_metrics, read_status
@@ -24,7 +24,7 @@ def poisoned(first: int, last: int, *, kind: str = "loss") -> Patch:
         if rank != 1:
             return
         if kind == "loss":
-            losses_of_rows = fit.row_losses
+            losses_of_rows = objective.row_losses
 
             def bad(*args: Any, **kwargs: Any) -> torch.Tensor:
                 losses: torch.Tensor = losses_of_rows(*args, **kwargs)
@@ -32,9 +32,9 @@ def poisoned(first: int, last: int, *, kind: str = "loss") -> Patch:
                     losses = losses * torch.tensor([float("nan")] + [1.0] * (len(losses) - 1))
                 return losses
 
-            fit.row_losses = bad
+            objective.row_losses = bad
         else:
-            mask = fit.masked_sum
+            mask = objective.masked_sum
 
             def steep(*args: Any) -> torch.Tensor:  # a finite loss with an infinite gradient
                 total = mask(*args)
@@ -42,7 +42,7 @@ def poisoned(first: int, last: int, *, kind: str = "loss") -> Patch:
                     total = total + torch.sqrt(total - total.detach())
                 return total
 
-            fit.masked_sum = steep
+            objective.masked_sum = steep
         forward = fit.Fit._forward_backward
         current = [0]
 
@@ -130,10 +130,10 @@ def first_update_after_refusal(model: Path, stage: int) -> float:
         )
         engine.train(True)
         wave = torch.randint(-9000, 9000, (2, 8000), dtype=torch.int16)
-        engine.backward(engine(wave).sum(), 4)
+        engine.backward(engine(wave).sum() / 4)
         assert engine.step()
         before = engine.all_weights()
-        engine.backward(engine(wave).sum() * (float("inf") if peers.rank else 1.0), 4)
+        engine.backward(engine(wave).sum() * (float("inf") if peers.rank else 0.25))
         assert not engine.step()
         assert engine.grad_norm() is None
         after = engine.all_weights()
