@@ -348,6 +348,21 @@ class LossConfig:
         """Whether the main model learns by how much the bias counts."""
         return self.loss in ("learned-mixin", "learned-mixin-h")
 
+    @property
+    def description(self) -> str:
+        """The loss and the settings that it reads, such as `poe (beta 0.5)`."""
+        beta = f"beta {self.beta:g}"
+        if self.beta_end is not None:
+            beta += f" to {self.beta_end:g}"
+        settings = {
+            "poe": beta,
+            "learned-mixin-h": f"entropy weight {self.entropy_weight:g}",
+            "dfl": f"gamma {self.dfl_gamma:g}",
+            "mixture": f"ratio {self.bias_ratio:g}",
+        }
+        name = f"{self.loss} ({settings[self.loss]})" if self.loss in settings else self.loss
+        return f"{name} + {self.ce_weight:g} ce" if self.ce_weight else name
+
     def beta_at(self, done: float) -> float:
         """Weight of the bias in `poe` when `done` of the steps, 0 to 1, are taken."""
         end = self.beta if self.beta_end is None else self.beta_end

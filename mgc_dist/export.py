@@ -34,7 +34,8 @@ def run(config: ExportConfig) -> None:
     """Copy the best model, with a card that says what it was trained on.
 
     Raises:
-        UserError: no best model in the run, or a folder with files in the way.
+        UserError: no best model in the run, one that transformers cannot load, or a folder with
+            files in the way.
     """
     from mgc_dist import model
     from mgc_dist.config import TrainConfig
@@ -48,6 +49,13 @@ def run(config: ExportConfig) -> None:
             cure="choose another name",
         )
     classifier = model.load_exported(source)  # refuses a folder that lacks weights
+    if classifier.needs_our_code:
+        raise UserError(
+            f"main model of {config.run}",
+            got="logmel-cnn, which transformers cannot load without our code",
+            expected="a model of transformers",
+            cure=f"`predict` and `evaluate` take {source} as it is",
+        )
     trained = cli.parse("train", TrainConfig, ["--config", str(settings)])
     environment = json.loads((config.run / "env.json").read_text())
     shutil.copytree(source, config.out, dirs_exist_ok=True)
@@ -58,7 +66,7 @@ def run(config: ExportConfig) -> None:
         sample_rate=sample_rate,
         folder=config.out,
         genres=", ".join(classifier.genres),
-        loss=f"{trained.objective.loss} (beta {trained.objective.beta:g})",
+        loss=trained.objective.description,
         model=trained.main.model,
         dataset_id=environment["dataset_id"],
     )

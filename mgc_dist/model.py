@@ -155,6 +155,11 @@ class WaveClassifier(nn.Module):
         """T: audio samples of the segments that it was trained on."""
         return int(self.net.config.segment_samples)
 
+    @property
+    def needs_our_code(self) -> bool:
+        """Whether transformers alone cannot load it."""
+        return isinstance(self.net, CnnForAudioClassification)
+
     def head_and_backbone(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Trainable parameters of the head (everything above the base model) and below."""
         inner = {id(p) for p in self.net.base_model.parameters()}

@@ -265,7 +265,7 @@ def _say_arithmetic(fit: "Fit", state: "State") -> None:
     log.info(
         "ZeRO-%d, %s, loss %s",
         *(config.engine.zero_stage, "bf16 autocast" if fit.engine.bf16 else "fp32"),
-        config.objective.loss,
+        config.objective.description,
     )
     log.info("starting at samples_seen %d of %d", state.samples_seen, plan.total)
 

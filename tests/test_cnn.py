@@ -8,7 +8,8 @@ from conftest import build_tiny
 from test_train import config, losses, train_on
 from torch import nn
 
-from mgc_dist import model
+from mgc_dist import export, model
+from mgc_dist.config import ExportConfig
 from mgc_dist.errors import UserError
 from mgc_dist.forecast import activation_bytes, count_parts
 
@@ -128,3 +129,13 @@ def test_two_ranks_at_stage_3_follow_one(shards: Path, table: Path, tmp_path: Pa
         found.append(losses(run))
     assert found[1] == pytest.approx(found[0], abs=1e-5)
     assert found[0][-1] != pytest.approx(found[0][0], abs=1e-3)
+
+
+def test_export_for_others_is_refused(tmp_path: Path) -> None:
+    classifier = build_tiny("logmel-cnn", TEN)
+    run = tmp_path / "run"
+    run.mkdir()
+    model.save_exported(classifier, classifier.state_dict(), run / "best", 16_000)
+    with pytest.raises(UserError, match="logmel-cnn, which transformers cannot load without our"):
+        export.run(ExportConfig(run=run, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

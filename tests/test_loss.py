@@ -153,6 +153,20 @@ def test_beta_moves_in_a_straight_line() -> None:
     assert LossConfig(loss="poe", beta=0.2).beta_at(0.9) == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"loss": "ce"}, "ce"),
+        ({"loss": "poe"}, "poe (beta 0.5)"),
+        ({"loss": "poe", "beta": 0.0, "beta_end": 1.0}, "poe (beta 0 to 1)"),
+        ({"loss": "dfl", "ce_weight": 0.25}, "dfl (gamma 2) + 0.25 ce"),
+        ({"loss": "learned-mixin-h"}, "learned-mixin-h (entropy weight 0.03)"),
+    ],
+)
+def test_the_description_names_what_is_read(settings, said: str) -> None:
+    assert LossConfig(**settings).description == said
+
+
 def test_wrong_use_is_refused(drawn) -> None:
     logits, label, bias = drawn
     with pytest.raises(ValueError, match="poe needs the bias"):
