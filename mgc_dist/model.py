@@ -35,6 +35,10 @@ from mgc_dist.ranks import seed_everything
 
 log = logging.getLogger(__name__)
 
+TEMPERATURE = "calibration_temperature"
+"""In config.json; transformers refuses "temperature" there: "Some generation parameters are set
+in the model config"."""
+
 
 def normalise(wave: Tensor) -> Tensor:
     """Zero mean, unit variance per segment: int16 [B, T] -> float32 [B, T].
@@ -87,6 +91,12 @@ class WaveClassifier(nn.Module):
     def segment_samples(self) -> int:
         """T: audio samples of the segments that it was trained on."""
         return int(self.net.config.segment_samples)
+
+    @property
+    def temperature(self) -> float | None:
+        """T that calibrates the mean over segments of softmax(logits / T), if it was fitted."""
+        value = self.net.config.to_dict().get(TEMPERATURE)
+        return None if value is None else float(value)
 
     def head_and_backbone(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Trainable parameters of the head (everything above the base model) and below."""
@@ -239,7 +249,11 @@ def _saved_extractor(folder: Path) -> Wav2Vec2FeatureExtractor:
 
 
 def save_exported(
-    model: WaveClassifier, weights: Mapping[str, Tensor], folder: Path, sample_rate: int
+    model: WaveClassifier,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    sample_rate: int,
+    temperature: float | None = None,
 ) -> None:
     """Write a folder that `transformers.pipeline("audio-classification")` loads.
 
@@ -251,8 +265,10 @@ def save_exported(
         weights: full float32 state dict of the wrapped model (`net.` names), on the CPU.
         folder: replaced if it exists, under a temporary name until whole.
         sample_rate: in Hz.
+        temperature: fitted on validation tracks, for `WaveClassifier.temperature`.
     """
     fresh = AutoModelForAudioClassification.from_config(model.net.config).float()
+    setattr(fresh.config, TEMPERATURE, temperature)
     fresh.load_state_dict({k.removeprefix("net."): v for k, v in weights.items()}, strict=True)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
