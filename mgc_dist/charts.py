@@ -130,8 +130,9 @@ def differences(
         axes.axhline(emphasised - 0.5, color=GREY, linewidth=0.6, linestyle=":")
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    note = "grey: the interval holds 0; hollow: too few tracks for an interval"
-    axes.set_xlabel(f"{label}\n{note}", fontsize=9)
+    note = "grey: the interval holds 0; hollow: all tracks alike, no interval"
+    # of the figure: it is longer than the axis where names are long
+    figure.supxlabel(f"{label}\n{note}", fontsize=9)
     axes.grid(axis="x", color="#DDDDDD")
     axes.set_axisbelow(True)
     figure.suptitle(title, fontsize=11)

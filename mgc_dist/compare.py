@@ -16,7 +16,6 @@ def run(config: CompareConfig) -> None:
     from mgc_dist.files import replace_text
 
     found = [results.read(run, config.result_name) for run in config.runs]
-    config.folder.mkdir(parents=True, exist_ok=True)
     picture = config.folder / "comparison.png"
     if len(found) == 2:
         report = paired.compare(
@@ -32,6 +31,7 @@ def run(config: CompareConfig) -> None:
         report = conditions.compare(runs, config.result_name)
         conditions.draw(picture, report)
         tables.seeds(report)
+    config.folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, ensure_ascii=False)
     replace_text(config.folder / "comparison.json", text)
     print(f"written: {config.folder}/comparison.json, comparison.png")

@@ -6,6 +6,7 @@ attention mask is ever given: the base flavour of wav2vec2 (group norm) must not
 for the large flavour (layer norm) a mask of ones changes nothing.
 """
 
+import copy
 import errno
 import hashlib
 import json
@@ -267,8 +268,9 @@ def save_exported(
         sample_rate: in Hz.
         temperature: fitted on validation tracks, for `WaveClassifier.temperature`.
     """
-    fresh = AutoModelForAudioClassification.from_config(model.net.config).float()
-    setattr(fresh.config, TEMPERATURE, temperature)
+    config = copy.deepcopy(model.net.config)  # from_config would share it with the live model
+    setattr(config, TEMPERATURE, temperature)
+    fresh = AutoModelForAudioClassification.from_config(config).float()
     fresh.load_state_dict({k.removeprefix("net."): v for k, v in weights.items()}, strict=True)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -87,7 +87,7 @@ def draw(path: Path, found: Report) -> None:
     charts.differences(
         path,
         rows,
-        f"{Path(found['b']).name} against {Path(found['a']).name}, {found['name']}, "
+        f"{Path(found['b']).name} against {Path(found['a']).name}\n{found['name']}, "
         f"{found['count']} tracks",
         f"difference in points (recall of a genre, accuracy of a subgroup), 95 % over {unit}",
         emphasised=2,

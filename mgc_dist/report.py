@@ -92,7 +92,7 @@ def write(run: Path, subject: Subject, result: SplitScores, figures: Report) -> 
         figures: from `summary`; its file is written last.
     """
     folder, track = run / "evaluation", result.track
-    title = f"{subject.run}, {subject.name}: {track.count} tracks, "
+    title = f"{subject.run}, {subject.name}\n{track.count} tracks, "
     _write_confusion_csv(folder / f"confusion-{subject.name}.csv", subject, track.confusion)
     charts.confusion(
         folder / f"confusion-{subject.name}.png",
