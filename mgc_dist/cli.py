@@ -145,7 +145,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-COMMANDS = ("synth", "shard", "bias", "train", "evaluate", "predict", "export")
+COMMANDS = ("synth", "shard", "bias", "train", "evaluate", "compare", "predict", "export")
 
 
 def _take_files(words: list[str]) -> tuple[list[Path], list[str]]:

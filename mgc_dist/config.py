@@ -18,12 +18,33 @@ Device = Literal["auto", "cpu", "cuda"]
 SplitName = Literal["train", "validation", "test"]
 SplitRule = Literal["auto", "fault-filtered", "stratified", "kfold", "table"]
 LossName = Literal["ce", "poe", "learned-mixin", "learned-mixin-h", "reweight", "dfl", "mixture"]
+Aggregate = Literal["mean-prob", "mean-logit", "vote"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
 def _require(flag: str, ok: bool, got: object, expected: str, cure: str) -> None:
     if not ok:
         raise UserError(flag, got=got, expected=expected, cure=cure)
+
+
+def _require_name(name: str | None) -> None:
+    _require(
+        "--name",
+        name is None or re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name) is not None,
+        name,
+        "letters, digits, _, - and dots",
+        "files are named after it, such as --name test-shifted",
+    )
+
+
+def _require_resamples(resamples: int) -> None:
+    _require(
+        "--resamples",
+        100 <= resamples <= 1_000_000,
+        resamples,
+        "100 to 1000000",
+        "2000 is usual",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -567,13 +588,84 @@ class EvaluateConfig:
     """Where to copy the shards from, into --data (or the run's own folder), once per node."""
     stage_timeout_s: float = 3600.0
     """How long a rank waits for another one on its node that copies the shards."""
+    name: str | None = None
+    """Name of the files that are written; the split's, with `-of-FOLDER` of --data."""
+    aggregate: Aggregate = "mean-prob"
+    """How segments are judged as a track: `mean-prob` (mean of their probabilities), `mean-logit`
+    or `vote` (ties go to the higher mean probability). All three are written."""
+    bias_table: Path | None = None
+    """Bias table of the shards, for the subgroups bias-aligned and bias-conflicting; the run's own
+    by default, where the run's own shards are measured."""
+    subgroups: Path | None = None
+    """CSV or TSV table of `track` and a subgroup, in place of the bias model's."""
+    subgroup_column: str = "subgroup"
+    """Column of --subgroups to read."""
+    resamples: int = 2000
+    """Bootstrap resamples of the intervals."""
+    seed: int = 0
+    """Seed of the resamples."""
     batch: int = 32
     """Segments in a batch."""
     device: Device = "auto"
     """Where the model runs."""
 
+    @property
+    def result_name(self) -> str:
+        """Name of the files that are written."""
+        if self.name or not self.data:
+            return self.name or self.split
+        folder = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.data.resolve().name)
+        return f"{self.split}-of-{folder or 'data'}"
+
     def __post_init__(self) -> None:
         _require("--batch", self.batch >= 1, self.batch, "at least 1", "32 is usual")
+        _require_name(self.name)
+        _require_resamples(self.resamples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare runs on the same tracks, from what `evaluate` wrote: two runs track by track, or
+    more runs as settings and seeds, paired by seed.
+    """
+
+    runs: Positional[tuple[Path, ...]]
+    """Two run folders, A and B; or more, which are grouped by what their settings differ in."""
+    split: SplitName = "test"
+    """Split to compare on."""
+    name: str | None = None
+    """Name of the evaluation, where it is not the split's: `evaluate --name` or `--data`."""
+    out: Path | None = None
+    """Folder to write; B/comparison/A for two runs, else `comparison` beside the first run."""
+    resamples: int = 2000
+    """Bootstrap resamples of the intervals."""
+    seed: int = 0
+    """Seed of the resamples."""
+
+    @property
+    def result_name(self) -> str:
+        """Name of the evaluation's files."""
+        return self.name or self.split
+
+    @property
+    def folder(self) -> Path:
+        """Folder to write."""
+        if self.out:
+            return self.out
+        if len(self.runs) == 2:
+            return self.runs[1] / "comparison" / self.runs[0].resolve().name
+        return self.runs[0].resolve().parent / "comparison"
+
+    def __post_init__(self) -> None:
+        _require(
+            "RUN",
+            len(self.runs) >= 2,
+            f"{len(self.runs)} run folders",
+            "two or more",
+            "python -m mgc_dist.compare RUN_A RUN_B",
+        )
+        _require_name(self.name)
+        _require_resamples(self.resamples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,10 @@ from mgc_dist.errors import UserError
 
 if TYPE_CHECKING:
     from mgc_dist.data import ShardSet
+    from mgc_dist.logits import BiasTable
     from mgc_dist.manifest import Manifest
     from mgc_dist.model import WaveClassifier
+    from mgc_dist.report import Subject
     from mgc_dist.score import SplitScores
 
 
@@ -18,7 +20,8 @@ def run(config: EvaluateConfig) -> None:
     """Walk the split with the run's best model; print and write what it shows.
 
     Raises:
-        UserError: no model or data there, or the genres of the two differ.
+        UserError: no model or data there, the genres of the two differ, or a bias table or a
+            table of subgroups does not fit.
     """
     from mgc_dist import display, model, ranks, stage
     from mgc_dist.data import ShardSet
@@ -34,6 +37,7 @@ def run(config: EvaluateConfig) -> None:
         if config.data is None:
             _refuse_repacked(config.run, shards)
         _refuse_other(config, classifier, model.sample_rate_of(folder), shards.manifest)
+        subject, notes = _subject(config, shards, classifier.temperature)
         with ranks.join(config.device) as peers:
             display.start_logging(peers.rank)
             first, stop = shards.rows_of(config.split)
@@ -45,18 +49,77 @@ def run(config: EvaluateConfig) -> None:
                     config.split,
                     peers,
                     batch=config.batch,
+                    aggregate=config.aggregate,
                     progress=bar.over,
                 )
-            if peers.is_first:
-                if config.data:
-                    print("--data: whether its tracks were trained on is for you to know")
-                _write(config, shards.manifest, result)
-                _print(config, shards.manifest, result)
+            peers.all_decide(lambda: _tell(config, subject, result, notes))
 
 
-def _own_shards(config: EvaluateConfig) -> Path:
-    """Where the shards were that a run was trained on."""
-    run_folder = config.run
+def _subject(
+    config: EvaluateConfig, shards: "ShardSet", temperature: float | None
+) -> "tuple[Subject, list[str]]":
+    """What is measured, and what the reader should know about it."""
+    import numpy as np
+
+    from mgc_dist import subgroups
+    from mgc_dist.report import Subject
+
+    first, stop = shards.rows_of(config.split)
+    label, track = shards.labels[first:stop], shards.tracks[first:stop]
+    tracks = [shards.manifest.tracks[place] for place in np.unique(track)]
+    table, notes = _bias_table(config, shards.manifest)
+    aligned, found = None, None
+    if table is not None:
+        bias = np.array(table.log_probability[first:stop])  # [rows, K]
+        aligned = subgroups.aligned_tracks(bias, label, track)
+        found = subgroups.Subgroups(
+            source=f"bias model {table.header.backbone}, table {table.header.table_sha256[:12]}",
+            of_track=subgroups.names_of(aligned),
+            of_row=subgroups.names_of(subgroups.aligned_rows(bias, label)),
+        )
+    if config.subgroups:
+        column = config.subgroup_column
+        names = subgroups.from_table(config.subgroups, column, [each.id for each in tracks])
+        source = f"column {column} of {config.subgroups.name}"
+        found = subgroups.Subgroups(source=source, of_track=names)
+    if config.data:
+        notes.append("--data: whether its tracks were trained on is for you to know")
+    if temperature is None:
+        notes.append("no temperature: this model was exported by an earlier version")
+    subject = Subject(
+        name=config.result_name,
+        run=config.run.resolve().name,
+        dataset_id=shards.manifest.dataset_id,
+        genres=shards.manifest.genres,
+        track_ids=tuple(each.id for each in tracks),
+        groups=tuple(each.group for each in tracks),
+        temperature=temperature,
+        aligned=aligned,
+        subgroups=found,
+    )
+    return subject, notes
+
+
+def _bias_table(config: EvaluateConfig, found: "Manifest") -> "tuple[BiasTable | None, list[str]]":
+    """The table that says what the bias model knows, or why there is none."""
+    from mgc_dist import logits
+
+    if config.bias_table:
+        return logits.read(config.bias_table, found), []
+    if config.data:
+        return None, ["no bias subgroups: --bias-table names the table of these shards"]
+    trained = _trained_with(config.run)
+    if not (trained.data.table / logits.HEADER).is_file():
+        return None, [f"no bias subgroups: no bias table in {trained.data.table}"]
+    try:
+        return logits.read(trained.data.table, found), []
+    except UserError:
+        if trained.objective.loss == "ce":  # the run has never read it
+            return None, [f"no bias subgroups: {trained.data.table} is of another data set"]
+        raise
+
+
+def _trained_with(run_folder: Path) -> TrainConfig:
     settings = run_folder / "config.yaml"
     if not settings.is_file():
         raise UserError(
@@ -65,7 +128,13 @@ def _own_shards(config: EvaluateConfig) -> Path:
             expected="a folder of shards",
             cure="add --data shards",
         )
-    shards = cli.parse("train", TrainConfig, ["--config", str(settings)]).data.shards
+    return cli.parse("train", TrainConfig, ["--config", str(settings)])
+
+
+def _own_shards(config: EvaluateConfig) -> Path:
+    """Where the shards were that a run was trained on."""
+    run_folder = config.run
+    shards = _trained_with(run_folder).data.shards
     if not shards.is_dir() and not config.shards_from:
         raise UserError(
             f"shards of {run_folder}",
@@ -116,53 +185,21 @@ def _refuse_other(
         )
 
 
-def _write(config: EvaluateConfig, found: "Manifest", result: "SplitScores") -> None:
-    import json
+def _tell(
+    config: EvaluateConfig, subject: "Subject", result: "SplitScores", notes: list[str]
+) -> None:
+    """Write and print the figures (rank 0)."""
+    from mgc_dist import report, tables
 
-    from mgc_dist import report
-    from mgc_dist.files import replace_text
-
-    folder = config.run / "evaluation"
-    report.write_confusion(
-        folder,
-        f"confusion-{config.split}",
-        result.track.confusion,
-        found.genres,
-        f"{config.run.name}, {config.split}: {result.track.count} tracks, "
-        f"accuracy {result.track.accuracy:.3f}",
-    )
-    ids = [track.id for track in found.tracks]
-    path = config.run / "predictions" / f"{config.split}.jsonl"
-    report.write_predictions(path, result, ids, found.genres)
-    content = {"dataset_id": found.dataset_id} | report.summary(result, found.genres)
-    replace_text(folder / f"{config.split}.json", json.dumps(content, indent=1))
-
-
-def _print(config: EvaluateConfig, found: "Manifest", result: "SplitScores") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    figures = Table(title=f"{config.run}: {config.split} split, data set {found.dataset_id[:12]}")
-    for column in ("unit", "count", "accuracy", "balanced", "macro-F1", "NLL"):
-        figures.add_column(column, justify="left" if column == "unit" else "right")
-    for unit, scores in (("track", result.track), ("segment", result.segment)):
-        values = (scores.accuracy, scores.balanced_accuracy, scores.macro_f1, scores.nll)
-        figures.add_row(unit, str(scores.count), *(f"{value:.4f}" for value in values))
-    genres = Table(title="by genre, over tracks")
-    for column in ("genre", "precision", "recall", "F1", "tracks"):
-        genres.add_column(column, justify="left" if column == "genre" else "right")
-    for genre, row in zip(found.genres, result.track.per_genre(), strict=True):
-        shown = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
-        genres.add_row(genre, *shown, str(row["support"]))
-    console = Console()
-    console.print(figures)
-    console.print(genres)
-    console.print(
-        f"confusion matrix: {config.run / 'evaluation' / f'confusion-{config.split}.png'}\n"
-        f"predictions: {config.run / 'predictions' / f'{config.split}.jsonl'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    figures = report.summary(subject, result, resamples=config.resamples, seed=config.seed)
+    report.write(config.run, subject, result, figures)
+    tables.evaluation(figures)
+    for note in notes:
+        print(note)
+    pictures = config.run / "evaluation"
+    print(f"figures: {pictures / subject.name}.json")
+    print(f"pictures: {pictures}/confusion-{subject.name}.png, reliability-{subject.name}.png")
+    print(f"predictions: {config.run / 'predictions' / subject.name}.jsonl")
 
 
 def main() -> NoReturn:

@@ -29,7 +29,7 @@ from mgc_dist.model import WaveClassifier, save_exported
 from mgc_dist.objective import Objective
 from mgc_dist.plan import Layout, Plan, training_batches
 from mgc_dist.ranks import Ranks, seed_everything
-from mgc_dist.score import all_score
+from mgc_dist.score import SplitScores, all_score, fit_temperature
 from mgc_dist.stop import Stop, describe
 from mgc_dist.tally import Laggards, Meter, Tally
 from mgc_dist.watch import Watch
@@ -330,20 +330,24 @@ class Fit:
             *(state.samples_seen / self.plan.rows, result.track.accuracy, result.track.macro_f1),
             *(result.segment.accuracy, " (best)" if better else ""),
         )
-        if better and self._export(step, self.run / "best"):
+        if better and self._export(step, self.run / "best", result):
             state.best_macro_f1 = result.track.macro_f1
             state.best_samples_seen = state.samples_seen
         self._validate_s = max(self._validate_s, time.perf_counter() - started)
 
-    def _export(self, step: int, folder: Path) -> bool:
+    def _export(self, step: int, folder: Path, validation: SplitScores) -> bool:
         """Write the model; whether it could be written. The next better one is tried again."""
         self._watch.progress(step, "exporting")
         weights = self.engine.all_weights()
 
         def write() -> str:
             self._lease.check()
+            temperature = fit_temperature(
+                validation.logits, validation.row_label, validation.row_track
+            )
+            rate = self.shards.manifest.sample_rate
             try:
-                save_exported(self.model, weights, folder, self.shards.manifest.sample_rate)
+                save_exported(self.model, weights, folder, rate, temperature=temperature)
             except OSError as error:
                 return f"{folder}: {error}"
             return ""

@@ -1,6 +1,6 @@
 """Figures of a classifier from log-probabilities and labels, in float64.
 
-The unit is the track: segments of a track are averaged before anything is counted.
+The unit is the track: segments of a track are aggregated before anything is counted.
 Own arithmetic on a confusion matrix; scikit-learn is the reference in the tests.
 """
 
@@ -9,23 +9,55 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+BINS = 15
+"""Of confidence, as in Guo et al. (ICML 2017)."""
 
-def track_probabilities(
-    probabilities: NDArray[np.float64], track: NDArray[np.int64]
+
+def track_means(
+    values: NDArray[np.float64], track: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Mean probability over the segments of each track.
+    """Mean over the segments of each track.
 
     Args:
-        probabilities: float64 [N, K] of segments.
+        values: float64 [N, K] of segments.
         track: int64 [N], the track of each segment, in any order.
 
     Returns:
-        The tracks, ascending, int64 [M], and their probabilities, float64 [M, K].
+        The tracks, ascending, int64 [M], and their means, float64 [M, K].
     """
     tracks, inverse, counts = np.unique(track, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(tracks), probabilities.shape[1]))
-    np.add.at(sums, inverse, probabilities)
+    sums = np.zeros((len(tracks), values.shape[1]))
+    np.add.at(sums, inverse, values)
     return tracks, sums / counts[:, None]
+
+
+def track_labels(label: NDArray[np.int64], track: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Label of each track, ascending, int64 [M], from those of its segments int64 [N]."""
+    _, first = np.unique(track, return_index=True)
+    return label[first]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """Confidence and accuracy over equal-width bins of confidence.
+
+    Attributes:
+        edges: float64 [bins + 1], 0 to 1.
+        count: int64 [bins].
+        confidence: float64 [bins], mean probability of the prediction; NaN where empty.
+        accuracy: float64 [bins], share that is right; NaN where empty.
+    """
+
+    edges: NDArray[np.float64]
+    count: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: mean gap, each bin by its count (Guo et al., eq. 3)."""
+        gap = np.nan_to_num(np.abs(self.confidence - self.accuracy))
+        return float((gap * self.count).sum() / self.count.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +66,12 @@ class Scores:
 
     Attributes:
         count: M.
-        accuracy: share of items whose most probable genre is the true one.
+        accuracy: share of items whose predicted genre is the true one.
         balanced_accuracy: mean recall over the genres that occur.
         macro_f1: mean F1 over all K genres; one that neither occurs nor is predicted counts 0.
-        nll: mean negative log-probability of the truth, in nats.
+        nll: mean negative log-probability of the truth, in nats; NaN where not defined (votes).
+        brier: mean squared distance of the probabilities from the truth's one-hot, 0 to 2.
+        reliability: by bins of confidence.
         confusion: int64 [K, K], rows are the truth.
     """
 
@@ -46,11 +80,18 @@ class Scores:
     balanced_accuracy: float
     macro_f1: float
     nll: float
+    brier: float
+    reliability: Reliability
     confusion: NDArray[np.int64]
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error."""
+        return self.reliability.error
 
     def per_genre(self) -> list[dict[str, float]]:
         """Precision, recall, F1 and support of each genre, in label order."""
-        precision, recall, f1 = _precision_recall_f1(self.confusion)
+        precision, recall, f1 = precision_recall_f1(self.confusion)
         support = self.confusion.sum(axis=1)
         return [
             {
@@ -70,28 +111,104 @@ class Scores:
             "balanced_accuracy": self.balanced_accuracy,
             "macro_f1": self.macro_f1,
             "nll": self.nll,
+            "brier": self.brier,
+            "ece": self.ece,
         }
 
 
-def scores(probabilities: NDArray[np.float64], label: NDArray[np.int64]) -> Scores:
-    """Figures of probabilities [M, K] against labels int64 [M]; M is at least 1."""
-    genres = probabilities.shape[1]
-    confusion = np.zeros((genres, genres), np.int64)
-    np.add.at(confusion, (label, probabilities.argmax(axis=1)), 1)
-    _, recall, f1 = _precision_recall_f1(confusion)
+def scores(
+    probabilities: NDArray[np.float64],
+    label: NDArray[np.int64],
+    guess: NDArray[np.int64] | None = None,
+) -> Scores:
+    """Figures of predictions.
+
+    Args:
+        probabilities: float64 [M, K]; M is at least 1.
+        label: int64 [M].
+        guess: int64 [M], the predicted labels; the most probable ones by default.
+
+    Source of the Brier score for several classes: Brier, Monthly Weather Review 78(1), 1950.
+    """
+    if guess is None:
+        guess = probabilities.argmax(axis=1)
+    confusion = confusion_of(label, guess, probabilities.shape[1])
+    accuracy, balanced, macro_f1 = figures_of(confusion)
     truth = probabilities[np.arange(len(label)), label]
+    onehot = np.eye(probabilities.shape[1])[label]
     return Scores(
         count=len(label),
-        accuracy=float(np.trace(confusion) / len(label)),
-        balanced_accuracy=float(recall[confusion.sum(axis=1) > 0].mean()),
-        macro_f1=float(f1.mean()),
+        accuracy=float(accuracy),
+        balanced_accuracy=float(balanced),
+        macro_f1=float(macro_f1),
         nll=float(-np.log(np.maximum(truth, np.finfo(np.float64).tiny)).mean()),
+        brier=float(np.square(probabilities - onehot).sum(axis=1).mean()),
+        reliability=reliability(probabilities, label, guess),
         confusion=confusion,
     )
 
 
+def confusion_of(
+    label: NDArray[np.int64], guess: NDArray[np.int64], genres: int
+) -> NDArray[np.int64]:
+    """Counts int64 [K, K] of (truth, prediction)."""
+    confusion = np.zeros((genres, genres), np.int64)
+    np.add.at(confusion, (label, guess), 1)
+    return confusion
+
+
+def figures_of(
+    confusion: NDArray[np.int64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Accuracy, balanced accuracy and macro-F1 of confusion matrices, [..., K, K] -> [...]."""
+    _, recall, f1 = precision_recall_f1(confusion)
+    occurs = confusion.sum(axis=-1) > 0  # [..., K]
+    hits = np.trace(confusion, axis1=-2, axis2=-1)
+    accuracy = hits / np.maximum(confusion.sum(axis=(-2, -1)), 1)
+    balanced = (recall * occurs).sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1)
+    return accuracy, balanced, f1.mean(axis=-1)
+
+
+def precision_recall_f1(
+    confusion: NDArray[np.int64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Of each genre, [..., K, K] -> three times [..., K]; 0 where nothing can be counted."""
+    hit = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
+    truth, guess = confusion.sum(axis=-1), confusion.sum(axis=-2)
+    recall = hit / np.maximum(truth, 1)
+    precision = hit / np.maximum(guess, 1)
+    return precision, recall, 2 * hit / np.maximum(truth + guess, 1)
+
+
+def reliability(
+    probabilities: NDArray[np.float64],
+    label: NDArray[np.int64],
+    guess: NDArray[np.int64],
+    bins: int = BINS,
+) -> Reliability:
+    """Confidence against accuracy.
+
+    Args:
+        probabilities: float64 [M, K].
+        label: int64 [M].
+        guess: int64 [M], the predicted labels.
+        bins: of equal width.
+    """
+    confidence = probabilities[np.arange(len(label)), guess]
+    # a model that has diverged gives NaN: the lowest bin
+    bin_of = np.minimum((np.nan_to_num(confidence) * bins).astype(np.int64), bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    with np.errstate(invalid="ignore"):  # an empty bin has no mean: NaN
+        return Reliability(
+            edges=np.linspace(0, 1, bins + 1),
+            count=count,
+            confidence=np.bincount(bin_of, confidence, bins) / count,
+            accuracy=np.bincount(bin_of, guess == label, bins) / count,
+        )
+
+
 def expected_calibration_error(
-    probabilities: NDArray[np.float64], label: NDArray[np.int64], bins: int = 15
+    probabilities: NDArray[np.float64], label: NDArray[np.int64], bins: int = BINS
 ) -> float:
     """Mean gap between confidence and accuracy over equal-width bins of confidence, 0 to 1.
 
@@ -102,25 +219,10 @@ def expected_calibration_error(
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
     """
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == label
-    bin_of = np.minimum((confidence * bins).astype(np.int64), bins - 1)
-    gap = np.zeros(bins)
-    np.add.at(gap, bin_of, confidence - right)
-    return float(np.abs(gap).sum() / len(label))
+    return reliability(probabilities, label, probabilities.argmax(axis=1), bins).error
 
 
 def effective_sample_size(weight: NDArray[np.float64]) -> float:
     """(sum w)^2 / sum w^2: how many equal rows the weights are worth (Kish 1965)."""
     total = float(np.square(weight).sum())
     return float(weight.sum()) ** 2 / total if total > 0 else 0.0
-
-
-def _precision_recall_f1(
-    confusion: NDArray[np.int64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    hit = np.diag(confusion).astype(np.float64)
-    truth, guess = confusion.sum(axis=1), confusion.sum(axis=0)
-    recall = hit / np.maximum(truth, 1)
-    precision = hit / np.maximum(guess, 1)
-    return precision, recall, 2 * hit / np.maximum(truth + guess, 1)

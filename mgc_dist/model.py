@@ -7,6 +7,7 @@ for the large flavour (layer norm) a mask of ones changes nothing. `logmel-cnn` 
 our own behind the same interface; transformers cannot load it without our code.
 """
 
+import copy
 import errno
 import hashlib
 import json
@@ -40,6 +41,10 @@ from mgc_dist.errors import UserError
 from mgc_dist.ranks import seed_everything
 
 log = logging.getLogger(__name__)
+
+TEMPERATURE = "calibration_temperature"
+"""In config.json; transformers refuses "temperature" there: "Some generation parameters are set
+in the model config"."""
 
 
 def normalise(wave: Tensor) -> Tensor:
@@ -159,6 +164,12 @@ class WaveClassifier(nn.Module):
     def needs_our_code(self) -> bool:
         """Whether transformers alone cannot load it."""
         return isinstance(self.net, CnnForAudioClassification)
+
+    @property
+    def temperature(self) -> float | None:
+        """T that calibrates the mean over segments of softmax(logits / T), if it was fitted."""
+        value = self.net.config.to_dict().get(TEMPERATURE)
+        return None if value is None else float(value)
 
     def head_and_backbone(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Trainable parameters of the head (everything above the base model) and below."""
@@ -330,7 +341,11 @@ def _saved_extractor(folder: Path) -> Wav2Vec2FeatureExtractor:
 
 
 def save_exported(
-    model: WaveClassifier, weights: Mapping[str, Tensor], folder: Path, sample_rate: int
+    model: WaveClassifier,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    sample_rate: int,
+    temperature: float | None = None,
 ) -> None:
     """Write a folder that `transformers.pipeline("audio-classification")` loads.
 
@@ -343,8 +358,10 @@ def save_exported(
             gain of the learned mixins is left out.
         folder: replaced if it exists, under a temporary name until whole.
         sample_rate: in Hz.
+        temperature: fitted on validation tracks, for `WaveClassifier.temperature`.
     """
-    config = model.net.config
+    config = copy.deepcopy(model.net.config)  # from_config would share it with the live model
+    setattr(config, TEMPERATURE, temperature)
     if isinstance(config, CnnConfig):
         fresh = CnnForAudioClassification(config)
     else:

@@ -1,16 +1,24 @@
-"""A model and a split to figures: segments walked, tracks judged."""
+"""A model and a split to figures: segments walked, tracks judged.
 
+A track's genre comes from its segments in one of three ways: `mean-prob`, the mean of their
+probabilities; `mean-logit`, the softmax of the mean of their logits; `vote`, the share of
+segments that each genre wins, a tie going to the genre of the higher mean probability.
+"""
+
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from torch import Tensor
 
+from mgc_dist.config import Aggregate
 from mgc_dist.data import Batch, ShardSet
 from mgc_dist.infer import all_rows
-from mgc_dist.metrics import Scores, scores, track_probabilities
+from mgc_dist.metrics import Scores, scores, track_labels, track_means
 from mgc_dist.ranks import Ranks
 
 
@@ -20,19 +28,33 @@ class SplitScores:
 
     Attributes:
         split: its name.
-        track: over tracks, the unit that counts.
+        aggregate: how segments were made into tracks.
+        aggregates: figures over tracks for each of the three ways.
         segment: over segments, for comparison.
         tracks: positions in the manifest's list, ascending, int64 [M].
-        probabilities: float64 [M, K], mean over each track's segments.
+        probabilities: float64 [M, K] of the chosen way.
+        guesses: int64 [M], the predicted labels.
         labels: int64 [M].
+        logits: float32 [rows of the split, K], in row order.
+        row_label, row_track: int64 [rows of the split].
     """
 
     split: str
-    track: Scores
+    aggregate: Aggregate
+    aggregates: dict[Aggregate, Scores]
     segment: Scores
     tracks: NDArray[np.int64]
     probabilities: NDArray[np.float64]
+    guesses: NDArray[np.int64]
     labels: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    row_label: NDArray[np.int64]
+    row_track: NDArray[np.int64]
+
+    @property
+    def track(self) -> Scores:
+        """Over tracks, the unit that counts, in the chosen way."""
+        return self.aggregates[self.aggregate]
 
 
 def all_score(
@@ -42,6 +64,7 @@ def all_score(
     ranks: Ranks,
     *,
     batch: int,
+    aggregate: Aggregate = "mean-prob",
     progress: Callable[[Iterator[Batch]], Iterator[Batch]] = lambda batches: batches,
 ) -> SplitScores:
     """Walk a split and judge it; the same digits on every rank and at any world size.
@@ -52,12 +75,13 @@ def all_score(
         split: train, validation or test.
         ranks: who takes part (a collective).
         batch: B.
+        aggregate: how segments are made into tracks.
         progress: wraps the stream of batches, to show how far it is.
     """
     first, stop = shards.rows_of(split)
     genres = len(shards.manifest.genres)
     logits = all_rows(forward, shards, split, ranks, batch=batch, width=genres, progress=progress)
-    return judge(logits, shards.labels[first:stop], shards.tracks[first:stop], split)
+    return judge(logits, shards.labels[first:stop], shards.tracks[first:stop], split, aggregate)
 
 
 def judge(
@@ -65,6 +89,7 @@ def judge(
     label: NDArray[np.int64],
     track: NDArray[np.int64],
     split: str,
+    aggregate: Aggregate = "mean-prob",
 ) -> SplitScores:
     """Figures of a split from its rows' logits.
 
@@ -73,16 +98,90 @@ def judge(
         label: int64 [rows].
         track: int64 [rows], position of each row's track in the manifest.
         split: name to record.
+        aggregate: how segments are made into tracks.
     """
-    probabilities = softmax(logits.astype(np.float64), axis=1)  # [rows, K]
-    tracks, of_track = track_probabilities(probabilities, track)
-    first_row = np.searchsorted(track, tracks, sorter=np.argsort(track, kind="stable"))
-    labels = label[np.argsort(track, kind="stable")[first_row]]
+    labels = track_labels(label, track)
+    ways: dict[Aggregate, tuple[NDArray[np.float64], NDArray[np.int64]]] = {
+        "mean-prob": mean_probability(logits, track),
+        "mean-logit": _mean_logit(logits, track),
+        "vote": _vote(logits, track),
+    }
+    aggregates = {name: scores(given, labels, guess) for name, (given, guess) in ways.items()}
+    # a genre without a vote has probability 0: there is no likelihood
+    aggregates["vote"] = dataclasses.replace(aggregates["vote"], nll=float("nan"))
+    probabilities, guesses = ways[aggregate]
     return SplitScores(
         split=split,
-        track=scores(of_track, labels),
-        segment=scores(probabilities, label),
-        tracks=tracks,
-        probabilities=of_track,
+        aggregate=aggregate,
+        aggregates=aggregates,
+        segment=scores(softmax(logits.astype(np.float64), axis=1), label),
+        tracks=np.unique(track),
+        probabilities=probabilities,
+        guesses=guesses,
         labels=labels,
+        logits=logits,
+        row_label=label,
+        row_track=track,
     )
+
+
+def mean_probability(
+    logits: NDArray[np.float32], track: NDArray[np.int64], temperature: float = 1.0
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Mean over each track's segments of softmax(logits / temperature), and the best label.
+
+    Args:
+        logits: float32 [rows, K].
+        track: int64 [rows].
+        temperature: T.
+
+    Returns:
+        float64 [M, K] and int64 [M], tracks ascending.
+    """
+    mean = track_means(softmax(logits.astype(np.float64) / temperature, axis=1), track)[1]
+    return mean, mean.argmax(axis=1)
+
+
+def _mean_logit(
+    logits: NDArray[np.float32], track: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    mean = softmax(track_means(logits.astype(np.float64), track)[1], axis=1)
+    return mean, mean.argmax(axis=1)
+
+
+def _vote(
+    logits: NDArray[np.float32], track: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    share = track_means(np.eye(logits.shape[1])[logits.argmax(axis=1)], track)[1]  # [M, K]
+    mean, _ = mean_probability(logits, track)
+    tied = share == share.max(axis=1, keepdims=True)
+    return share, np.where(tied, mean, -1.0).argmax(axis=1)
+
+
+def fit_temperature(
+    logits: NDArray[np.float32], label: NDArray[np.int64], track: NDArray[np.int64]
+) -> float:
+    """The scalar T with the best likelihood of the tracks.
+
+    It minimises the mean over tracks of the negative log of the truth's mean probability,
+    the mean over the track's segments of softmax(logits / T).
+
+    Args:
+        logits: float32 [rows, K] of the validation split.
+        label: int64 [rows].
+        track: int64 [rows].
+
+    Returns:
+        T between 0.05 and 20.
+
+    Source: Guo et al., ICML 2017, section 4.2, with tracks in the place of images.
+    """
+    truth = track_labels(label, track)
+
+    def nll(log_t: float) -> float:
+        mean, _ = mean_probability(logits, track, float(np.exp(log_t)))
+        given = np.maximum(mean[np.arange(len(truth)), truth], np.finfo(np.float64).tiny)
+        return float(-np.log(given).mean())
+
+    found = minimize_scalar(nll, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
+    return float(np.exp(found.x))

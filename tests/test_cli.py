@@ -16,7 +16,7 @@ from mgc_dist.config import BiasConfig, LossConfig, OptimConfig, RunConfig, Trai
 from mgc_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("synth", "shard", "bias", "train", "evaluate", "predict", "export")
+VERBS = ("synth", "shard", "bias", "train", "evaluate", "compare", "predict", "export")
 
 
 def parse(*words: str) -> TrainConfig:
@@ -165,6 +165,11 @@ def _plain() -> dict[str, dict[str, object]]:
         (lambda: config.DataConfig(reader_threads=0), "--reader-threads"),
         (lambda: config.DataConfig(window_shards=-1), "--window-shards"),
         (lambda: config.EvaluateConfig(run=Path("x"), batch=0), "--batch"),
+        (lambda: config.EvaluateConfig(run=Path("x"), name="a/b"), "--name"),
+        (lambda: config.EvaluateConfig(run=Path("x"), resamples=10), "--resamples"),
+        (lambda: config.CompareConfig(runs=(Path("x"),)), "RUN: got 1 run folders"),
+        (lambda: config.CompareConfig(runs=(Path("x"), Path("y")), name=".."), "--name"),
+        (lambda: config.CompareConfig(runs=(Path("x"), Path("y")), resamples=0), "--resamples"),
         (lambda: config.PredictConfig(run=Path("x"), files=(), hop_s=0.0), "--hop-s"),
         (lambda: config.PredictConfig(run=Path("x"), files=(), batch=0), "--batch"),
     ],
@@ -172,6 +177,25 @@ def _plain() -> dict[str, dict[str, object]]:
 def test_values_out_of_range_are_refused(make, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_evaluations_of_other_data_have_names_of_their_own() -> None:
+    def name(**changes: object) -> str:
+        return config.EvaluateConfig(run=Path("x"), **changes).result_name
+
+    assert name() == "test"
+    assert name(split="validation") == "validation"
+    assert name(data=Path("shards/shifted")) == "test-of-shifted"
+    assert name(data=Path("shards/a b")) == "test-of-a_b"
+    assert name(data=Path("/")) == "test-of-data"
+    assert name(data=Path("shards/shifted"), name="mine") == "mine"
+
+
+def test_a_comparison_lies_in_the_second_run_or_beside_the_first() -> None:
+    a, b, c = Path("/r/a"), Path("/s/b"), Path("/r/c")
+    assert config.CompareConfig(runs=(a, b)).folder == Path("/s/b/comparison/a")
+    assert config.CompareConfig(runs=(a, b, c)).folder == Path("/r/comparison")
+    assert config.CompareConfig(runs=(a, b), out=Path("o")).folder == Path("o")
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "shard verify", "shard info"])

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import run_ranks, shard_config, write_tracks
+from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score
 from test_train import config, train_on
 from transformers import pipeline
 
-from mgc_dist import evaluate, export, predict, shard, synth
-from mgc_dist.config import EvaluateConfig, ExportConfig, PredictConfig
+from mgc_dist import cli, evaluate, export, predict, shard, synth
+from mgc_dist.config import EvaluateConfig, ExportConfig, PredictConfig, TrainConfig
+from mgc_dist.data import ShardSet
 from mgc_dist.errors import UserError
 
 
@@ -38,7 +40,8 @@ def test_evaluate_writes_the_same_digits_at_any_world_size(run: Path) -> None:
     written = []
     for world in (1, 2, 4):
         run_ranks(world, evaluate.run, EvaluateConfig(run=run, batch=8))
-        names = ("evaluation/test.json", "predictions/test.jsonl", "evaluation/confusion-test.csv")
+        names = ("evaluation/test.json", "evaluation/confusion-test.csv", "predictions/test.jsonl")
+        names += ("predictions/test.logits.npy",)
         written.append([(run / name).read_bytes() for name in names])
     assert written[0] == written[1] == written[2]
 
@@ -64,6 +67,121 @@ def test_figures_follow_from_the_predictions(run: Path) -> None:
     assert picture.startswith(b"\x89PNG")
 
 
+def test_the_temperature_of_the_best_model_was_fitted_on_validation_tracks(run: Path) -> None:
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run, split="validation"))
+    told = json.loads((run / "evaluation" / "validation.json").read_text())
+    logits = np.load(run / "predictions" / "validation.logits.npy").astype(np.float64)
+    with ShardSet(
+        cli.parse("train", TrainConfig, ["--config", f"{run}/config.yaml"]).data.shards
+    ) as data:
+        first, stop = data.rows_of("validation")
+        track, label = data.tracks[first:stop], data.labels[first:stop]
+
+    def nll(temperature: float) -> float:
+        rows = softmax(logits / temperature, axis=1)
+        each = [rows[track == one].mean(0)[label[track == one][0]] for one in np.unique(track)]
+        return float(-np.log(each).mean())
+
+    value = told["temperature"]["value"]
+    assert json.loads((run / "best/config.json").read_text())["calibration_temperature"] == value
+    assert told["track"]["nll"] == pytest.approx(nll(1.0), rel=1e-6)
+    assert told["temperature"]["nll"] == pytest.approx(nll(value), rel=1e-6)
+    others = [nll(t) for t in np.exp(np.linspace(np.log(0.06), np.log(19), 200))]
+    assert nll(value) <= min(others) + 1e-4
+
+
+def test_bias_subgroups_come_from_the_runs_own_table(run: Path, shards: Path, table: Path) -> None:
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run, aggregate="vote"))
+    found = json.loads((run / "evaluation" / "test.json").read_text())
+    assert found["aggregate"] == "vote"
+    bias = np.exp(np.load(table / "log_probability.npy"))
+    with ShardSet(shards) as data:
+        first, stop = data.rows_of("test")
+        ids = [track.id for track in data.manifest.tracks]
+        aligned, rows = {}, 0
+        for track in np.unique(data.tracks[first:stop]):
+            inside = first + np.flatnonzero(data.tracks[first:stop] == track)
+            label = data.labels[inside[0]]
+            aligned[ids[track]] = bool(bias[inside].mean(0).argmax() == label)
+            rows += int((bias[inside].argmax(1) == label).sum())
+    lines = [json.loads(line) for line in (run / "predictions" / "test.jsonl").open()]
+    assert {line["track"]: line["bias_aligned"] for line in lines} == aligned
+    assert all(line["group"] for line in lines)
+    groups = found["subgroups"]["groups"]
+    assert groups["bias-aligned"]["count"] == sum(aligned.values())
+    assert groups["bias-conflicting"]["count"] == len(aligned) - sum(aligned.values())
+    assert found["subgroups"]["segment"]["bias-aligned"]["count"] == rows
+    right = [line["truth"] == line["prediction"] for line in lines if line["bias_aligned"]]
+    assert groups["bias-aligned"]["accuracy"] == pytest.approx(np.mean(right))
+    assert found["intervals"]["known_groups"] == len({line["group"] for line in lines})
+
+
+def test_without_a_table_there_are_no_subgroups_and_a_word_about_it(
+    run: Path, shards: Path, copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run, data=shards))
+    assert "--bias-table names the table" in capfd.readouterr().out
+    found = json.loads((run / "evaluation" / "test-of-shards.json").read_text())
+    assert found["subgroups"] is None
+    point_at(run, copy)
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    assert f"no bias table in {copy / 'bias'}" in capfd.readouterr().out
+    given = EvaluateConfig(run=run, data=shards, bias_table=shards / "bias", name="given")
+    run_ranks(1, evaluate.run, given)
+    assert json.loads((run / "evaluation/given.json").read_text())["subgroups"] is not None
+    with pytest.raises(UserError, match=r"bias table .*got no such table"):
+        run_ranks(1, evaluate.run, EvaluateConfig(run=run, bias_table=tmp_path / "none"))
+
+
+def test_a_damaged_table_is_refused_but_not_to_a_run_that_never_read_one(
+    run: Path, copy: Path, table: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(table, copy / "bias")
+    header = json.loads((copy / "bias/header.json").read_text())
+    (copy / "bias/header.json").write_text(json.dumps(header | {"dataset_id": "0" * 64}))
+    point_at(run, copy)
+    with pytest.raises(UserError, match="a table of data set 000000000000"):
+        run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("loss: poe", "loss: ce"))
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    assert "no bias subgroups" in capfd.readouterr().out
+
+
+def test_subgroups_of_the_users_table(run: Path, shards: Path, tmp_path: Path) -> None:
+    with ShardSet(shards) as data:
+        ids = [track.id for track in data.manifest.tracks]
+    lines = [f"{track},{'old' if n % 2 else 'new'}" for n, track in enumerate(ids)]
+    (tmp_path / "t.csv").write_text("track,decade\n" + "\n".join(lines) + "\n")
+    given = EvaluateConfig(run=run, subgroups=tmp_path / "t.csv", subgroup_column="decade")
+    run_ranks(1, evaluate.run, given)
+    found = json.loads((run / "evaluation" / "test.json").read_text())["subgroups"]
+    assert found["source"] == "column decade of t.csv"
+    assert set(found["groups"]) == {"new", "old"}
+    assert sum(each["count"] for each in found["groups"].values()) == 6
+    with pytest.raises(UserError, match="--subgroup-column"):
+        run_ranks(1, evaluate.run, EvaluateConfig(run=run, subgroups=tmp_path / "t.csv"))
+
+
+def test_what_evaluate_prints(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    shown = capfd.readouterr().out
+    found = json.loads((run / "evaluation" / "test.json").read_text())
+    assert f"{found['track']['accuracy']:.3f}" in shown
+    for word in ("mean-logit", "vote", "(segments)", "95 % over tracks", "95 % over groups"):
+        assert word in shown
+    assert f"worst genre: {found['worst_genre']['name']}" in shown
+    assert f"temperature {found['temperature']['value']:.3f}" in shown
+
+
+def point_at(run: Path, shards: Path) -> None:
+    """Let a run's settings name other shards."""
+    text = (run / "config.yaml").read_text()
+    lines = text.splitlines()
+    moved = [f"    shards: {shards}" if "shards: " in line else line for line in lines]
+    (run / "config.yaml").write_text("\n".join(moved))
+
+
 def test_validation_while_training_said_the_same(run: Path) -> None:
     from mgc_dist.journal import read_metrics
 
@@ -87,21 +205,15 @@ def test_evaluate_refuses_other_genres_and_missing_models(
     with pytest.raises(UserError, match=r"names its shards(.|\n)*--data"):
         run_ranks(1, evaluate.run, EvaluateConfig(run=exported))
     run_ranks(1, evaluate.run, EvaluateConfig(run=exported, data=shards))
-    assert (exported / "evaluation" / "test.json").is_file()
+    assert (exported / "evaluation" / "test-of-shards.json").is_file()
 
 
 def test_evaluate_refuses_shards_that_are_not_the_trained_ones(
     run: Path, tracks: Path, tmp_path: Path
 ) -> None:
-    settings = (run / "config.yaml").read_text()
     original = json.loads((run / "env.json").read_text())["dataset_id"]
     shard.run(shard_config(tracks, tmp_path / "again", seed=5))
-    (run / "config.yaml").write_text(
-        "\n".join(
-            f"    shards: {tmp_path / 'again'}" if line.strip().startswith("shards:") else line
-            for line in settings.splitlines()
-        )
-    )
+    point_at(run, tmp_path / "again")
     with pytest.raises(UserError, match=rf"packed after the training(.|\n)*{original[:12]}"):
         run_ranks(1, evaluate.run, EvaluateConfig(run=run))
     shutil.rmtree(tmp_path / "again")

@@ -153,6 +153,15 @@ def test_export_loads_strictly_and_gives_the_same_logits_in_pipeline(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
 
 
+def test_the_temperature_travels_with_the_export(tiny_model: Path, tmp_path: Path) -> None:
+    classifier = build(tiny_model)
+    weights = dict(classifier.state_dict())
+    for temperature in (None, 1.75, 2.5):
+        model.save_exported(classifier, weights, tmp_path / "best", RATE, temperature=temperature)
+        assert model.load_exported(tmp_path / "best").temperature == temperature
+    assert classifier.temperature is None  # the live model's configuration is not touched
+
+
 def test_export_without_all_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     classifier = build(tiny_model)
     weights = dict(classifier.state_dict())

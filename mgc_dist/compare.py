@@ -1,0 +1,41 @@
+"""`python -m mgc_dist.compare RUN_A RUN_B`, or many runs: which is better, and how sure is it?"""
+
+from mgc_dist import cli
+from mgc_dist.config import CompareConfig
+
+
+def run(config: CompareConfig) -> None:
+    """Compare runs from their predictions; print, and write comparison.json and .png.
+
+    Raises:
+        UserError: a run was not evaluated, or the runs were not measured on the same tracks.
+    """
+    import json
+
+    from mgc_dist import conditions, paired, results, tables
+    from mgc_dist.files import replace_text
+
+    found = [results.read(run, config.result_name) for run in config.runs]
+    picture = config.folder / "comparison.png"
+    if len(found) == 2:
+        report = paired.compare(
+            found[0], found[1], config.result_name, resamples=config.resamples, seed=config.seed
+        )
+        paired.draw(picture, report)
+        tables.pair(report)
+    else:
+        runs = []
+        for result in found:
+            seed, settings = conditions.settings_of(result.run)
+            runs.append(conditions.Run(result=result, seed=seed, settings=settings))
+        report = conditions.compare(runs, config.result_name)
+        conditions.draw(picture, report)
+        tables.seeds(report)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    replace_text(config.folder / "comparison.json", text)
+    print(f"written: {config.folder}/comparison.json, comparison.png")
+
+
+if __name__ == "__main__":
+    cli.main("compare", CompareConfig, run)

@@ -1,0 +1,163 @@
+"""Figures as tables on the terminal: of an evaluation, of two runs, of settings and seeds.
+
+They are given as the JSON that is written, so that both say the same.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Report = dict[str, Any]
+
+_FIGURES = ("accuracy", "balanced_accuracy", "macro_f1", "nll", "brier", "ece")
+_HEADS = ("accuracy", "balanced", "macro-F1", "NLL", "Brier", "ECE")
+
+
+def evaluation(figures: Report) -> None:
+    """Print an evaluation: tracks, segments, aggregates, intervals, genres, subgroups."""
+    console = _console()
+    title = f"{figures['run']}: {figures['name']}, data set {figures['dataset_id'][:12]}"
+    shown = _table(title, ("tracks by", "count", *_HEADS))
+    ways = [(figures["aggregate"], figures["track"])]
+    ways += [each for each in figures["aggregates"].items() if each[0] != figures["aggregate"]]
+    for way, each in [*ways, ("(segments)", figures["segment"])]:
+        shown.add_row(way, str(each["count"]), *(_cell(each[name]) for name in _FIGURES))
+    console.print(shown)
+    found = figures["intervals"]
+    for unit in ("tracks", "groups"):
+        if found[unit]:
+            ranges = (_range(found[unit][name]) for name in _FIGURES[:3])
+            named = (f"{head} {each}" for head, each in zip(_HEADS, ranges, strict=False))
+            console.print(f"95 % over {unit}: {', '.join(named)}")
+    if not found["known_groups"]:
+        console.print(
+            "No artists are known: tracks of one artist count as independent, so the true "
+            "interval is wider."
+        )
+    tempered = figures["temperature"]
+    if tempered:
+        console.print(
+            f"temperature {tempered['value']:.3f} (validation tracks): NLL "
+            f"{tempered['nll']:.4f}, ECE {tempered['ece']:.4f} after it"
+        )
+    genres = _table("by genre, over tracks", ("genre", "precision", "recall", "95 %", "F1", "n"))
+    for genre, row in figures["per_genre"].items():
+        cells = (row["precision"], row["recall"], row["recall_interval"], row["f1"])
+        genres.add_row(genre, *map(_cell, cells), str(row["support"]))
+    console.print(genres)
+    worst = figures["worst_genre"]
+    console.print(f"worst genre: {worst['name']}, recall {worst['recall']:.3f}")
+    if figures["subgroups"]:
+        _subgroups(console, figures["subgroups"])
+
+
+def _subgroups(console: Console, found: Report) -> None:
+    columns = ("subgroup", "tracks", "accuracy", "95 %", "segments", "accuracy")
+    shown = _table(f"by subgroup: {found['source']}", columns)
+    for name, each in found["groups"].items():
+        segment = found["segment"].get(name, {"count": 0, "accuracy": None})
+        cells = (each["count"], each["accuracy"], each["interval"])
+        shown.add_row(name, *map(_cell, (*cells, segment["count"], segment["accuracy"])))
+    console.print(shown)
+    worst = found["worst_group"]
+    if worst:
+        console.print(
+            f"worst subgroup: {worst['name']}, accuracy {worst['accuracy']:.3f} over "
+            f"{worst['count']} tracks"
+        )
+
+
+def pair(found: Report) -> None:
+    """Print the comparison of two runs."""
+    console = _console()
+    title = f"A {found['a']}, B {found['b']}: {found['name']}, {found['count']} tracks"
+    known = found["intervals"]["groups"] is not None
+    units = ("tracks", "groups") if known else ("tracks",)
+    heads = tuple(f"95 % over {unit}" for unit in units)
+    shown = _table(title, ("figure", "A", "B", "B - A", *heads))
+    for name in ("accuracy", "macro_f1"):
+        each = found[name]
+        ranges = (_signed_range(found["intervals"][unit][name]) for unit in units)
+        cells = (_cell(each["a"]), _cell(each["b"]), _signed(each["difference"]), *ranges)
+        shown.add_row(_words(name), *cells)
+    console.print(shown)
+    test = found["mcnemar"]
+    console.print(
+        f"McNemar, exact: right in A only {test['only_a']}, in B only {test['only_b']}, both "
+        f"{test['both']}, neither {test['neither']}; p = {test['p']:.4g}"
+    )
+    if not known:
+        console.print("No artists are known: the intervals are over tracks alone.")
+    unit = found["unit"]
+    for title, rows, count in (
+        ("recall by genre", found["per_genre"], "support"),
+        ("accuracy by subgroup", found["subgroups"] or {}, "count"),
+    ):
+        if rows:
+            each = _table(title, ("name", "tracks", "A", "B", "B - A", f"95 % over {unit}"))
+            for name, row in rows.items():
+                before = (str(row[count]), _cell(row["a"]), _cell(row["b"]))
+                after = (_signed(row["difference"]), _signed_range(row["interval"]))
+                each.add_row(name, *before, *after)
+            console.print(each)
+
+
+def seeds(found: Report) -> None:
+    """Print settings over seeds, and their gains over the baseline."""
+    console = _console()
+    shown = _table(f"{found['name']}, over seeds", ("settings", "n", "mean", "sd", "min", "max"))
+    gains = _table(
+        f"gain over {found['baseline']}, paired by seed",
+        ("settings", "gain", "sd", "95 % over seeds", "gained"),
+    )
+    for label, condition in found["conditions"].items():
+        shown.add_row(label)
+        for name, each in condition["figures"].items():
+            cells = (_cell(each[key]) for key in ("mean", "sd", "min", "max"))
+            shown.add_row(f"  {_words(name)}", str(len(each["values"])), *cells)
+        shown.add_section()
+        if condition["gain"]:
+            gains.add_row(label)
+            for name, each in condition["gain"].items():
+                sure = (_signed(each["mean"]), _cell(each["sd"]), _signed_range(each["interval"]))
+                gained = f"{each['gained']} of {len(each['values'])}"
+                gains.add_row(f"  {_words(name)}", *sure, gained)
+            gains.add_section()
+    console.print(shown)
+    if gains.row_count:
+        console.print(gains)
+
+
+def _words(name: str) -> str:
+    return name.replace("_f1", "-F1").replace("_", " ")
+
+
+def _console() -> Console:
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+    return table
+
+
+def _cell(value: float | list[float] | None) -> str:
+    if isinstance(value, list):
+        return _range(value)
+    return str(value) if isinstance(value, int) else "-" if value is None else f"{value:.3f}"
+
+
+def _range(value: list[float] | None) -> str:
+    return "-" if value is None else f"{value[0]:.3f} to {value[1]:.3f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
+
+
+def _signed_range(value: list[float] | None) -> str:
+    return "-" if value is None else f"{value[0]:+.3f} to {value[1]:+.3f}"
