@@ -316,7 +316,7 @@ def collect(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         if name != "ce":
             results[name]["gain"] = {
                 key: gain(by_figure[key], [run[key] for run in found["ce"]])
-                for key in ("in_distribution_track", "shifted_track")
+                for key in ("in_distribution_track", "shifted_track", "shifted_segment")
             }
     return results
 
@@ -330,9 +330,9 @@ def table(content: dict[str, Any]) -> str:
         last = ["", ""]
         if "gain" in result:
             found = result["gain"]["shifted_track"]
-            low, high = found["interval_95"] or (float("nan"), float("nan"))
-            last = [f"{found['mean']:+.3f} ({low:+.3f} to {high:+.3f})"]
-            last += [f"{found['seeds_that_gained']} of {len(found['by_seed'])}"]
+            interval = " ({:+.3f} to {:+.3f})".format(*found["interval_95"] or (0, 0))
+            shown = f"{found['mean']:+.3f}" + (interval if found["interval_95"] else "")
+            last = [shown, f"{found['seeds_that_gained']} of {len(found['by_seed'])}"]
         lines.append([CONDITIONS[name].title, *cells, *last])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -360,6 +360,17 @@ def measure(names: list[str], seeds: list[Seed], words: argparse.Namespace) -> d
     }
 
 
+def refuse_other_settings(path: Path, words: argparse.Namespace) -> None:
+    """End with a message where `--work` holds runs of another model or length."""
+    wanted = {"model": words.model, "epochs": words.epochs}
+    if path.is_file() and (found := json.loads(path.read_text())) != wanted:
+        sys.exit(
+            f"--work {path.parent} holds runs of {found}, not of {wanted}: name another folder"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(wanted))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, help="5; 3 with --short")
@@ -382,6 +393,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (words.work or Path(temporary)).resolve()
         count = words.seeds or (3 if words.short else 5)
+        refuse_other_settings(folder / "settings.json", words)
         seeds = [Seed(number=n, folder=folder / f"seed-{n}") for n in range(count)]
         found = measure(names, seeds, words)
     facts = {"benchmark": "shortcut", "date": str(date.today()), "seeds": count}

@@ -38,7 +38,7 @@ class SynthConfig:
     out: Positional[Path]
     """Folder to write `genres_original/GENRE/GENRE.NNNNN.wav` and `artists.csv` into."""
     tracks_per_genre: int | None = None
-    """Tracks of each of the ten genres: 100, or 24 training tracks with --shortcut."""
+    """Tracks of each of the ten genres: 100, or 48 training tracks with --shortcut."""
     tracks_per_artist: int = 4
     """Consecutive tracks of a genre that share an artist."""
     duration_s: float | None = None
@@ -52,7 +52,7 @@ class SynthConfig:
     shifted test set; 16 kHz instead of 22.05."""
     shortcut_strength: float = 0.9
     """Share of tracks whose tone is their genre's, but in the shifted test, where it is 0.1."""
-    tone_db: float = -20.0
+    tone_db: float = -10.0
     """Level of the tone relative to the music's root mean square."""
     validation_tracks: int = 4
     """Validation tracks of each genre with --shortcut."""
@@ -64,7 +64,7 @@ class SynthConfig:
     @property
     def genre_tracks(self) -> int:
         """Tracks of a genre; training tracks of the planted set."""
-        return self.tracks_per_genre or (24 if self.shortcut else 100)
+        return self.tracks_per_genre or (48 if self.shortcut else 100)
 
     @property
     def track_s(self) -> float:
@@ -112,7 +112,7 @@ class SynthConfig:
             -80 <= self.tone_db <= 20,
             self.tone_db,
             "-80 to 20",
-            "-20 is the benchmark's",
+            "-10 is the benchmark's",
         )
 
 
