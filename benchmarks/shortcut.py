@@ -377,7 +377,7 @@ def main() -> None:
     parser.add_argument("--losses", help=f"some of {','.join(CONDITIONS)}; ce is always run")
     parser.add_argument("--short", action="store_true", help=f"3 seeds of {', '.join(SHORT)}")
     parser.add_argument("--model", default="logmel-cnn")
-    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--work", type=Path, help="keep everything here, and go on from it")
     parser.add_argument("--json", type=Path, help="write the result here as well")
