@@ -118,8 +118,8 @@ def _text(found: Manifest) -> str:
     s = found.settings
     seconds = found.segment_samples / found.sample_rate
     hop = int(s["hop_samples"]) / found.sample_rate
-    names = {split: [x.name for x in found.shards if x.name.startswith(split)] for split in SPLITS}
-    globs = "\n".join(f"      - split: {split}\n        path: {split}-*.tar" for split in SPLITS)
+    splits = [split for split in SPLITS if found.splits[split][0] < found.splits[split][1]]
+    globs = "\n".join(f"      - split: {split}\n        path: {split}-*.tar" for split in splits)
     settings = ", ".join(f"{key} {value}" for key, value in sorted(s.items()))
     limits = [f"- {line}" for line in _not_controlled(found)] or ["- nothing known"]
     left_out = [f"- {line}" for line in _excluded(found)] or ["- nothing"]
@@ -165,7 +165,7 @@ and `KEY.wav`. With webdataset:
 ```python
 import webdataset
 
-shards = webdataset.WebDataset("{names["train"][0]}", shardshuffle=False)
+shards = webdataset.WebDataset("{found.shards[0].name}", shardshuffle=False)
 ```
 
 With Hugging Face datasets, once this page is README.md in the folder: its head names splits and
@@ -174,7 +174,7 @@ columns, so that audio stays bytes and needs no decoder, and an unknown group is
 ```python
 from datasets import load_dataset
 
-train = load_dataset("FOLDER", split="train")
+{splits[0]} = load_dataset("FOLDER", split="{splits[0]}")
 ```
 
 `manifest.json` lists tracks with the xxh3_128 of their sources, and shards with their sha256;

@@ -51,33 +51,65 @@ def _require_resamples(resamples: int) -> None:
 class SynthConfig:
     """Write a synthetic data set in GTZAN's folder layout: ten genres that differ in tempo,
     pattern, harmony and timbre, with artists that keep a sound of their own.
+
+    With `--shortcut`, genres differ in tempo, pattern and harmony only, and a steady tone gives
+    them away in nearly all tracks; a second data set, OUT/shifted, has the tones at random.
     """
 
     out: Positional[Path]
     """Folder to write `genres_original/GENRE/GENRE.NNNNN.wav` and `artists.csv` into."""
-    tracks_per_genre: int = 100
-    """Tracks of each of the ten genres."""
+    tracks_per_genre: int | None = None
+    """Tracks of each of the ten genres: 100, or 48 training tracks with --shortcut."""
     tracks_per_artist: int = 4
     """Consecutive tracks of a genre that share an artist."""
-    duration_s: float = 30.0
-    """Length of a track in seconds."""
+    duration_s: float | None = None
+    """Length of a track in seconds: 30, or 4 with --shortcut."""
     seed: int = 0
     """Same seed and settings, same bytes."""
     jobs: int = 0
     """Processes; 0 means one a core. The output does not depend on it."""
+    shortcut: bool = False
+    """Plant a shortcut, and write splits.csv (for `shard --split-file`), artefacts.csv, and the
+    shifted test set; 16 kHz instead of 22.05."""
+    shortcut_strength: float = 0.9
+    """Share of tracks whose tone is their genre's, but in the shifted test, where it is 0.1."""
+    tone_db: float = -10.0
+    """Level of the tone relative to the music's root mean square."""
+    validation_tracks: int = 4
+    """Validation tracks of each genre with --shortcut."""
+    test_tracks: int = 12
+    """Test tracks of each genre with --shortcut, the tones as in training."""
+    shifted_tracks: int = 12
+    """Tracks of each genre in the shifted test set of --shortcut."""
+
+    @property
+    def genre_tracks(self) -> int:
+        """Tracks of a genre; training tracks of the planted set."""
+        return self.tracks_per_genre or (48 if self.shortcut else 100)
+
+    @property
+    def track_s(self) -> float:
+        """Length of a track in seconds."""
+        return self.duration_s or (4.0 if self.shortcut else 30.0)
 
     def __post_init__(self) -> None:
         _require("--jobs", self.jobs >= 0, self.jobs, "0 or more", "0 means one a core")
-        _require(
-            "--tracks-per-genre",
-            1 <= self.tracks_per_genre <= 100_000,
-            self.tracks_per_genre,
-            "1 to 100000",
-            "names have five digits",
-        )
+        for flag, value in (
+            ("--tracks-per-genre", self.tracks_per_genre),
+            ("--validation-tracks", self.validation_tracks),
+            ("--test-tracks", self.test_tracks),
+            ("--shifted-tracks", self.shifted_tracks),
+        ):
+            _require(
+                flag,
+                value is None or 1 <= value <= 20_000,
+                value,
+                "1 to 20000",
+                "names have five digits",
+            )
         _require(
             "--duration-s",
-            self.duration_s >= 1,
+            self.duration_s is None or self.duration_s >= 1,
             self.duration_s,
             "at least 1",
             "choose a longer one",
@@ -88,6 +120,20 @@ class SynthConfig:
             self.tracks_per_artist,
             "at least 1",
             "choose 1 for a different artist on every track",
+        )
+        _require(
+            "--shortcut-strength",
+            0 <= self.shortcut_strength <= 1,
+            self.shortcut_strength,
+            "0 to 1",
+            "0.9 is the benchmark's",
+        )
+        _require(
+            "--tone-db",
+            -80 <= self.tone_db <= 20,
+            self.tone_db,
+            "-80 to 20",
+            "-10 is the benchmark's",
         )
 
 

@@ -175,7 +175,9 @@ def make_plan(
     """The plan for tracks that have a split.
 
     Raises:
-        UserError: a track or group is in two splits, or nothing is left for a split.
+        UserError: a track or group is in two splits, there is only one genre, or training rows
+            have no validation or test rows beside them. Without training rows other splits
+            may be empty: one can evaluate on such a data set.
     """
     kept = tuple(sorted((t for t in tracks if t.id not in excluded), key=lambda t: t.id))
     refuse_leaks(kept)
@@ -194,7 +196,7 @@ def make_plan(
             cure="give the folder that holds the genre folders",
         )
     for split, rows in plan.split_rows.items():
-        if rows == 0:
+        if rows == 0 and plan.split_rows["train"]:
             raise UserError(
                 f"{split} split", got="no tracks", expected="some", cure="use --split stratified"
             )

@@ -120,8 +120,22 @@ class ShardSet:
         return self.index["track"].astype(np.int64)
 
     def rows_of(self, split: str) -> tuple[int, int]:
-        """First row of a split and one past its last."""
-        return self.manifest.splits[split]
+        """First row of a split and one past its last.
+
+        Raises:
+            UserError: it has none; a data set without training rows is for evaluation only.
+        """
+        first, stop = self.manifest.splits[split]
+        if first == stop:
+            filled = [name for name, (a, b) in self.manifest.splits.items() if a < b]
+            raise UserError(
+                f"{split} split of data set {self.folder}",
+                got="no rows",
+                expected=f"one of its splits: {', '.join(filled)}",
+                cure="without training rows it serves launch/evaluate.py --data; to train, pack "
+                "tracks for train, validation and test",
+            )
+        return first, stop
 
     def shard_rows_of(self, split: str) -> tuple[int, ...]:
         """Rows of each shard of a split, in row order."""

@@ -122,7 +122,11 @@ def _pack(config: ShardConfig, found: "list[Track]", cut: "Cut") -> "Manifest | 
         bad |= late
     _finish(config)
     print(f"Packed {made.rows} segments into {len(made.shards)} shards in {config.out}.")
-    print(f"data set {made.dataset_id[:12]}; next: deepspeed launch/bias.py --shards {config.out}")
+    bounds = made.splits["train"]
+    task = f"bias.py --shards {config.out}"
+    if bounds[0] == bounds[1]:
+        task = f"evaluate.py RUN --data {config.out}  (no training tracks: for evaluation only)"
+    print(f"data set {made.dataset_id[:12]}; next: deepspeed launch/{task}")
     return made
 
 

@@ -105,8 +105,11 @@ def split_table(tracks: Sequence[Track], table: Path | None) -> tuple[list[Track
             (data_split.txt of csci467_music_genre_classification). Names are compared by
             their letters and digits, without suffix: `pop/pop00048.png` is `pop.00048.wav`.
 
+    A table without training tracks makes a data set that can be evaluated on, and no more.
+
     Raises:
-        UserError: no table at all, an unreadable one, a track in two splits, an empty split.
+        UserError: no table at all, an unreadable one, a track in two splits, training tracks
+            without validation or test tracks.
     """
     if table is None:
         kept = [track for track in tracks if track.split]
@@ -117,12 +120,13 @@ def split_table(tracks: Sequence[Track], table: Path | None) -> tuple[list[Track
         left_out = {t.id: NOT_NAMED for t in tracks if t.id not in of_track}
         left_out |= dict.fromkeys(unused, NOT_FOUND)
     source = f"--split-file {table}" if table else "--split table"
-    _refuse_empty(
-        kept,
-        source,
-        "tracks in every split",
-        "give --split-file FILE, or a --data table with a column split, that names the tracks",
-    )
+    if not kept or any(track.split == "train" for track in kept):
+        _refuse_empty(
+            kept,
+            source,
+            "tracks in every split, or none in train (for evaluation only)",
+            "give --split-file FILE, or a --data table with a column split, that names the tracks",
+        )
     return kept, left_out
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy import stats
 from test_results import write_run
 
 from mgc_dist import cli, conditions, results
-from mgc_dist.config import DataConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
+from mgc_dist.config import DataConfig, LossConfig, LossName, OptimConfig, RunConfig, TrainConfig
 from mgc_dist.errors import UserError
 
 
@@ -59,6 +60,13 @@ def test_settings_that_are_of_no_account_exist() -> None:
     assert flags.issuperset(conditions._SAME)
     for loss, knobs in conditions._KNOBS.items():
         assert {"loss", *knobs} <= flags, loss
+
+
+def test_every_loss_says_which_settings_it_reads() -> None:
+    fields = {field.name for field in dataclasses.fields(LossConfig)}
+    assert set(conditions._KNOBS) == set(typing.get_args(LossName))
+    assert fields.issuperset(name for names in conditions._KNOBS.values() for name in names)
+    assert fields.issuperset(conditions._EVERY_LOSS)
 
 
 def test_knobs_that_a_loss_does_not_read_divide_nothing(tmp_path: Path) -> None:

@@ -44,6 +44,18 @@ def test_same_seed_same_bytes_for_any_number_of_processes(tmp_path: Path) -> Non
     assert digest(one) == digest(two) != digest(other)
 
 
+def test_the_demos_music_stays_what_its_figures_are_about() -> None:
+    """Every 4001st value of three tracks; others round the last bit differently."""
+    golden = {
+        "blues": [-504, 67, 436, -1525, -2929, 619, -500, 5248, 1277],
+        "jazz": [-575, -4860, 1794, 3493, 3373, 1660, 5392, -1189, -12311],
+        "rock": [5727, 6394, 3995, 822, 20, -213, 156, -811, 1734],
+    }
+    for genre, expected in golden.items():
+        wave = synth.compose(genre, 3, seed=0, duration_s=1.5, per_artist=2)
+        assert np.abs(wave[::4001] * 32768 - expected).max() < 2
+
+
 def test_tracks_are_finite_loud_and_different() -> None:
     waves = [
         synth.compose(genre, n, seed=0, duration_s=2.0, per_artist=2)
