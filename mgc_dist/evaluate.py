@@ -20,7 +20,7 @@ def run(config: EvaluateConfig) -> None:
     Raises:
         UserError: no model or data there, or the genres of the two differ.
     """
-    from mgc_dist import display, model, ranks, stage
+    from mgc_dist import display, model, page, ranks, stage
     from mgc_dist.data import ShardSet
     from mgc_dist.display import progress
     from mgc_dist.score import all_score
@@ -52,6 +52,7 @@ def run(config: EvaluateConfig) -> None:
                     print("--data: whether its tracks were trained on is for you to know")
                 _write(config, shards.manifest, result)
                 _print(config, shards.manifest, result)
+                page.attempt(config.run, place)
 
 
 def _own_shards(config: EvaluateConfig) -> Path:
