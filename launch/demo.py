@@ -98,8 +98,7 @@ def show_results(times: dict[str, float], console: Console) -> None:
         "With the environment active (. .venv/bin/activate):\n"
         "Predict a file:      python -m mgc_dist.predict runs/demo-poe "
         f"{track_file}\n"
-        "Look at the results: runs/demo-poe/evaluation/confusion-test.png, "
-        "runs/demo-poe/metrics.jsonl",
+        "Look at the results: runs/demo-poe/report.html (one file, any browser)",
         highlight=False,
         soft_wrap=True,
     )

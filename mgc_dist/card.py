@@ -24,9 +24,9 @@ def show(folder: Path, found: Manifest) -> None:
     """Print splits, genres, settings and what is not controlled, as tables on the terminal."""
     console = Console(highlight=False, markup=False)
     splits = Table(title=f"{folder}: data set {found.dataset_id[:12]}")
-    for column in ("split", *_SPLIT_COLUMNS):
+    for column in ("split", *SPLIT_COLUMNS):
         splits.add_column(column, justify="left" if column == "split" else "right")
-    for name, *values in _split_rows(found):
+    for name, *values in split_rows(found):
         splits.add_row(name, *values)
     genres = Table(title="tracks by genre")
     for column in ("label", "genre", *SPLITS):
@@ -37,8 +37,8 @@ def show(folder: Path, found: Manifest) -> None:
     console.print(genres)
     settings = ", ".join(f"{key} {value}" for key, value in found.settings.items())
     lines = [f"settings: {settings}", f"versions: {_versions(found)}"]
-    lines += [f"left out: {line}" for line in _excluded(found)]
-    lines += [f"not controlled: {line}" for line in _not_controlled(found)]
+    lines += [f"left out: {line}" for line in left_out(found)]
+    lines += [f"not controlled: {line}" for line in limits(found)]
     console.print("\n".join(lines), soft_wrap=True)
 
 
@@ -57,10 +57,11 @@ def twins_shown(found: Manifest) -> list[tuple[str, str]]:
     return twins(found.tracks)[:10]
 
 
-_SPLIT_COLUMNS = ("tracks", "artists", "segments", "hours", "shards", "MB")
+SPLIT_COLUMNS = ("tracks", "artists", "segments", "hours", "shards", "MB")
 
 
-def _split_rows(found: Manifest) -> list[tuple[str, ...]]:
+def split_rows(found: Manifest) -> list[tuple[str, ...]]:
+    """The splits of a data set, each a name and the values of SPLIT_COLUMNS."""
     rows: list[tuple[str, ...]] = []
     for split in SPLITS:
         tracks = [track for track in found.tracks if track.split == split]
@@ -98,7 +99,8 @@ def _versions(found: Manifest) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.versions.items())
 
 
-def _excluded(found: Manifest) -> list[str]:
+def left_out(found: Manifest) -> list[str]:
+    """What was not packed, a line a reason."""
     reasons = Counter(found.excluded.values())
     lines = []
     for reason, count in sorted(reasons.items()):
@@ -107,7 +109,8 @@ def _excluded(found: Manifest) -> list[str]:
     return lines
 
 
-def _not_controlled(found: Manifest) -> list[str]:
+def limits(found: Manifest) -> list[str]:
+    """What is not controlled between the splits, a line each."""
     unknown = sum(track.group is None for track in found.tracks)
     note = not_controlled(str(found.settings["split"]), unknown, len(found.tracks))
     pairs = [f"{one} and {other} are the same file" for one, other in twins_shown(found)]
@@ -121,8 +124,8 @@ def _text(found: Manifest) -> str:
     splits = [split for split in SPLITS if found.splits[split][0] < found.splits[split][1]]
     globs = "\n".join(f"      - split: {split}\n        path: {split}-*.tar" for split in splits)
     settings = ", ".join(f"{key} {value}" for key, value in sorted(s.items()))
-    limits = [f"- {line}" for line in _not_controlled(found)] or ["- nothing known"]
-    left_out = [f"- {line}" for line in _excluded(found)] or ["- nothing"]
+    uncontrolled = [f"- {line}" for line in limits(found)] or ["- nothing known"]
+    excluded = [f"- {line}" for line in left_out(found)] or ["- nothing"]
     return f"""---
 task_categories:
   - audio-classification
@@ -143,7 +146,7 @@ dataset_info:
 {found.rows} segments of {seconds:g} s, one every {hop:g} s, of {len(found.tracks)} tracks; mono,
 16 bits, {found.sample_rate} Hz, in webdataset tars. Data set `{found.dataset_id}`.
 
-{_markdown(("split", *_SPLIT_COLUMNS), _split_rows(found))}
+{_markdown(("split", *SPLIT_COLUMNS), split_rows(found))}
 
 Hours are hours of music; segments overlap. No track, and no known artist, is in two splits.
 
@@ -151,11 +154,11 @@ Hours are hours of music; segments overlap. No track, and no known artist, is in
 
 ## What is not controlled
 
-{chr(10).join(limits)}
+{chr(10).join(uncontrolled)}
 
 ## Left out
 
-{chr(10).join(left_out)}
+{chr(10).join(excluded)}
 
 ## Reading it
 

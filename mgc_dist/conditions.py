@@ -53,7 +53,7 @@ SUBGROUP = "accuracy of "
 """Before the name of a subgroup among the figures."""
 _KNOBS: dict[str, tuple[str, ...]] = {
     "ce": (),
-    "poe": ("beta",),
+    "poe": ("beta", "beta_end"),
     "learned-mixin": (),
     "learned-mixin-h": ("entropy_weight",),
     "reweight": (),
@@ -61,8 +61,7 @@ _KNOBS: dict[str, tuple[str, ...]] = {
     "mixture": ("bias_ratio",),
 }
 """Loss settings that a loss reads; the others of its section are of no account with it."""
-_EVERY_LOSS = ("loss", "beta_end", "ce_weight")
-"""Read by every loss, or refused where it is not."""
+_EVERY_LOSS = ("loss", "ce_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ def _label(settings: Settings, differing: set[str]) -> str:
     loss = settings["loss"]
     shown = ["loss", *_KNOBS.get(loss, ())]
     shown += sorted(key for key in differing & set(settings) if key not in shown)
-    return " ".join(f"{key}={settings[key]}" for key in shown)
+    return " ".join(f"{key}={settings[key]}" for key in shown if settings[key] != "None")
 
 
 def compare(runs: Sequence[Run], name: str) -> Report:

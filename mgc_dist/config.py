@@ -453,13 +453,6 @@ class LossConfig:
         _require(
             "--bias-ratio", 0 <= self.bias_ratio < 1, self.bias_ratio, "0 to below 1", "try 0.1"
         )
-        _require(
-            "--beta-end",
-            self.beta_end is None or self.loss == "poe",
-            f"{self.beta_end} with --loss {self.loss}",
-            "--loss poe",
-            "only the product of experts has a beta to move",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -726,6 +719,9 @@ class PredictConfig:
     """Genres to print for a file."""
     json: bool = False
     """Print JSON: all probabilities of the file and of each segment."""
+    plot: Path | None = None
+    """Picture of the probabilities over time (.png, .svg or .pdf); of several files, each gets
+    its name: OUT-NAME.png."""
     hop_s: float = 1.5
     """Seconds from the start of a segment to the start of the next."""
     batch: int = 16
@@ -737,6 +733,13 @@ class PredictConfig:
         _require("--batch", self.batch >= 1, self.batch, "at least 1", "16 is usual")
         _require("--top", self.top >= 1, self.top, "at least 1", "3 is usual")
         _require("--hop-s", self.hop_s >= 0.01, self.hop_s, "at least 0.01 s", "1.5 is usual")
+        _require(
+            "--plot",
+            self.plot is None or self.plot.suffix.lower() in (".png", ".svg", ".pdf"),
+            self.plot,
+            "a name that ends in .png, .svg or .pdf",
+            "for example --plot timeline.png",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

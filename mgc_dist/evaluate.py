@@ -23,7 +23,7 @@ def run(config: EvaluateConfig) -> None:
         UserError: no model or data there, the genres of the two differ, or a bias table or a
             table of subgroups does not fit.
     """
-    from mgc_dist import display, model, ranks, stage
+    from mgc_dist import display, model, page, ranks, stage
     from mgc_dist.data import ShardSet
     from mgc_dist.display import progress
     from mgc_dist.score import all_score
@@ -53,6 +53,8 @@ def run(config: EvaluateConfig) -> None:
                     progress=bar.over,
                 )
             peers.all_decide(lambda: _tell(config, subject, result, notes))
+            if peers.is_first:
+                page.attempt(config.run, place)
 
 
 def _subject(

@@ -324,6 +324,7 @@ class Fit:
             track_macro_f1=result.track.macro_f1,
             track_nll=result.track.nll,
             segment_accuracy=result.segment.accuracy,
+            confusion=result.track.confusion.tolist(),
         )
         log.info(
             "validation after epoch %.2f: track accuracy %.3f macro-F1 %.3f, segments %.3f%s",

@@ -1,4 +1,7 @@
-"""metrics.jsonl and status.json of a run folder: one line an event, units in the key names."""
+"""metrics.jsonl and status.json of a run folder: one line an event, units in the key names.
+
+The same events are drawn for TensorBoard (`board`); metrics.jsonl is the truth.
+"""
 
 import json
 import logging
@@ -7,14 +10,27 @@ import time
 from io import FileIO
 from pathlib import Path
 
+from mgc_dist.board import Board
 from mgc_dist.files import replace_text, write_at
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+BOARD = "tensorboard"
 STATUS = "status.json"
 
-Value = str | int | float | None | list[float] | dict[str, float]
+Value = (
+    str
+    | int
+    | float
+    | None
+    | list[float]
+    | list[int]
+    | list[str]
+    | list[list[int]]
+    | dict[str, float]
+    | dict[str, int]
+)
 
 
 class Journal:
@@ -32,6 +48,7 @@ class Journal:
         self._writes = writes
         self._file: FileIO | None = None
         self._kept = b""
+        self._board = Board(run / BOARD)
 
     def write(self, event: str, **values: Value) -> None:
         """Append one event with the time."""
@@ -43,6 +60,7 @@ class Journal:
                 self._flush()
             except OSError as error:
                 log.warning("%s: %s; kept for later", self._run / METRICS, error.strerror)
+            self._board.add(event, values)
 
     def _flush(self) -> None:
         if self._file is None:
@@ -69,7 +87,8 @@ class Journal:
                 log.warning("%s: %s", self._run / STATUS, error.strerror)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
+        self._board.close()
         if self._file:
             self._file.close()
             self._file = None

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 SHORTEST_S = 0.5
 """Shorter files hold too little to name a genre."""
+ROWS = 20
+"""Of a file's timeline on the terminal; neighbouring segments are merged to as many at most."""
+BAR = 24
+"""Characters of a bar that stands for probability 1."""
 
 
 def run(config: PredictConfig) -> int:
@@ -27,7 +31,7 @@ def run(config: PredictConfig) -> int:
     Raises:
         UserError: no model, or no file given.
     """
-    from mgc_dist import model, ranks
+    from mgc_dist import model, ranks, timeline
 
     if not config.files:
         raise UserError(
@@ -36,6 +40,7 @@ def run(config: PredictConfig) -> int:
             expected="audio files",
             cure="python -m mgc_dist.predict RUN FILE...",
         )
+    pictures = _pictures(config)
     folder = model.find_exported(config.run)
     classifier = model.load_exported(folder)
     classifier = classifier.to(ranks.device_of(config.device, 0))
@@ -44,14 +49,23 @@ def run(config: PredictConfig) -> int:
     results = []
     for path in config.files:
         try:
-            starts_s, probabilities = _predict(config, classifier, path, sample_rate)
+            starts_s, probabilities, segment_s = _predict(config, classifier, path, sample_rate)
         except UserError as error:
             failed.append(error)
             continue
         if config.json:
             results.append(_as_json(path, classifier.genres, starts_s, probabilities))
         else:
-            _print(config, path, classifier.genres, starts_s, probabilities)
+            _print(config, path, classifier.genres, starts_s, probabilities, segment_s)
+        if path in pictures:
+            timeline.draw(
+                pictures[path],
+                path.name,
+                classifier.genres,
+                starts_s,
+                probabilities,
+                hop_s=config.hop_s,
+            )
     if config.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
     if failed:
@@ -59,10 +73,34 @@ def run(config: PredictConfig) -> int:
     return 0
 
 
+def _pictures(config: PredictConfig) -> dict[Path, Path]:
+    """File -> where its picture goes.
+
+    Raises:
+        UserError: two files would share a picture.
+    """
+    plot = config.plot
+    if plot is None:
+        return {}
+    if len(config.files) == 1:
+        return {config.files[0]: plot}
+    found = {path: plot.with_stem(f"{plot.stem}-{path.stem}") for path in config.files}
+    names = list(found.values())
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(
+            f"--plot {plot}",
+            got=f"two files whose picture would be {twice[0]}",
+            expected="files of different names",
+            cure="predict them one after another, each with a --plot of its own",
+        )
+    return found
+
+
 def _predict(
     config: PredictConfig, classifier: "WaveClassifier", path: Path, sample_rate: int
-) -> "tuple[list[float], NDArray[np.float64]]":
-    """Start of each segment in seconds, and its probabilities float64 [S, K]."""
+) -> "tuple[list[float], NDArray[np.float64], float]":
+    """Start of each segment, its probabilities float64 [S, K]; a segment's length in seconds."""
     import numpy as np
     import torch
     from scipy.special import softmax
@@ -87,7 +125,7 @@ def _predict(
             batch = torch.from_numpy(np.array(windows[first : first + config.batch]))
             parts.append(classifier(batch.to(device)).double().cpu().numpy())  # [B, K]
     starts_s = [segment * hop / sample_rate for segment in range(len(windows))]
-    return starts_s, softmax(np.concatenate(parts), axis=1)
+    return starts_s, softmax(np.concatenate(parts), axis=1), length / sample_rate
 
 
 def _as_json(
@@ -114,17 +152,26 @@ def _print(
     genres: tuple[str, ...],
     starts_s: list[float],
     probabilities: "NDArray[np.float64]",
+    segment_s: float,
 ) -> None:
+    """The genre of a file, then a line a stretch of it: start, genre, a bar of its probability."""
+    from mgc_dist.timeline import clock, merge
+
     mean = probabilities.mean(axis=0)
     best = mean.argsort()[::-1][: max(1, config.top)]
     named = ", ".join(f"{genres[k]} {mean[k]:.3f}" for k in best)
     print(f"{path}: {genres[int(best[0])]}  ({named})")
-    runs: list[tuple[float, str]] = []
-    for start, row in zip(starts_s, probabilities, strict=True):
-        genre = genres[int(row.argmax())]
-        if not runs or runs[-1][1] != genre:
-            runs.append((start, genre))
-    print("  timeline: " + ", ".join(f"{start:g} s {genre}" for start, genre in runs))
+    stretches = merge(starts_s, probabilities, segment_s=segment_s, most=ROWS)
+    width = max(len(genres[stretch.best]) for stretch in stretches)
+    last = max(len(clock(stretch.start_s)) for stretch in stretches)
+    if stretches[0].segments > 1:
+        print(f"  a line is {stretches[0].segments} of {len(starts_s)} segments, their mean")
+    for stretch in stretches:
+        sure = float(stretch.probabilities[stretch.best])
+        print(
+            f"  {clock(stretch.start_s):>{last}}  {genres[stretch.best]:<{width}}  {sure:.2f} "
+            f"{'█' * round(BAR * sure)}"
+        )
 
 
 def _several(failed: list[UserError]) -> UserError:

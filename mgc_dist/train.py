@@ -66,7 +66,7 @@ def run(config: TrainConfig) -> int:
 
 def _train(fit: "Fit") -> int:
     """Take the run folder, train, and give it back."""
-    from mgc_dist import lease
+    from mgc_dist import lease, page
     from mgc_dist.watch import Watch
 
     run, peers, journal = fit.run, fit.ranks, fit.journal
@@ -81,6 +81,8 @@ def _train(fit: "Fit") -> int:
         with Watch(held, peers.rank, peers.world, fit.stop, hang_timeout_s=timeout_s) as watch:
             try:
                 _run_fit(fit, held, watch)
+                if peers.is_first and (run / DONE).is_file():
+                    page.attempt(run, fit.config.data.shards)
             except RuntimeError as error:
                 raise _in_words(fit, watch, error) from error
     finally:
@@ -102,7 +104,8 @@ def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
     _say_arithmetic(fit, state)
     outcome = "failed"
     try:
-        journal.write("start", samples_seen=state.samples_seen, world=peers.world)
+        genres = list(fit.shards.manifest.genres)
+        journal.write("start", samples_seen=state.samples_seen, world=peers.world, genres=genres)
         journal.status("running", samples_seen=state.samples_seen, total=fit.plan.total)
         outcome = "done" if fit.train(state, held, watch) else "stopped"
         journal.write(outcome, samples_seen=state.samples_seen)

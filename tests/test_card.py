@@ -30,7 +30,7 @@ def test_the_card_counts_tracks_hours_and_bytes(shards: Path) -> None:
 
 def test_hours_count_overlaps_once(shards: Path) -> None:
     found = manifest.read(shards)
-    assert card._split_rows(found)[0][4] == f"{6 * 3.0 / 3600:.2f}"
+    assert card.split_rows(found)[0][4] == f"{6 * 3.0 / 3600:.2f}"
 
 
 def test_the_card_names_what_is_unknown_or_left_out(tracks: Path, tmp_path: Path) -> None:

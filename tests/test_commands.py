@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import soundfile
 from conftest import run_ranks, shard_config, write_tracks
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import config, train_on
 from transformers import pipeline
 
@@ -254,7 +257,10 @@ def test_predict_takes_any_length_rate_and_channel_count(
     files = tuple(tmp_path / name for name in ("a.flac", "b.wav", "c.ogg"))
     assert predict.run(PredictConfig(run=run / "best", files=files, hop_s=0.25)) == 0
     shown = capsys.readouterr().out
-    assert shown.count("timeline: 0 s ") == 3
+    blocks = re.split(r"^(?=/)", shown, flags=re.M)[1:]
+    assert [len(block.splitlines()) - 1 for block in blocks] == [7, 1, 2], (
+        "lines of 2 s, 0.6 s and 0.92 s"
+    )
     assert f"{tmp_path / 'a.flac'}: " in shown
     with pytest.raises(UserError, match=r"d\.wav: got 0\.09 s, expected at least 0\.5 s"):
         predict.run(PredictConfig(run=run, files=(tmp_path / "d.wav",)))
@@ -265,6 +271,78 @@ def test_predict_takes_any_length_rate_and_channel_count(
     assert str(files[0]) in capsys.readouterr().out  # the good file is answered all the same
     with pytest.raises(UserError, match="FILE: got none"):
         predict.run(PredictConfig(run=run, files=()))
+
+
+def test_predict_shows_a_long_file_in_few_lines(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wave = synth.compose("blues", 1, seed=9, duration_s=30.0, per_artist=1)
+    soundfile.write(tmp_path / "long.wav", wave, 22_050)
+    config = PredictConfig(run=run, files=(tmp_path / "long.wav",), hop_s=0.5)
+    predict.run(config)
+    head, merged, *lines = capsys.readouterr().out.splitlines()
+    assert merged == "  a line is 3 of 60 segments, their mean"
+    assert len(lines) == 20
+    predict.run(replace(config, json=True))
+    (found,) = json.loads(capsys.readouterr().out)
+    genres = list(found["probabilities"])
+    table = np.array([list(s["probabilities"].values()) for s in found["segments"]])
+    assert f"{found['genre']}  ({found['genre']} {max(found['probabilities'].values()):.3f}" in head
+    for k, line in enumerate(lines):
+        mean = table[3 * k : 3 * k + 3].mean(axis=0)
+        start, genre, sure, *bar = line.split()
+        minutes, seconds = start.split(":")
+        assert 60 * int(minutes) + float(seconds) == 1.5 * k
+        assert (genre, sure) == (genres[int(mean.argmax())], f"{mean.max():.2f}")
+        assert len("".join(bar)) == round(predict.BAR * mean.max())
+
+
+def test_predict_draws_a_picture_a_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wave = synth.compose("blues", 1, seed=9, duration_s=2.0, per_artist=1)
+    for name in ("one.wav", "two.wav", "two.flac"):
+        soundfile.write(tmp_path / name, wave, 22_050)
+    one, two, same = (tmp_path / name for name in ("one.wav", "two.wav", "two.flac"))
+    plot = tmp_path / "plots" / "p.png"
+    predict.run(PredictConfig(run=run, files=(one,), plot=plot))
+    predict.run(PredictConfig(run=run, files=(one, two), plot=plot, json=True))
+    names = sorted(path.name for path in plot.parent.iterdir())
+    assert names == ["p-one.png", "p-two.png", "p.png"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"two files whose picture would be .*p-two\.png"):
+        predict.run(PredictConfig(run=run, files=(two, same), plot=plot))
+    assert capsys.readouterr().out == "", "refused before anything is predicted"
+    with pytest.raises(UserError, match=r"--plot: got p\.jpeg, expected a name that ends in .png"):
+        PredictConfig(run=run, files=(one,), plot=Path("p.jpeg"))
+
+
+def test_a_complete_run_and_its_evaluation_leave_a_report(run: Path) -> None:
+    before = (run / "report.html").read_text()
+    assert "Not evaluated yet" in before
+    assert "tries</dt><dd>1 (1 done)" in before
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    after = (run / "report.html").read_text()
+    assert "Not evaluated yet" not in after
+    assert "tracks of the test split" in after
+    assert "could not be made" not in before + after
+
+
+def test_training_draws_its_metrics_for_tensorboard(run: Path) -> None:
+    from mgc_dist.journal import read_metrics
+
+    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    drawn, truth = found.Scalars("train/loss"), read_metrics(run, "step")
+    assert [event.step for event in drawn] == [line["samples_seen"] for line in truth]
+    losses = [line["loss"] for line in truth]
+    assert [event.value for event in drawn] == pytest.approx(losses)
+    validations = read_metrics(run, "validation")
+    assert len(found.Images("validation/confusion")) == len(validations)
+    last = validations[-1]
+    assert found.Scalars("validation/track_accuracy")[-1].value == pytest.approx(
+        last["track_accuracy"]
+    )
 
 
 def test_export_loads_in_pipeline_with_the_same_probabilities(

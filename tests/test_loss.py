@@ -177,5 +177,3 @@ def test_wrong_use_is_refused(drawn) -> None:
         LossConfig(dfl_gamma=-1.0)
     with pytest.raises(UserError, match="--beta: got nan"):
         LossConfig(beta=math.nan)
-    with pytest.raises(UserError, match=r"--beta-end: got 1\.0 with --loss dfl"):
-        LossConfig(loss="dfl", beta_end=1.0)

@@ -1,0 +1,132 @@
+"""Event files as TensorBoard itself reads them; nothing that fails here reaches the run."""
+
+import errno
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mgc_dist import board
+from mgc_dist.board import Board
+from mgc_dist.journal import Journal, read_metrics
+
+
+def read(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder)).Reload()
+
+
+def points(found: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in found.Scalars(tag)]
+
+
+def test_the_journals_numbers_over_samples_seen(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, writes=True)
+    journal.write("start", samples_seen=0, world=2, genres=["$\\frac$", "日本の曲"])
+    for step in (1, 2):
+        journal.write(
+            "step",
+            step=step,
+            samples_seen=10 * step,
+            epoch=0.1,
+            loss=0.5 * step,
+            grad_norm=None if step == 1 else 2.0,
+            data_wait_share=0.25,
+            note="text",
+        )
+    journal.write("step", step=3, samples_seen=30, loss=float("nan"), by_kind={"poe": 0.5})
+    journal.write("validation", samples_seen=30, track_accuracy=0.75, confusion=[[3, 1], [0, 9]])
+    journal.write("checkpoint", samples_seen=30, save_s=1.5)
+    journal.write("save_failed", step=3, reason="no room")
+    journal.close()
+    found = read(tmp_path / "tensorboard")
+    assert sorted(found.Tags()["scalars"]) == [
+        "checkpoint/save_s",
+        "train/by_kind/poe",
+        "train/data_wait_share",
+        "train/grad_norm",
+        "train/loss",
+        "validation/track_accuracy",
+    ]
+    assert points(found, "train/loss") == [(10, 0.5), (20, 1.0)]
+    assert points(found, "train/grad_norm") == [(20, 2.0)]
+    assert points(found, "validation/track_accuracy") == [(30, 0.75)]
+    (image,) = found.Images("validation/confusion")
+    assert image.step == 30
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+    size = (image.width, image.height)
+    assert tuple(_png_size(image.encoded_image_string)) == size
+    (lost,) = [line for line in read_metrics(tmp_path, "step") if line["step"] == 3]
+    assert lost["loss"] is None, "the truth has it all the same"
+
+
+def _png_size(png: bytes) -> tuple[int, int]:
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
+def test_steps_that_a_resumed_run_does_again_are_not_shown_twice(tmp_path: Path) -> None:
+    first = Journal(tmp_path, writes=True)
+    first.write("start", samples_seen=0, world=1)
+    for seen in (10, 20, 30):
+        first.write("step", samples_seen=seen, loss=1.0)
+    # killed: the checkpoint is that of 20
+    again = Journal(tmp_path, writes=True)
+    again.write("start", samples_seen=20, world=1)
+    for seen in (30, 40):
+        again.write("step", samples_seen=seen, loss=2.0)
+    again.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    found = points(read(tmp_path / "tensorboard"), "train/loss")
+    assert found == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
+
+
+def test_ranks_that_do_not_write_make_no_file(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, writes=False)
+    journal.write("step", samples_seen=1, loss=1.0)
+    journal.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_costs_points_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path, writes=True)
+    journal.write("step", samples_seen=1, loss=1.0)
+    write = board.write_at
+
+    def half(file: Any, offset: int, data: bytes) -> None:
+        os.pwrite(file.fileno(), data[: len(data) // 2], offset)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+
+    monkeypatch.setattr(board, "write_at", half)
+    with caplog.at_level(logging.WARNING):
+        journal.write("step", samples_seen=2, loss=2.0)
+        journal.write("step", samples_seen=3, loss=3.0)
+    assert len([r for r in caplog.records if "No space left" in r.message]) == 1, "told once"
+    monkeypatch.setattr(board, "write_at", write)
+    journal.write("step", samples_seen=4, loss=4.0)
+    journal.close()
+    assert points(read(tmp_path / "tensorboard"), "train/loss") == [(1, 1.0), (4, 4.0)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_folder_that_cannot_be_made_costs_points_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file is in the way")
+    journal = Journal(tmp_path, writes=True)
+    journal.write("step", samples_seen=1, loss=1.0)
+    journal.close()
+    assert len(read_metrics(tmp_path, "step")) == 1
+
+
+def test_genres_without_names_are_numbers() -> None:
+    side, png = board.picture([[1, 0, 0], [0, 2, 0], [0, 1, 0]], ["only one"])
+    assert _png_size(png) == (side, side)
+
+
+def test_an_event_without_place_is_no_point(tmp_path: Path) -> None:
+    Board(tmp_path / "tensorboard").add("save_failed", {"step": 3})
+    assert list(tmp_path.iterdir()) == []
