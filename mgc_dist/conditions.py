@@ -132,7 +132,7 @@ def _label(settings: Settings, differing: set[str]) -> str:
     loss = settings["loss"]
     shown = ["loss", *_KNOBS.get(loss, ())]
     shown += sorted(key for key in differing & set(settings) if key not in shown)
-    return " ".join(f"{key}={settings[key]}" for key in shown if settings[key] != "None")
+    return " ".join(f"{key}={settings[key]}" for key in shown if settings[key] != "null")
 
 
 def compare(runs: Sequence[Run], name: str) -> Report:

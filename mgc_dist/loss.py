@@ -117,6 +117,8 @@ def product_of_experts(log_p: Tensor, label: Tensor, bias: Tensor, beta: float) 
     Source: Hinton, Neural Computation 14, 2002 (products of experts); Clark et al. 2019, "Bias
     Product"; Mahabadi et al. 2020, "Product of Experts".
     """
+    if beta == 0:  # to the bit: normalising log_p again would round
+        return cross_entropy(log_p, label)
     return F.cross_entropy(log_p + beta * bias, label, reduction="none")
 
 

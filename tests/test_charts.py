@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from mgc_dist import charts
 
-GENRES = ["a", "an uncommonly long name of a genre", *"cdefghij"]
+GENRES = ["$\\frac$", "an uncommonly long name of a genre", *"cdefghij"]
 LABEL = "difference in points (recall of a genre, accuracy of a subgroup), 95 % over groups"
 
 

@@ -100,6 +100,7 @@ def test_limits_are_exactly_cross_entropy(drawn) -> None:
         loss("mixture", logits, label, bias, bias_ratio=0.0),
     ):
         torch.testing.assert_close(found, plain)
+    assert loss("poe", logits, label, bias, beta=0.0).equal(loss("ce", logits, label, None))
     # an unused bias has the entropy log K
     found = loss("learned-mixin-h", logits, label, bias, none, entropy_weight=0.5)
     torch.testing.assert_close(found, plain + 0.5 * math.log(K))
