@@ -317,8 +317,10 @@ class Fit:
         )
         self.engine.train(True)
         better = result.track.macro_f1 > state.best_macro_f1
+        exported = better and self._export(step, self.run / "best")
         self.journal.write(
             "validation",
+            exported=exported,
             samples_seen=state.samples_seen,
             epoch=round(state.samples_seen / self.plan.rows, 4),
             track_accuracy=result.track.accuracy,
@@ -331,7 +333,7 @@ class Fit:
             *(state.samples_seen / self.plan.rows, result.track.accuracy, result.track.macro_f1),
             *(result.segment.accuracy, " (best)" if better else ""),
         )
-        if better and self._export(step, self.run / "best"):
+        if exported:
             state.best_macro_f1 = result.track.macro_f1
             state.best_samples_seen = state.samples_seen
         state.owes_validation = False

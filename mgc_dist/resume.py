@@ -161,6 +161,13 @@ def refuse_position(changes: Changes, plan: Plan, samples_seen: int) -> None:
             )
 
 
+def holds_best(run: Path, samples_seen: int, macro_f1: float) -> bool:
+    """Whether RUN/best is the model of a validation: not one of a way that was gone back from."""
+    exports = [line for line in read_metrics(run, "validation") if line.get("exported")]
+    last = (exports[-1]["samples_seen"], exports[-1]["track_macro_f1"]) if exports else None
+    return last == (samples_seen, macro_f1)
+
+
 def set_aside(run: Path) -> None:
     """Move all that a run folder holds into RUN/aside-N, for `--fresh` (rank 0).
 

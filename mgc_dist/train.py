@@ -371,6 +371,9 @@ def _resume(fit: "Fit") -> tuple["State", "Changes"]:
         reshape = resume.must_reshape(folder, world=peers.world, zero_stage=stage)
         state = State(**fit.engine.all_load(folder, reshape=reshape))
         resume.refuse_position(changes, fit.plan, state.samples_seen)
+        best = (state.best_samples_seen, state.best_macro_f1)
+        if not peers.all_decide(lambda: resume.holds_best(config.run, *best)):
+            state.best_samples_seen, state.best_macro_f1 = 0, -1.0  # the next validation exports
         log.info("resuming from %s", folder)
         if reshape:
             log.info(

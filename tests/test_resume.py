@@ -89,6 +89,17 @@ def test_checkpoints_that_have_vanished_do_not_mean_from_scratch(tmp_path: Path)
     assert error.value.exit_code == 65
 
 
+def test_what_best_holds_is_known(tmp_path: Path) -> None:
+    assert not resume.holds_best(tmp_path, 20, 0.5)
+    journal = Journal(tmp_path, writes=True)
+    for seen, figure, exported in ((10, 0.4, True), (20, 0.5, True), (30, 0.3, False)):
+        journal.write("validation", samples_seen=seen, track_macro_f1=figure, exported=exported)
+    assert resume.holds_best(tmp_path, 20, 0.5)
+    journal.write("validation", samples_seen=40, track_macro_f1=0.9, exported=True)
+    journal.close()
+    assert not resume.holds_best(tmp_path, 20, 0.5), "a run that goes back before 40 lost it"
+
+
 def test_fresh_moves_everything_but_the_lease(tmp_path: Path) -> None:
     for name in ("lease.json", "metrics.jsonl", "config.yaml"):
         (tmp_path / name).touch()

@@ -47,6 +47,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "max_tries": 3,
         "fresh": False,
         "lr": 1e-3,
+        "head_lr": 3e-3,
         "weight_decay": 0.01,
         "clip_norm": 1.0,
         "warmup_fraction": 0.1,
@@ -66,7 +67,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
             epochs=knobs["epochs"],
             global_batch=knobs["global_batch"],
             lr=knobs["lr"],
-            head_lr=3e-3,
+            head_lr=knobs["head_lr"],
             weight_decay=knobs["weight_decay"],
             warmup_fraction=knobs["warmup_fraction"],
             final_lr_fraction=knobs["final_lr_fraction"],
@@ -368,6 +369,21 @@ def test_a_stop_saves_at_once_and_validates_when_it_goes_on(
     train_on(1, config(shards, tiny_model, run, resume="auto", **knobs))
     seen = [line["samples_seen"] for line in read_metrics(run, "validation")]
     assert seen == [10, 20, 30, 40, 50, 60, 66]
+
+
+def test_a_checkpoint_that_goes_on_in_a_new_folder_gets_a_best_model_there(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    knobs: dict[str, Any] = {"validate_every_epochs": 10 / 66, "epochs": 1.0}
+    train_on(1, config(shards, tiny_model, old, **knobs))
+    start = sorted((old / "checkpoints").glob("step-*"))[0]
+    still: dict[str, Any] = {"lr": 0.0, "head_lr": 0.0, "change": ("lr", "head-lr")}
+    again = config(shards, tiny_model, new, resume=str(start), **knobs, **still)
+    train_on(1, again)  # nothing is learned any more, so no figure gets better than the old best
+    assert (new / "best" / "model.safetensors").is_file()
+    lines = read_metrics(new, "validation")
+    assert [line["exported"] for line in lines] == [True, *[False] * (len(lines) - 1)]
 
 
 def lose_the_lease(settings: TrainConfig) -> int:
