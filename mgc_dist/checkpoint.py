@@ -87,7 +87,7 @@ def all_commit(
         PeerLost: another process has taken the run folder over.
     """
     root, tag = run / FOLDER, f"tmp-{step:08d}"
-    _all_agree(ranks, lambda: _prepare(root, expected_bytes), root / tag)
+    _all_agree(ranks, lambda: _prepare(root, tag, expected_bytes), root / tag)
     written: list[Written] = []
     reason = ""
     try:
@@ -103,6 +103,7 @@ def all_commit(
     files = sorted((file for part, _ in parts for file in part), key=lambda file: file.name)
 
     def publish() -> None:
+        _refuse_unseen(root / tag, files)
         content = {"format_version": FORMAT_VERSION, "step": step, **facts}
         _write_manifest(root / tag, content, files)
         lease.check()
@@ -119,7 +120,7 @@ def all_newest(run: Path, ranks: Ranks) -> Path | None:
         UserError: there are checkpoints, but none is whole; with exit code 65.
     """
     root = run / FOLDER
-    found = ranks.all_decide(lambda: sorted(_steps(root), reverse=True))
+    found = ranks.all_decide(lambda: _newest_first(root))
     reasons = []
     for folder in found:
         reason = all_damage(folder, ranks)
@@ -137,6 +138,14 @@ def all_newest(run: Path, ranks: Ranks) -> Path | None:
             exit_code=EXIT_NO_CHECKPOINT,
         )
     return None
+
+
+def _newest_first(root: Path) -> list[Path]:
+    """The checkpoints; where there is none, one that a kill left between two renames."""
+    if not _steps(root):
+        for path in root.glob("del-*"):
+            path.rename(root / path.name.replace("del-", "step-"))
+    return sorted(_steps(root), reverse=True)
 
 
 def all_damage(folder: Path, ranks: Ranks) -> str:
@@ -218,15 +227,30 @@ def _failed(reasons: list[str]) -> None:
     raise SaveFailed("; ".join(reasons))
 
 
+def _refuse_unseen(folder: Path, files: list[Written]) -> None:
+    """Let rank 0 look at what the others say that they have written."""
+    for file in files:
+        path = folder / file.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != file.bytes:
+            seen = "nothing" if size is None else f"{size} bytes"
+            raise SaveFailed(
+                f"{path}: rank 0 sees {seen} of the {file.bytes} bytes that were written: the run "
+                "folder must be one that all nodes share"
+            )
+
+
 def _said(error: BaseException) -> str:
     name = getattr(error, "filename", None)
     where = f"{name}: " if name else ""
     return f"{where}{getattr(error, 'strerror', None) or ' '.join(str(error).split())[:300]}"
 
 
-def _prepare(root: Path, expected_bytes: int) -> None:
+def _prepare(root: Path, tag: str, expected_bytes: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
     remove_leftovers(root)
+    if (root / tag).exists():
+        raise SaveFailed(f"{root / tag}: it is in the way and cannot be removed")
     free, needed = shutil.disk_usage(root).free, int(HEADROOM * expected_bytes)
     if free < needed:
         raise SaveFailed(f"{root}: {free:,} bytes free, {needed:,} needed")
@@ -236,7 +260,15 @@ def remove_leftovers(root: Path) -> None:
     """Remove what kills have left half written or half deleted, and say so."""
     for path in (*root.glob("tmp-*"), *root.glob("del-*")):
         log.info("removing half-written %s", path.name)
-        shutil.rmtree(path)
+        _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that counts no more; that it cannot be done is no reason to end a run."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", folder, _said(error))
 
 
 def _finished(path: Path, folder: Path) -> Written:
@@ -272,7 +304,7 @@ def _publish(root: Path, tag: str, step: int, keep: int) -> None:
     for old in (*sorted(_steps(root))[:-keep], *root.glob("del-*")):
         doomed = root / old.name.replace("step-", "del-")
         old.rename(doomed)  # a half-deleted one must not look like a checkpoint
-        shutil.rmtree(doomed)
+        _remove(doomed)
 
 
 def _steps(root: Path) -> list[Path]:

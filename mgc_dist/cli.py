@@ -5,6 +5,7 @@ precedence (default < preset < config file < flag) and error messages are the sa
 YAML scalars stay text until tyro reads them, so `1e-4`, `no` and `012` mean what was typed.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -53,7 +54,8 @@ def main(command: str, config_type: type[C], body: Callable[[C], int | None]) ->
             raise
         _tell(command, error)
         code = exit_code_of(error)
-        if isinstance(error, PeerLost):
+        alone = getattr(error, "this_rank_only", False) and os.environ.get("WORLD_SIZE", "1") != "1"
+        if isinstance(error, PeerLost) or alone:
             leave(code)
     sys.exit(code)
 
@@ -67,8 +69,9 @@ def _tell(command: str, error: Exception) -> None:
 
 def leave(code: int) -> NoReturn:
     """End this process at once: a process group that lost a rank may block its own end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+            stream.flush()
     os._exit(code)
 
 
@@ -200,7 +203,7 @@ def _flags(file: Path, section: dict[str, Any], config_type: type[Any]) -> list[
 def _flag(file: Path, key: str, value: object, hint: object) -> list[str]:
     name = "--" + key.replace("_", "-")
     if isinstance(value, list):
-        return [name, *map(str, value)]
+        return [word for item in value for word in (name, str(item))]
     text = str(value)
     if hint is bool:
         if text.lower() not in ("true", "false"):

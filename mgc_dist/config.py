@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from mgc_dist.errors import UserError
 
@@ -20,6 +20,22 @@ SplitRule = Literal["auto", "fault-filtered", "stratified", "kfold", "table"]
 LossName = Literal["ce", "poe", "learned-mixin", "learned-mixin-h", "reweight", "dfl", "mixture"]
 Aggregate = Literal["mean-prob", "mean-logit", "vote"]
 Precision = Literal["auto", "fp32", "bf16"]
+ChangeName = Literal[
+    "lr",
+    "head-lr",
+    "weight-decay",
+    "warmup-fraction",
+    "final-lr-fraction",
+    "clip-norm",
+    "loss",
+    "bias-table",
+    "model",
+    "epochs",
+    "global-batch",
+    "seed",
+    "window-shards",
+    "shards",
+]
 
 
 def _require(flag: str, ok: bool, got: object, expected: str, cure: str) -> None:
@@ -565,6 +581,9 @@ class RunConfig:
     """Save and stop before the run has taken so long; 0 means no limit."""
     max_tries: int = 3
     """Tries in a row without a new checkpoint after which the run refuses to start again."""
+    change: UseAppendAction[tuple[ChangeName, ...]] = ()
+    """A flag, without its dashes, in which a resumed run may differ from how it was started, such
+    as `lr` (`loss` stands for all knobs of the loss); may be given several times."""
     fresh: bool = False
     """Begin again in a used run folder; what is there is moved into RUN/aside-N."""
     row_ledger: bool = False

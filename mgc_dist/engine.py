@@ -17,7 +17,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
@@ -102,6 +102,8 @@ class Engine:
         )
         self._files = _Files(self._engine.checkpoint_engine)
         self._engine.checkpoint_engine = self._files
+        copy_tools = self._engine._copy_recovery_script  # zero_to_fp32.py, for stock tools
+        self._engine._copy_recovery_script = lambda folder: self._files.hold(copy_tools, folder)
         self._norm: float | Tensor | None = None
         if compile_model:
             assert zero_stage < 3
@@ -254,8 +256,20 @@ class Engine:
             path, client = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None:
             raise RuntimeError(f"DeepSpeed loaded nothing from {checkpoint}")
+        self._keep_settings()
         state: dict[str, Any] = client["mgc_dist"]
         return state
+
+    def _keep_settings(self) -> None:
+        """Undo that a checkpoint brings along the weight decay and the clipping it was made with.
+
+        DeepSpeed 0.19 restores both without a word (clipping at stages 1 and 2 only).
+        """
+        optimizer = self._engine.optimizer
+        for group in optimizer.param_groups:
+            group["weight_decay"] = self.config["optimizer"]["params"]["weight_decay"]
+        if self.zero_stage > 0:
+            optimizer.clip_grad = self.config["gradient_clipping"]
 
     def _repair_stage_3(self) -> None:
         """Undo what DeepSpeed 0.19 does to more than one parameter group at stage 3.
@@ -338,11 +352,15 @@ class _Files:
             raise self._error
         return self._written
 
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+    def hold(self, act: Callable[[str], object], path: str) -> None:
+        """Do something with files; an error is kept for `finish`."""
         try:
-            Path(path).mkdir(parents=True, exist_ok=exist_ok)
+            act(path)
         except OSError as error:
-            self._error = error
+            self._error = self._error or error
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self.hold(lambda path: Path(path).mkdir(parents=True, exist_ok=exist_ok), path)
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         if self._error is not None:

@@ -2,7 +2,7 @@
 
 0   done; or stopped on request and saved (the run folder then holds REQUEUE)
 2   usage or input that the user can put right: starting again as it is would not help
-65  there are checkpoints, and none of them is whole
+65  there are checkpoints, and none of them is whole; or all that were saved are gone
 70  losses or gradients were not finite, too often in a row
 74  a file cannot be read or written, such as on a full disk
 75  something passing: a rank was lost, or hung; the same command may go on

@@ -49,12 +49,14 @@ class State:
         best_macro_f1: best validation macro-F1 over tracks so far, -1 before the first.
         best_samples_seen: when it was reached; a tie keeps the earlier one.
         refused_in_a_row: steps up to now whose gradient was not finite.
+        owes_validation: a validation of these weights is due and has not been made.
     """
 
     samples_seen: int = 0
     best_macro_f1: float = -1.0
     best_samples_seen: int = 0
     refused_in_a_row: int = 0
+    owes_validation: bool = False
 
 
 @dataclass(kw_only=True)
@@ -120,6 +122,8 @@ class Fit:
         if self.config.output.row_ledger:
             self._rows = RowLedger(self.run, self._lease.attempt, self.ranks.rank)
         first = self.plan.step_of(state.samples_seen)
+        if state.owes_validation:
+            self._validate(first - 1, state)
         batches = training_batches(self.plan, self.layout, self.ranks.rank, first)
         pin = self.ranks.device.type == "cuda"
         data = self.config.data
@@ -251,13 +255,17 @@ class Fit:
         bar.at(step + 1, tally.note)
         if (step + 1) % output.log_every_steps == 0 or ends:
             self._log(step, state, tally.latest(), meter)
-        if self.plan.due(max(1, round(output.validate_every_epochs * rows)), step):
-            with meter.paused():
-                self._validate(step, state)
+        every = max(1, round(output.validate_every_epochs * rows))
+        state.owes_validation = self.plan.due(every, step)
         stopping = stopping and not ends
+        # saved before it is validated: a validation that fails, or takes longer than the grace
+        # of a stop, costs no training; whoever resumes from here makes up for it
         if stopping or self.plan.due(max(1, round(output.checkpoint_every_epochs * rows)), step):
             with meter.paused():
                 self._save(step, state, last=stopping or ends)
+        if state.owes_validation and not stopping:
+            with meter.paused():
+                self._validate(step, state)
         self._stepped_at_s = time.monotonic()
         if stopping:
             number = self.stop.signal
@@ -316,8 +324,10 @@ class Fit:
         )
         self.engine.train(True)
         better = result.track.macro_f1 > state.best_macro_f1
+        exported = better and self._export(step, self.run / "best", result)
         self.journal.write(
             "validation",
+            exported=exported,
             samples_seen=state.samples_seen,
             epoch=round(state.samples_seen / self.plan.rows, 4),
             track_accuracy=result.track.accuracy,
@@ -331,9 +341,10 @@ class Fit:
             *(state.samples_seen / self.plan.rows, result.track.accuracy, result.track.macro_f1),
             *(result.segment.accuracy, " (best)" if better else ""),
         )
-        if better and self._export(step, self.run / "best", result):
+        if exported:
             state.best_macro_f1 = result.track.macro_f1
             state.best_samples_seen = state.samples_seen
+        state.owes_validation = False
         self._validate_s = max(self._validate_s, time.perf_counter() - started)
 
     def _export(self, step: int, folder: Path, validation: SplitScores) -> bool:
@@ -342,12 +353,12 @@ class Fit:
         weights = self.engine.all_weights()
 
         def write() -> str:
-            self._lease.check()
             temperature = fit_temperature(
                 validation.logits, validation.row_label, validation.row_track
             )
             rate = self.shards.manifest.sample_rate
             try:
+                self._lease.check()
                 save_exported(self.model, weights, folder, rate, temperature=temperature)
             except OSError as error:
                 return f"{folder}: {error}"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mgc_dist.errors import PeerLost, UserError
-from mgc_dist.files import replace_text
+from mgc_dist.files import sync
 
 log = logging.getLogger(__name__)
 
@@ -92,15 +92,27 @@ class Lease:
     attempt: str
 
     def is_ours(self) -> bool:
-        """Whether nobody has taken the folder over."""
+        """Whether nobody has taken the folder over.
+
+        Raises:
+            OSError: it cannot be seen, as while a file server is away; nothing is known then.
+        """
         content = _read(self.run / LEASE)
         return content is not None and content.get("attempt") == self.attempt
+
+    def seems_ours(self) -> bool:
+        """Whether nothing says that somebody has taken the folder over."""
+        try:
+            return self.is_ours()
+        except OSError:
+            return True
 
     def check(self) -> None:
         """Refuse to go on if another process has taken the folder over.
 
         Raises:
             PeerLost: it has; with exit code 2, because starting again would disturb it.
+            OSError: it cannot be seen.
         """
         if not self.is_ours():
             holder = _read(self.run / LEASE) or {}
@@ -112,8 +124,9 @@ class Lease:
 
     def release(self) -> None:
         """Give the folder up, if it is still ours."""
-        if self.is_ours():
-            (self.run / LEASE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a lease that is left behind is taken over
+            if self.is_ours():
+                (self.run / LEASE).unlink(missing_ok=True)
 
 
 def acquire(run: Path, attempt: str, *, stale_s: float = STALE_S) -> Lease:
@@ -131,7 +144,10 @@ def acquire(run: Path, attempt: str, *, stale_s: float = STALE_S) -> Lease:
     if content is not None:
         _wait_out(run, content, stale_s)
     taken = {"attempt": attempt, **asdict(this_process()), "taken_at_s": round(time.time(), 3)}
-    replace_text(run / LEASE, json.dumps(taken))
+    aside = run / f"{LEASE}.{attempt}"  # a name of its own: two may take the folder at once
+    aside.write_text(json.dumps(taken), encoding="utf-8")
+    sync(aside)
+    aside.replace(run / LEASE)
     return Lease(run=run, attempt=attempt)
 
 
@@ -220,7 +236,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -233,8 +249,12 @@ def _bytes(path: Path) -> bytes:
 
 
 def _append(run: Path, line: dict[str, Any]) -> None:
+    text = json.dumps(line | {"time_s": round(time.time(), 3)}) + "\n"
+    before = _bytes(run / ATTEMPTS)
+    if before and not before.endswith(b"\n"):  # a kill cut the last line: do not add to it
+        text = "\n" + text
     with (run / ATTEMPTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line | {"time_s": round(time.time(), 3)}) + "\n")
+        file.write(text)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -168,9 +168,15 @@ def join(device: str, timeout_s: float = 1800.0) -> Iterator[Ranks]:
         if Ranks.is_broken(error):
             said = str(error).splitlines()[0]
             raise PeerLost(f"rank {rank} of {world} lost its peers: {said}") from error
-        dist.destroy_process_group()
+        _leave(alone=world > 1 and getattr(error, "this_rank_only", False))
         raise
     dist.destroy_process_group()
+
+
+def _leave(*, alone: bool) -> None:
+    """Leave the process group, unless the peers know nothing of it: NCCL's waits for them."""
+    if not alone:
+        dist.destroy_process_group()
 
 
 def seed_everything(*numbers: int) -> None:

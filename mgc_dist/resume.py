@@ -1,12 +1,15 @@
 """What a run goes on from, and what it must agree with."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mgc_dist import checkpoint
 from mgc_dist.config import RunConfig
-from mgc_dist.errors import UserError
+from mgc_dist.errors import EXIT_NO_CHECKPOINT, UserError
+from mgc_dist.journal import read_metrics
+from mgc_dist.plan import Plan
 from mgc_dist.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -14,12 +17,35 @@ log = logging.getLogger(__name__)
 FAMILIES = ((0,), (1, 2), (3,))
 """ZeRO stages whose checkpoints can be read by one another, on any number of ranks."""
 
+CHANGEABLE = {
+    "lr": "--lr",
+    "head-lr": "--head-lr",
+    "weight-decay": "--weight-decay",
+    "warmup-fraction": "--warmup-fraction",
+    "final-lr-fraction": "--final-lr-fraction",
+    "clip-norm": "--clip-norm",
+    "loss": "--loss",
+    "bias-table": "bias table (--bias-table)",
+    "model": "--model",
+    "epochs": "positions (--epochs)",
+    "global-batch": "--global-batch",
+    "seed": "--seed",
+    "window-shards": "--window-shards",
+    "shards": "data set (--shards)",
+}
+"""What `--change NAME` allows to differ: the name -> its key in a run's identity."""
+_OF_THE_ORDER = ("seed", "window-shards", "shards")
+
+Changes = dict[str, tuple[Any, Any]]
+"""Key of the identity -> (what it is now, what it was)."""
+
 
 def all_choose(config: RunConfig, ranks: Ranks) -> Path | None:
     """The checkpoint that `--resume` means; None to start from the beginning (a collective).
 
     Raises:
-        UserError: there is none where one is needed, or it is damaged, or none is whole (65).
+        UserError: there is none where one is needed, or it is damaged, or none is whole (65), or
+            all that have been saved are gone (65).
     """
     run, resume = config.run, config.resume
     if resume == "never":
@@ -42,9 +68,24 @@ def all_choose(config: RunConfig, ranks: Ranks) -> Path | None:
             expected=f"one in {run / checkpoint.FOLDER}",
             cure="--resume auto starts from the beginning if there is none",
         )
+    if found is None:
+        ranks.all_decide(lambda: _refuse_vanished(run))
     if found is None and ranks.is_first:
         log.info("no checkpoint in %s: starting from the beginning", run)
     return found
+
+
+def _refuse_vanished(run: Path) -> None:
+    saved = read_metrics(run, "checkpoint")
+    if saved:
+        raise UserError(
+            f"checkpoints in {run / checkpoint.FOLDER}",
+            got=f"none, though {len(saved)} have been saved, "
+            f"the last one at samples_seen {saved[-1]['samples_seen']}",
+            expected="at least one of them",
+            cure="bring one back, or begin again with --fresh: nothing is deleted",
+            exit_code=EXIT_NO_CHECKPOINT,
+        )
 
 
 def must_reshape(folder: Path, *, world: int, zero_stage: int) -> bool:
@@ -67,20 +108,64 @@ def must_reshape(folder: Path, *, world: int, zero_stage: int) -> bool:
     return (int(facts["world"]), theirs) != (world, zero_stage)
 
 
-def refuse_change(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def refuse_change(
+    what: str, ours: dict[str, Any], theirs: dict[str, Any], allowed: Sequence[str] = ()
+) -> Changes:
     """Refuse to go on as another run than the one that was started.
 
+    Args:
+        what: that was made by the other one, in the error message.
+        ours: identity of this run.
+        theirs: of the one that was started.
+        allowed: names after `--change`.
+
+    Returns:
+        The differences that were allowed.
+
     Raises:
-        UserError: it names the first difference, with both values.
+        UserError: it names the first other difference, with both values.
     """
-    for name, value in ours.items():
-        if theirs.get(name) != value:
+    names = {key: name for name, key in CHANGEABLE.items()}
+    changes: Changes = {}
+    for key, value in ours.items():
+        before = theirs.get(key, "not written down")
+        if before == value:
+            continue
+        if names.get(key) not in allowed:
+            way = f"allow it with --change {names[key]}, " if key in names else ""
             raise UserError(
-                f"{what}: {name}",
+                f"{what}: {key}",
                 got=value,
-                expected=f"{theirs.get(name)}, as the run was started with",
-                cure="give the same, or start another run with --run",
+                expected=f"{before}, as the run was started with",
+                cure=f"give the same, {way}or start another run with --run",
             )
+        changes[key] = (value, before)
+    return changes
+
+
+def refuse_position(changes: Changes, plan: Plan, samples_seen: int) -> None:
+    """Refuse an allowed change where the position in the order would have no meaning any more.
+
+    Raises:
+        UserError: samples_seen is no end of a step of the new plan; or the order changes in the
+            middle of an epoch, in which some rows would come twice and others not at all.
+    """
+    plan.step_of(samples_seen)
+    for name in _OF_THE_ORDER:
+        if CHANGEABLE[name] in changes and samples_seen % plan.rows:
+            raise UserError(
+                f"--change {name} at samples_seen {samples_seen}",
+                got=f"{samples_seen % plan.rows} of {plan.rows} rows into an epoch",
+                expected="the end of one: in this epoch some rows would come twice, others never",
+                cure=f"give the same --{name}, or --resume a checkpoint at the end of an epoch",
+            )
+
+
+def holds_best(run: Path, samples_seen: int, macro_f1: float) -> bool:
+    """Whether RUN/best is the model of a validation: not one of a way that was gone back from."""
+    exports = [line for line in read_metrics(run, "validation") if line.get("exported")]
+    last = (exports[-1]["samples_seen"], exports[-1]["track_macro_f1"]) if exports else None
+    return last == (samples_seen, macro_f1)
 
 
 def set_aside(run: Path) -> None:

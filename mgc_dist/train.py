@@ -1,5 +1,6 @@
 """`deepspeed launch/train.py`: the main model on ranks that stream the shards."""
 
+import hashlib
 import json
 import logging
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from mgc_dist.errors import EXIT_BAD_INPUT, UserError, exit_code_of
 from mgc_dist.stop import Stop
 
 if TYPE_CHECKING:
-    from torch.nn import Parameter
+    from torch.nn import Module, Parameter
 
     from mgc_dist.data import ShardSet
     from mgc_dist.fit import Fit, State
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mgc_dist.logits import BiasTable
     from mgc_dist.plan import Plan
     from mgc_dist.ranks import Ranks
+    from mgc_dist.resume import Changes
     from mgc_dist.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -99,8 +101,8 @@ def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
     from mgc_dist import lease
 
     peers, journal, run = fit.ranks, fit.journal, fit.run
-    state = _resume(fit)  # what is refused up to here leaves the run folder as it was
-    peers.all_decide(lambda: _open_run(fit, held, state))
+    state, changes = _resume(fit)  # what is refused up to here leaves the run folder as it was
+    peers.all_decide(lambda: _open_run(fit, held, state, changes))
     _say_arithmetic(fit, state)
     outcome = "failed"
     try:
@@ -109,11 +111,12 @@ def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
         journal.status("running", samples_seen=state.samples_seen, total=fit.plan.total)
         outcome = "done" if fit.train(state, held, watch) else "stopped"
         journal.write(outcome, samples_seen=state.samples_seen)
-        peers.all_decide(lambda: _close_run(fit, state, outcome))
+        peers.all_decide(lambda: _close_run(fit, held, state, outcome))
     except BaseException as error:
         told = _in_words(fit, watch, error)
         code, reason = exit_code_of(told), f"{type(told).__name__}: {told}"
-        journal.status("failed", reason=reason, exit_code=code, samples_seen=state.samples_seen)
+        if held.seems_ours():  # else status.json is of the run that has taken the folder over
+            journal.status("failed", reason=reason, exit_code=code, samples_seen=state.samples_seen)
         raise told from error.__cause__ if told is error else error
     finally:
         if peers.is_first:
@@ -208,7 +211,10 @@ def _build(
         sample_rate=found.sample_rate,
         learns_gain=config.objective.learns_gain,
     ).to(peers.device)
-    identity = identity | {"frozen weights of --model": frozen_fingerprint(model)}
+    identity = identity | {
+        "frozen weights of --model": frozen_fingerprint(model),
+        "shapes of --model": _shapes(model),
+    }
     precision, on_gpu = config.engine.precision, peers.device.type == "cuda"
     bf16 = precision == "bf16" or (
         precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -239,6 +245,12 @@ def _build(
         journal=Journal(config.output.run, writes=peers.is_first),
         stop=stop,
     )
+
+
+def _shapes(model: "Module") -> str:
+    """A hash of what is trained and frozen, by name and shape: what an optimizer's state fits."""
+    lines = [f"{n} {tuple(p.shape)} {p.requires_grad}" for n, p in model.named_parameters()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _elements(parameter: "Parameter") -> int:
@@ -279,10 +291,11 @@ def _identity(
     """What must be the same for a checkpoint to go on here, under the user's names."""
     from mgc_dist.plan import ORDER_VERSION
 
-    objective, model = asdict(config.objective), config.main.model
+    objective, model, optim = asdict(config.objective), config.main.model, config.optim
     return {
         "--loss": " ".join(f"{key}={value}" for key, value in objective.items()),
         "data set (--shards)": shards.manifest.dataset_id,
+        "genres": ", ".join(shards.manifest.genres),
         "bias table (--bias-table)": table.header.table_sha256 if table else "none",
         "order version": ORDER_VERSION,
         "--seed": plan.seed,
@@ -293,6 +306,12 @@ def _identity(
         "positions (--epochs)": plan.total,
         "--model": str(Path(model).resolve()) if Path(model).exists() else model,
         "--freeze": config.main.freeze,
+        "--lr": optim.lr,
+        "--head-lr": optim.head_lr,
+        "--weight-decay": optim.weight_decay,
+        "--warmup-fraction": optim.warmup_fraction,
+        "--final-lr-fraction": optim.final_lr_fraction,
+        "--clip-norm": optim.clip_norm,
     }
 
 
@@ -313,30 +332,53 @@ def _is_complete(config: TrainConfig, identity: dict[str, Any]) -> bool:
             expected="a new or empty one",
             cure="continue it with --resume auto, begin again with --fresh, or name another --run",
         )
-    from mgc_dist.resume import refuse_change
+    from mgc_dist.resume import CHANGEABLE, refuse_change
 
     complete = used and resume == "auto" and (run / DONE).is_file()
-    if complete:
+    if complete or _comes_from_elsewhere(config):
         trained = json.loads((run / "env.json").read_text())["identity"]
-        refuse_change(f"--run {run}, which is complete", identity, trained)
-    return complete
+        what = f"--run {run}, which {'is complete' if complete else 'holds another run'}"
+        changes = refuse_change(what, identity, trained, config.output.change)
+        return complete and CHANGEABLE["epochs"] not in changes
+    return False
 
 
-def _resume(fit: "Fit") -> "State":
-    """Weights, optimizer and state of the checkpoint that is asked for (a collective)."""
+def _comes_from_elsewhere(config: TrainConfig) -> bool:
+    """Whether a used run folder would go on from another one's checkpoint, over its own."""
+    from mgc_dist import checkpoint
+
+    run, resume = config.output.run, config.output.resume
+    own = (run / checkpoint.FOLDER).resolve()
+    named = resume not in ("never", "auto", "latest")
+    return named and (run / "env.json").is_file() and Path(resume).resolve().parent != own
+
+
+def _resume(fit: "Fit") -> tuple["State", "Changes"]:
+    """Weights, optimizer and state of the checkpoint that is asked for (a collective).
+
+    Returns:
+        The state, and in what this run was allowed to differ from the checkpoint's.
+    """
     from mgc_dist import checkpoint, lease, resume
     from mgc_dist.fit import State
 
     config, peers = fit.config.output, fit.ranks
     folder = resume.all_choose(config, peers)
+    changes: Changes = {}
     if folder is None:
         state = State()
     else:
         facts = checkpoint.facts(folder)
-        resume.refuse_change(f"checkpoint {folder}", fit.identity, facts["identity"])
+        changes = resume.refuse_change(
+            f"checkpoint {folder}", fit.identity, facts["identity"], config.change
+        )
         stage = fit.engine.zero_stage
         reshape = resume.must_reshape(folder, world=peers.world, zero_stage=stage)
         state = State(**fit.engine.all_load(folder, reshape=reshape))
+        resume.refuse_position(changes, fit.plan, state.samples_seen)
+        best = (state.best_samples_seen, state.best_macro_f1)
+        if not peers.all_decide(lambda: resume.holds_best(config.run, *best)):
+            state.best_samples_seen, state.best_macro_f1 = 0, -1.0  # the next validation exports
         log.info("resuming from %s", folder)
         if reshape:
             log.info(
@@ -351,10 +393,10 @@ def _resume(fit: "Fit") -> "State":
             expected=f"fewer than {config.max_tries} (--max-tries)",
             cure=f"{config.run / 'train.log'} says what happened; then raise --max-tries once",
         )
-    return state
+    return state, changes
 
 
-def _open_run(fit: "Fit", held: "Lease", state: "State") -> None:
+def _open_run(fit: "Fit", held: "Lease", state: "State", changes: "Changes") -> None:
     """Write down what runs here (rank 0)."""
     import platform
     import socket
@@ -378,15 +420,23 @@ def _open_run(fit: "Fit", held: "Lease", state: "State") -> None:
         "dataset_id": fit.shards.manifest.dataset_id,
         "identity": fit.identity,
     }
-    again = replace(fit.config, output=replace(fit.config.output, fresh=False))
+    again = replace(fit.config, output=replace(fit.config.output, fresh=False, change=()))
     replace_text(fit.run / "config.yaml", cli.dump("train", again))
     replace_text(fit.run / "env.json", json.dumps(content, indent=1))
     replace_text(fit.run / "ds_config.json", json.dumps(fit.engine.config, indent=1))
     display.start_logging(fit.ranks.rank, fit.run / "train.log")
+    for key, (ours, theirs) in changes.items():
+        log.info(
+            "changed from samples_seen %d on: %s", state.samples_seen, f"{key}: {theirs} -> {ours}"
+        )
+        fit.journal.write(
+            "changed", samples_seen=state.samples_seen, name=key, before=str(theirs), now=str(ours)
+        )
 
 
-def _close_run(fit: "Fit", state: "State", outcome: str) -> None:
+def _close_run(fit: "Fit", held: "Lease", state: "State", outcome: str) -> None:
     """Leave the marker that batch scripts read, and say what comes next (rank 0)."""
+    held.check()
     (fit.run / (DONE if outcome == "done" else REQUEUE)).touch()
     fit.journal.status(outcome, samples_seen=state.samples_seen, total=fit.plan.total, exit_code=0)
     if outcome == "done":

@@ -129,17 +129,21 @@ class Watch:
         except PeerLost as error:
             log.error("%s", error)
             leave(error.exit_code)
+        except OSError as error:  # the file server is away: the commit will look again
+            log.warning("rank %d: the lease cannot be seen: %s", self._rank, error)
 
     def _give_up(self, seconds: float) -> NoReturn:
-        names = "; ".join(self._missing()) or "no other rank is seen to be missing"
-        log.error(
-            "rank %d has come no further for %.0f s, at step %d (%s): %s; ending it, the last "
-            "checkpoint is untouched",
-            *(self._rank, seconds, self._step + 1, self._phase, names),
-        )
-        for file in _log_files():
-            faulthandler.dump_traceback(file, all_threads=True)
-        leave(EXIT_TEMPORARY)
+        try:
+            names = "; ".join(self._missing()) or "no other rank is seen to be missing"
+            log.error(
+                "rank %d has come no further for %.0f s, at step %d (%s): %s; ending it, the last "
+                "checkpoint is untouched",
+                *(self._rank, seconds, self._step + 1, self._phase, names),
+            )
+            for file in _log_files():
+                faulthandler.dump_traceback(file, all_threads=True)
+        finally:  # whatever cannot be said
+            leave(EXIT_TEMPORARY)
 
     def _missing(self, *, sure: bool = False) -> list[str]:
         """Ranks that have failed, died or fallen silent, in words.

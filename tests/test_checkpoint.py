@@ -1,5 +1,6 @@
 """Checkpoints: complete or invisible; damaged ones are named and passed over."""
 
+import errno
 import json
 import logging
 from pathlib import Path
@@ -176,6 +177,71 @@ def test_a_bit_flipped_anywhere_in_the_manifest_is_damage(
     except ValueError:
         means_the_same = False
     assert means_the_same or checkpoint.damage(path.parent)
+
+
+def test_what_rank_0_does_not_see_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run folder on each node's own disk: what other nodes write is not there."""
+    good = commit(tmp_path, 1, keep=1)
+    gather = Ranks.all_gather
+
+    def with_another(self: Ranks, value: object) -> list[object]:
+        values: list[object] = gather(self, value)
+        if isinstance(value, tuple):
+            theirs = checkpoint.Written(name="of rank 1.pt", bytes=7, sha256="0")
+            values.append(([theirs], ""))
+        return values
+
+    monkeypatch.setattr(Ranks, "all_gather", with_another)
+    with pytest.raises(checkpoint.SaveFailed, match=r"of rank 1.pt: rank 0 sees nothing of the 7"):
+        commit(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert newest(tmp_path) == good
+
+
+def test_a_kill_while_a_step_is_saved_again_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that went back comes to the step again; with keep=1 there is no other checkpoint."""
+    commit(tmp_path, 5, keep=1)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name.startswith("tmp-"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            commit(tmp_path, 5, keep=1)
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.name == "step-00000005"
+
+
+def test_an_old_one_that_cannot_be_deleted_fails_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mgc_dist"), "propagate", True)
+    commit(tmp_path, 1, keep=1)
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))  # open files on NFS
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", busy)
+        for step in (2, 3):
+            assert commit(tmp_path, step, keep=1) == newest(tmp_path)
+        assert "del-00000001 cannot be removed" in caplog.text
+        (tmp_path / "checkpoints" / "tmp-00000004").mkdir()
+        with pytest.raises(checkpoint.SaveFailed, match="tmp-00000004: it is in the way"):
+            commit(tmp_path, 4, keep=1)
+    commit(tmp_path, 4, keep=1)
+    names = [path.name for path in (tmp_path / "checkpoints").glob("*-*")]
+    assert names == ["step-00000004"]
 
 
 def test_a_file_that_no_manifest_lists_is_damage(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgc_dist import cli, config
@@ -54,6 +54,7 @@ text = st.text("abcXYZ019-_./= ", min_size=1, max_size=12).filter(lambda s: s.st
 number = st.floats(1e-9, 1e9, allow_nan=False).filter(math.isfinite)
 
 
+@settings(deadline=None)
 @given(number, st.integers(1, 10**9), text, text, st.booleans())
 def test_dump_reads_back_equal(lr: float, batch: int, run: str, table: str, flag: bool) -> None:
     made = TrainConfig(
@@ -69,6 +70,15 @@ def test_dump_reads_back_equal(lr: float, batch: int, run: str, table: str, flag
         assert parse("--config", str(file)) == made
     finally:
         file.unlink()
+
+
+def test_changes_are_named_one_by_one(tmp_path: Path) -> None:
+    made = parse("--change", "lr", "--lr", "1e-4", "--change=epochs")
+    assert made.output.change == ("lr", "epochs")
+    (tmp_path / "c.yaml").write_text(cli.dump("train", made))
+    assert parse("--config", str(tmp_path / "c.yaml")) == made
+    with pytest.raises(SystemExit):
+        parse("--change", "freeze")
 
 
 def test_misspelt_key_names_file_and_near_miss(tmp_path: Path) -> None:

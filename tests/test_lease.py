@@ -1,5 +1,6 @@
 """The lease of a run folder, and the record of attempts."""
 
+import errno
 import json
 import os
 import time
@@ -48,6 +49,24 @@ def test_a_holder_with_a_heartbeat_is_left_alone(tmp_path: Path) -> None:
     os.waitpid(pid, 0)
 
 
+def test_two_that_take_a_folder_at_once_do_not_spoil_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is slow: the second begins to write before the first has ended."""
+    sync = os.fsync
+    pid = os.fork()
+    if pid == 0:
+        os.fsync = lambda handle: time.sleep(0.6)  # type: ignore[assignment]
+        lease.acquire(tmp_path, "one")
+        os._exit(0)
+    time.sleep(0.2)
+    monkeypatch.setattr(os, "fsync", lambda handle: (time.sleep(1.0), sync(handle)))
+    held = lease.acquire(tmp_path, "two")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert held.is_ours(), "the last one has it, and the other can see so"
+    assert [path.name for path in tmp_path.iterdir()] == ["lease.json"]
+
+
 def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
     here = lease.this_process()
     assert not here.seen_dead()
@@ -57,6 +76,25 @@ def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
     assert other.seen_dead()
     foreign = lease.Process(host="elsewhere", boot_id="x", pid=1, started_ticks=0)
     assert not foreign.seen_dead(), "nothing is known of other machines"
+
+
+def test_a_lease_that_cannot_be_read_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = lease.acquire(tmp_path, "ours")
+
+    def away(self: Path, **kwargs: str) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", away)
+        with pytest.raises(OSError, match="Stale file handle"):
+            held.check()
+        assert held.seems_ours()
+        held.release()
+    held.check()
+    (tmp_path / "lease.json").write_text('{"attempt": "theirs"}')
+    assert not held.seems_ours()
 
 
 def test_tries_without_progress_are_counted(tmp_path: Path) -> None:
@@ -74,4 +112,6 @@ def test_tries_without_progress_are_counted(tmp_path: Path) -> None:
     with (tmp_path / "attempts.jsonl").open("a") as file:
         file.write('{"attempt": "cut by a k')
     assert lease.fruitless_tries(tmp_path, 20) == 2, "a stop on request ends the count"
+    lease.record_start(tmp_path, "f", 20, 2)
+    assert lease.fruitless_tries(tmp_path, 20) == 3, "what a kill has cut swallows no line"
     assert lease.fruitless_tries(tmp_path, 40) == 0, "a checkpoint was gained"

@@ -103,3 +103,17 @@ def test_seeds_depend_on_every_number() -> None:
     assert draw(1, 2, 3) == draw(1, 2, 3)
     others = [draw(1, 2, 3), draw(0, 2, 3), draw(1, 3, 2), draw(1, 2, 4)]
     assert len(set(others)) == 4
+
+
+def left_in_order(alone: bool) -> int:
+    """How often a rank that fails leaves the process group in order."""
+    left: list[int] = []
+    ranks.dist.destroy_process_group = lambda: left.append(1)
+    with pytest.raises(UserError), ranks.join("cpu"):
+        raise UserError("x", got=1, expected="2", cure="3", this_rank_only=alone)
+    return len(left)
+
+
+def test_a_rank_that_fails_alone_does_not_wait_for_its_peers() -> None:
+    assert run_ranks(2, left_in_order, True) == [0, 0], "NCCL's farewell waits for all ranks"
+    assert run_ranks(2, left_in_order, False) == [1, 1], "all ranks have met it"

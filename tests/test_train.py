@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 from conftest import NOISY, build_tiny, run_ranks, write_model
 from harness import slow, weights_hash
 
+from mgc_dist import checkpoint, train
 from mgc_dist import fit as fit_module
-from mgc_dist import train
 from mgc_dist.config import (
     DataConfig,
     EngineConfig,
@@ -21,7 +22,7 @@ from mgc_dist.config import (
     RunConfig,
     TrainConfig,
 )
-from mgc_dist.errors import UserError
+from mgc_dist.errors import PeerLost, UserError
 from mgc_dist.journal import read_metrics, read_status
 
 
@@ -45,6 +46,14 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "time_limit_s": 0.0,
         "max_tries": 3,
         "fresh": False,
+        "lr": 1e-3,
+        "head_lr": 3e-3,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+        "warmup_fraction": 0.1,
+        "final_lr_fraction": 0.02,
+        "change": (),
+        "validate_every_epochs": 1.0,
     } | changes
     return TrainConfig(
         data=DataConfig(
@@ -55,7 +64,14 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         main=ModelConfig(model=str(model), freeze=knobs["freeze"]),
         objective=LossConfig(loss=knobs["loss"]),
         optim=OptimConfig(
-            epochs=knobs["epochs"], global_batch=knobs["global_batch"], lr=1e-3, head_lr=3e-3
+            epochs=knobs["epochs"],
+            global_batch=knobs["global_batch"],
+            lr=knobs["lr"],
+            head_lr=knobs["head_lr"],
+            weight_decay=knobs["weight_decay"],
+            warmup_fraction=knobs["warmup_fraction"],
+            final_lr_fraction=knobs["final_lr_fraction"],
+            clip_norm=knobs["clip_norm"],
         ),
         engine=EngineConfig(
             zero_stage=knobs["zero_stage"],
@@ -74,6 +90,8 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
             time_limit_s=knobs["time_limit_s"],
             max_tries=knobs["max_tries"],
             fresh=knobs["fresh"],
+            change=knobs["change"],
+            validate_every_epochs=knobs["validate_every_epochs"],
         ),
     )
 
@@ -208,6 +226,11 @@ def test_resume_refuses_what_would_change_the_run(
         ({"seed": 3}, "--seed", 1),
         ({"zero_stage": 3}, "--zero-stage", 1),
         ({"freeze": "layers:1"}, "--freeze", 1),
+        ({"lr": 2e-3}, r"--lr: got 0.002, expected 0.001.*\n.*--change lr", 1),
+        ({"weight_decay": 0.1}, "--weight-decay", 1),
+        ({"clip_norm": 0.1}, "--clip-norm", 1),
+        ({"warmup_fraction": 0.2}, "--warmup-fraction", 1),
+        ({"final_lr_fraction": 0.2}, "--final-lr-fraction", 1),
         ({"model": str(write_model(tmp_path / "wide.json", hidden_size=64))}, "--model", 1),
     ):
         settings = {"model": tiny_model} | again | changes
@@ -219,6 +242,172 @@ def test_resume_refuses_what_would_change_the_run(
     other = config(shards, tiny_model, tmp_path / "other", resume="latest")
     with pytest.raises(UserError, match="no checkpoint"):
         run_ranks(1, train.run, other)
+
+
+@pytest.mark.parametrize("stage", [0, slow(1), 2, 3])
+def test_an_allowed_change_takes_effect_and_is_written_down(
+    stage: int, shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A run that changes at once is the reference: that a resumed one follows it to the bit."""
+    ours: dict[str, Any] = {"lr": 4e-3, "weight_decay": 50.0, "clip_norm": 0.05, "loss": "ce"}
+    names = ("lr", "weight-decay", "clip-norm", "loss", "bias-table")
+    knobs: dict[str, Any] = {"zero_stage": stage, "epochs": 1.0}
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert run_ranks(2, train_until, 2, config(shards, tiny_model, run, **knobs)) == [0, 0]
+    assert run_ranks(2, changed_at, 5, ours, config(shards, tiny_model, whole, **knobs)) == [0, 0]
+    changed = config(shards, tiny_model, run, resume="auto", change=names, **knobs, **ours)
+    train_on(2, changed)
+    assert losses(run) == losses(whole)
+    assert weights_hash(run, stage) == weights_hash(whole, stage)
+    assert (
+        "changed from samples_seen 50 on: --lr: 0.001 -> 0.004" in (run / "train.log").read_text()
+    )
+    lines = read_metrics(run, "changed")
+    assert next(line["name"] for line in lines) == "--loss"
+    assert {"--weight-decay", "--clip-norm", "bias table (--bias-table)"} < {
+        str(line["name"]) for line in lines
+    }
+    assert "change: []" in (run / "config.yaml").read_text(), "it was for this once"
+
+
+def changed_at(step: int, ours: dict[str, Any], settings: TrainConfig) -> int:
+    """Train, and change the knobs of a live run before a step (counted from 0)."""
+    forward = fit_module.Fit._forward_backward
+
+    def changing(self: Any, batch: Any, *rest: Any) -> Any:
+        if batch.plan.step == step:
+            self.config = replace(
+                self.config,
+                optim=replace(self.config.optim, lr=ours["lr"]),
+                objective=replace(self.config.objective, loss=ours["loss"]),
+            )
+            self.engine._peak_lrs[0] = ours["lr"]
+            optimizer = self.engine._engine.optimizer
+            optimizer.clip_grad = ours["clip_norm"]  # stages 1 to 3
+            self.engine._engine._config.gradient_clipping = ours["clip_norm"]  # stage 0
+            for group in optimizer.param_groups:
+                group["weight_decay"] = ours["weight_decay"]
+        return forward(self, batch, *rest)
+
+    fit_module.Fit._forward_backward = changing  # type: ignore[method-assign]
+    return train.run(settings)
+
+
+def test_a_longer_run_and_another_batch_go_on_where_they_can(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train_on(1, config(shards, tiny_model, run, epochs=40 / 66))
+    again: dict[str, Any] = {"resume": "auto", "epochs": 1.0, "change": ("epochs",)}
+    train_on(1, config(shards, tiny_model, run, **again))
+    assert read_status(run)["samples_seen"] == 66
+    assert [line["samples_seen"] for line in read_metrics(run, "start")] == [0, 40]
+    again |= {"epochs": 100 / 66, "global_batch": 20, "change": ("epochs", "global-batch")}
+    with pytest.raises(UserError, match="got 66, expected a multiple of the global batch 20"):
+        run_ranks(1, train.run, config(shards, tiny_model, run, **again))
+    newest = sorted((run / "checkpoints").glob("step-*"))
+    assert [path.name for path in newest] == ["step-00000004", "step-00000007"]
+    train_on(1, config(shards, tiny_model, run, **(again | {"resume": str(newest[0])})))
+    assert read_status(run)["samples_seen"] == 100
+    assert sorted(path.name for path in (run / "checkpoints").glob("*-*")) == [
+        "aside-step-00000007",
+        "step-00000004",
+        "step-00000005",
+    ]
+
+
+def test_another_runs_checkpoint_does_not_take_a_used_folder_over(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    train_on(1, config(shards, tiny_model, mine, epochs=0.3, seed=1))
+    train_on(1, config(shards, tiny_model, other, epochs=0.5))
+    before = sorted(mine.rglob("*"))
+    newest = sorted((other / "checkpoints").glob("step-*"))[-1]
+    into = config(shards, tiny_model, mine, epochs=0.5, resume=str(newest))
+    with pytest.raises(UserError, match=r"which holds another run: --seed: got 0, expected 1"):
+        run_ranks(1, train.run, into)
+    assert sorted(mine.rglob("*")) == before
+
+
+def fail_in_validation(settings: TrainConfig) -> int:
+    def damaged(*args: Any, **kwargs: Any) -> None:
+        raise UserError("damaged record", got="1", expected="2", cure="3")
+
+    fit_module.all_score = damaged
+    return train.run(settings)
+
+
+def test_a_validation_that_fails_costs_no_training(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    knobs: dict[str, Any] = {"checkpoint_every_epochs": 1.0}
+    train_on(1, config(shards, tiny_model, whole, **knobs))
+    with pytest.raises(UserError, match="damaged record"):
+        run_ranks(1, fail_in_validation, config(shards, tiny_model, run, **knobs))
+    train_on(1, config(shards, tiny_model, run, resume="auto", **knobs))
+    assert [line["samples_seen"] for line in read_metrics(run, "start")] == [0, 70]
+    assert losses(run) == losses(whole)
+    figures = [
+        [(line["samples_seen"], line["track_nll"]) for line in read_metrics(path, "validation")]
+        for path in (run, whole)
+    ]
+    assert figures[0] == figures[1], "the one that was owed has been made up for"
+    best = (run / "best" / "model.safetensors").read_bytes()
+    assert best == (whole / "best" / "model.safetensors").read_bytes()
+
+
+def test_a_stop_saves_at_once_and_validates_when_it_goes_on(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    knobs: dict[str, Any] = {"validate_every_epochs": 10 / 66, "epochs": 1.0}  # at every step
+    assert run_ranks(1, train_until, 2, config(shards, tiny_model, run, **knobs)) == [0]
+    seen = [line["samples_seen"] for line in read_metrics(run, "validation")]
+    assert seen == [10, 20, 30, 40], "not at the step of the stop: its grace may be short"
+    train_on(1, config(shards, tiny_model, run, resume="auto", **knobs))
+    seen = [line["samples_seen"] for line in read_metrics(run, "validation")]
+    assert seen == [10, 20, 30, 40, 50, 60, 66]
+
+
+def test_a_checkpoint_that_goes_on_in_a_new_folder_gets_a_best_model_there(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    knobs: dict[str, Any] = {"validate_every_epochs": 10 / 66, "epochs": 1.0}
+    train_on(1, config(shards, tiny_model, old, **knobs))
+    start = sorted((old / "checkpoints").glob("step-*"))[0]
+    still: dict[str, Any] = {"lr": 0.0, "head_lr": 0.0, "change": ("lr", "head-lr")}
+    again = config(shards, tiny_model, new, resume=str(start), **knobs, **still)
+    train_on(1, again)  # nothing is learned any more, so no figure gets better than the old best
+    assert (new / "best" / "model.safetensors").is_file()
+    lines = read_metrics(new, "validation")
+    assert [line["exported"] for line in lines] == [True, *[False] * (len(lines) - 1)]
+
+
+def lose_the_lease(settings: TrainConfig) -> int:
+    """Another run takes the folder over just before a checkpoint is committed."""
+    write = checkpoint._write_manifest
+
+    def taken(*args: Any) -> None:
+        write(*args)
+        run = settings.output.run
+        (run / "lease.json").write_text('{"attempt": "theirs", "host": "elsewhere"}')
+        (run / "status.json").write_text('{"state": "running", "samples_seen": 70}')
+
+    checkpoint._write_manifest = taken
+    return train.run(settings)
+
+
+def test_who_has_lost_the_folder_does_not_speak_for_it(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(PeerLost, match="elsewhere has taken it over"):
+        run_ranks(1, lose_the_lease, config(shards, tiny_model, run))
+    assert read_status(run) == {"state": "running", "samples_seen": 70}, "the newer run's words"
+    assert (run / "lease.json").exists()
 
 
 def test_a_complete_run_is_left_alone(

@@ -1,13 +1,15 @@
 """Heartbeats, and what they say of a rank that is missing."""
 
 import json
+import logging
 import os
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from mgc_dist import lease, watch
+from mgc_dist import display, lease, watch
 from mgc_dist.errors import UserError
 from mgc_dist.stop import Stop
 
@@ -66,6 +68,44 @@ def test_an_error_is_left_for_the_peers(held: lease.Lease) -> None:
     beat = json.loads(lease.heartbeat_file(held.run, "ours", 0).read_text())
     assert beat["error"].startswith("--x: got 1")
     assert beat["exit_code"] == 2
+
+
+def test_a_file_server_that_is_away_ends_nothing(
+    held: lease.Lease, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mgc_dist"), "propagate", True)
+    left: list[int] = []
+    monkeypatch.setattr(watch, "leave", left.append)
+    read = lease._read
+
+    def away(path: Path) -> object:
+        if path.name == lease.LEASE:
+            raise OSError(5, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(lease, "_read", away)
+    with watching(held):
+        time.sleep(1.2)
+    assert "the lease cannot be seen" in caplog.text
+    assert not left
+
+
+def test_a_rank_that_hangs_ends_though_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)  # as `| tee`, killed by the same Ctrl-C
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stdout.write("what a library printed")
+        display.start_logging(0)
+        held = lease.acquire(tmp_path, "ours")
+        with watch.Watch(held, 0, 1, Stop(), hang_timeout_s=0.1):
+            time.sleep(20)
+        os._exit(0)
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
 
 
 def test_a_heartbeat_tells_where_the_rank_is(held: lease.Lease) -> None:

@@ -33,6 +33,31 @@ def full(rank: int, first: int, last: int) -> Patch:
     return patch
 
 
+def test_a_tool_beside_the_checkpoints_cannot_be_written(
+    shards: Path, noisy: Path, undisturbed: str, tmp_path: Path
+) -> None:
+    """DeepSpeed copies zero_to_fp32.py on rank 0, between two collectives."""
+    run = tmp_path / "run"
+
+    def no_room(rank: int) -> None:
+        from deepspeed.runtime import engine
+
+        copy, calls = engine.copyfile, iter(range(1000))
+
+        def failing(source: str, target: str) -> None:
+            if next(calls) == 2:  # the first one of the second save
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+            copy(source, target)
+
+        engine.copyfile = failing
+
+    settings = config(shards, noisy, run, hang_timeout_s=20.0, **KNOBS)
+    job = start(settings, tmp_path, patch=no_room)
+    job.wait()
+    assert_survived(job, run, undisturbed, codes=[0, 0], message="No space left on device")
+    assert len(read_metrics(run, "save_failed")) == 1
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_save_fails_and_the_run_goes_on(
     rank: int, shards: Path, noisy: Path, undisturbed: str, tmp_path: Path
