@@ -78,6 +78,9 @@ CONDITIONS = {
 }
 CHECK = "poe-0"
 """Must end as `ce` does; trained for the first seed only, and in no table."""
+CHECK_EPOCHS = 0.5
+"""How long both are trained for that: 30 steps. Rounding grows with each step; after 600 it had
+become 0.23 of a probability, and 10 of 240 predictions were others (docs/log.md, 2026-11-25)."""
 SHORT = ("ce", "poe-0.5", "reweight")
 FIGURES = {
     "in_distribution_track": "in distribution: tracks",
@@ -209,9 +212,12 @@ def artefacts(home: Path) -> dict[str, str]:
         return {row["track"].replace(".", "_"): row["artefact"] for row in csv.DictReader(file)}
 
 
-def train_and_measure(seed: Seed, name: str, model: str, epochs: float) -> dict[str, float]:
+def train_and_measure(
+    seed: Seed, name: str, model: str, epochs: float, prefix: str = ""
+) -> dict[str, float]:
     """One run by the ordinary commands; its figures."""
-    started, run, condition = time.perf_counter(), seed.folder / "runs" / name, CONDITIONS[name]
+    started, condition = time.perf_counter(), CONDITIONS[name]
+    run = seed.folder / "runs" / f"{prefix}{name}"
     words = ["launch/train.py", "--shards", seed.shards, "--run", run, "--model", model]
     words += [
         "--bias-table",
@@ -230,7 +236,7 @@ def train_and_measure(seed: Seed, name: str, model: str, epochs: float) -> dict[
     found = figures(seed, run)
     shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
     spent_s = time.perf_counter() - started
-    print(f"seed {seed.number}, {name}: {shown} ({spent_s:.0f} s)", file=sys.stderr, flush=True)
+    print(f"seed {seed.number}, {run.name}: {shown} ({spent_s:.0f} s)", file=sys.stderr, flush=True)
     return found
 
 
@@ -267,8 +273,8 @@ def beta_0_against_ce(seed: Seed) -> dict[str, float]:
         (one, other)
         for name in ("test", "shifted")
         for one, other in zip(
-            predictions(seed.folder / "runs" / "ce", name),
-            predictions(seed.folder / "runs" / CHECK, name),
+            predictions(seed.folder / "runs" / "check-ce", name),
+            predictions(seed.folder / "runs" / f"check-{CHECK}", name),
             strict=True,
         )
     ]
@@ -340,14 +346,16 @@ def table(content: dict[str, Any]) -> str:
 def measure(names: list[str], seeds: list[Seed], words: argparse.Namespace) -> dict[str, Any]:
     """All runs, `--jobs` at a time, and what they show."""
     jobs = [(seed, name) for seed in seeds for name in names]
-    if CHECK not in names:
-        jobs.insert(len(names), (seeds[0], CHECK))
+
+    def check(name: str) -> None:
+        train_and_measure(seeds[0], name, words.model, CHECK_EPOCHS, prefix="check-")
 
     def work(job: tuple[Seed, str]) -> dict[str, float]:
         return train_and_measure(*job, words.model, words.epochs)
 
     with ThreadPoolExecutor(words.jobs) as pool:
         list(pool.map(prepare, seeds))
+        list(pool.map(check, ("ce", CHECK)))
         done = dict(zip(jobs, pool.map(work, jobs), strict=True))
     bias = [json.loads((seed.shards / "bias" / "report.json").read_text()) for seed in seeds]
     return {

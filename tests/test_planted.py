@@ -12,6 +12,7 @@ from test_synth import digest
 
 from mgc_dist import planted, synth
 from mgc_dist.config import SynthConfig
+from mgc_dist.errors import UserError
 from mgc_dist.music import STYLES
 from mgc_dist.planted import GENRES, SAMPLE_RATE, Artist, Planted
 
@@ -111,3 +112,20 @@ def test_same_seed_same_bytes_for_any_number_of_processes(tmp_path: Path) -> Non
         synth.run(config(folder, tracks_per_genre=1, **changes))
     one, two, other = (digest(folder) for folder in folders)
     assert one == two != other
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("shortcut_strength", 1.1, "--shortcut-strength"),
+        ("shortcut_strength", float("nan"), "--shortcut-strength"),
+        ("tone_db", 30.0, "--tone-db"),
+        ("duration_s", 0.5, "--duration-s"),
+        ("validation_tracks", 0, "--validation-tracks"),
+        ("test_tracks", 0, "--test-tracks"),
+        ("shifted_tracks", 20_001, "--shifted-tracks"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(field: str, value: float, flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag}: got"):
+        config(Path("out"), **{field: value})
