@@ -532,6 +532,14 @@ class EngineConfig:
     max_refused_steps: int = 10
     """Steps in a row with a loss or gradient that is not finite, after which the run ends (70)."""
 
+    @property
+    def group_timeout_s(self) -> float:
+        """Seconds after which a collective fails by itself, and a start is given up.
+
+        Later than a rank is ended for hanging, which says more.
+        """
+        return 1.5 * self.hang_timeout_s + 60
+
     def __post_init__(self) -> None:
         _require(
             "--micro-batch", self.micro_batch >= 1, self.micro_batch, "at least 1", "8 is usual"

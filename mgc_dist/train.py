@@ -53,9 +53,7 @@ def run(config: TrainConfig) -> int:
             table = logits.read(data.table, shards.manifest)
         plan = _plan(config, shards)
         identity = _identity(config, shards, table, plan)
-        # the watch ends a rank that hangs, with better words than the group's own time-out
-        timeout_s = 1.5 * config.engine.hang_timeout_s + 60
-        with ranks.join(config.engine.device, timeout_s) as peers:
+        with ranks.join(config.engine.device, config.engine.group_timeout_s) as peers:
             display.start_logging(peers.rank)
             if config.output.dry_run:
                 return _forecast(config, shards, plan, peers)
@@ -193,6 +191,7 @@ def _build(
     from mgc_dist.model import build_main, frozen_fingerprint
     from mgc_dist.objective import Objective
     from mgc_dist.plan import lay_out
+    from mgc_dist.watch import start_limit
 
     optim, found = config.optim, shards.manifest
     layout = lay_out(
@@ -219,19 +218,20 @@ def _build(
     bf16 = precision == "bf16" or (
         precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     )
-    engine = Engine(
-        model,
-        layout,
-        peers,
-        zero_stage=config.engine.zero_stage,
-        bf16=bf16,
-        lr=optim.lr,
-        head_lr=optim.head_lr,
-        weight_decay=optim.weight_decay,
-        clip_norm=optim.clip_norm,
-        bucket_elements=config.engine.bucket_elements,
-        compile_model=config.engine.compile,
-    )
+    with start_limit(peers.rank, config.engine.group_timeout_s):
+        engine = Engine(
+            model,
+            layout,
+            peers,
+            zero_stage=config.engine.zero_stage,
+            bf16=bf16,
+            lr=optim.lr,
+            head_lr=optim.head_lr,
+            weight_decay=optim.weight_decay,
+            clip_norm=optim.clip_norm,
+            bucket_elements=config.engine.bucket_elements,
+            compile_model=config.engine.compile,
+        )
     return Fit(
         config=config,
         identity=identity,

@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
@@ -28,6 +30,38 @@ BEAT_S = 5.0
 """Between heartbeats."""
 _LOOK_S = 0.5
 _EMPTY = {"step": 0, "phase": "", "time_s": 0.0, "error": "", "exit_code": 0}
+
+
+@contextmanager
+def start_limit(rank: int, timeout_s: float) -> Iterator[None]:
+    """A block that waits for all ranks; one that takes longer ends the process with code 75.
+
+    For DeepSpeed's initialisation, which makes process groups that wait half an hour for a rank
+    that hangs, whatever time-out the first group was given; no heartbeat is there yet.
+
+    Args:
+        rank: who we are.
+        timeout_s: that the block may take.
+    """
+
+    def give_up() -> None:
+        try:
+            log.error(
+                "rank %d has waited %.0f s for the other ranks to start: one is lost or hangs; "
+                "ending it, nothing was touched",
+                *(rank, timeout_s),
+            )
+            _dump_stacks()
+        finally:
+            leave(EXIT_TEMPORARY)
+
+    timer = threading.Timer(timeout_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Watch:
@@ -140,8 +174,7 @@ class Watch:
                 "checkpoint is untouched",
                 *(self._rank, seconds, self._step + 1, self._phase, names),
             )
-            for file in _log_files():
-                faulthandler.dump_traceback(file, all_threads=True)
+            _dump_stacks()
         finally:  # whatever cannot be said
             leave(EXIT_TEMPORARY)
 
@@ -180,6 +213,11 @@ class Watch:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return _EMPTY | dict(content)
+
+
+def _dump_stacks() -> None:
+    for file in _log_files():
+        faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _log_files() -> list[TextIO]:

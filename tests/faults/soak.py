@@ -171,7 +171,7 @@ def hit(job: Job, kind: str, victims: list[int]) -> None:
         time.sleep(0.05 * (times > 1))
     if number == signal.SIGSTOP:  # the others end by themselves; then the stopped one is removed
         others = [pid for rank, pid in enumerate(job.pids) if rank not in victims]
-        until(lambda: all(ended(pid) for pid in others), 120)
+        until(lambda: all(ended(pid) for pid in others), 240)
         for rank in victims:
             job.signal(rank, signal.SIGKILL)
 

@@ -11,7 +11,8 @@ import pytest
 from harness import Patch, assert_survived, at_step, both, slow_steps, start, steps_taken, until
 from test_train import config
 
-from mgc_dist import data, watch
+from mgc_dist import data, engine, watch
+from mgc_dist.config import EngineConfig
 
 KNOBS: dict[str, Any] = {"checkpoint_every_epochs": 0.3, "resume": "auto"}
 
@@ -62,6 +63,35 @@ def test_a_rank_hangs_in_reading(
     assert again.wait() == [0, 0], again.said
     assert_survived(job, run, undisturbed, codes=[75, 75], message="(reading)")
     assert "has come no further for" in job.said
+
+
+def test_a_rank_hangs_while_deepspeed_starts(
+    shards: Path, noisy: Path, undisturbed: str, tmp_path: Path
+) -> None:
+    # its process groups would wait half an hour: found by the soak
+    run = tmp_path / "run"
+
+    def stopped(rank: int) -> None:
+        EngineConfig.group_timeout_s = property(lambda config: 8.0)  # type: ignore[assignment]
+        imported = engine._import_deepspeed
+
+        def stop_here(ranks: Any) -> Any:
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return imported(ranks)
+
+        engine._import_deepspeed = stop_here
+
+    job = start(config(shards, noisy, run, **KNOBS), tmp_path, patch=stopped)
+    first = os.waitpid(job.pids[0], 0)[1]
+    job.signal(1, signal.SIGKILL)
+    second = os.waitpid(job.pids[1], 0)[1]
+    job.codes = [os.waitstatus_to_exitcode(first), os.waitstatus_to_exitcode(second)]
+    again = start(config(shards, noisy, run, **KNOBS), tmp_path)
+    assert again.wait() == [0, 0], again.said
+    message = "rank 0 has waited 8 s for the other ranks to start"
+    assert_survived(job, run, undisturbed, codes=[75, -9], message=message)
+    assert "deepspeed" in job.said, "the stacks of all threads"
 
 
 def test_a_slow_rank_is_named_and_left_alone(
