@@ -48,7 +48,7 @@ def run(config: TrainConfig) -> int:
     with ShardSet(data.shards) as shards:
         table = None
         if config.objective.loss != "ce":
-            table = logits.read(data.table, shards.manifest)
+            table = logits.read(data.table, shards.manifest, shards.keys)
         plan = _plan(config, shards)
         identity = _identity(config, shards, table, plan)
         # the watch ends a rank that hangs, with better words than the group's own time-out
@@ -100,6 +100,7 @@ def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
     state = _resume(fit)  # what is refused up to here leaves the run folder as it was
     peers.all_decide(lambda: _open_run(fit, held, state))
     _say_arithmetic(fit, state)
+    _warn_of_bias(fit)
     outcome = "failed"
     try:
         journal.write("start", samples_seen=state.samples_seen, world=peers.world)
@@ -268,6 +269,18 @@ def _say_arithmetic(fit: "Fit", state: "State") -> None:
     log.info("starting at samples_seen %d of %d", state.samples_seen, plan.total)
 
 
+def _warn_of_bias(fit: "Fit") -> None:
+    """Repeat the warnings of the bias report: its model may know too much, or the training rows."""
+    from mgc_dist import bias_report
+
+    if fit.table is None or not fit.ranks.is_first:
+        return
+    shards = fit.shards
+    report = bias_report.make(fit.table, shards.manifest, shards.labels, shards.tracks)
+    for warning in report["warnings"]:
+        log.warning("bias table %s: %s", fit.config.data.table, warning)
+
+
 def _identity(
     config: TrainConfig, shards: "ShardSet", table: "BiasTable | None", plan: "Plan"
 ) -> dict[str, Any]:
@@ -278,7 +291,7 @@ def _identity(
     return {
         "--loss": " ".join(f"{key}={value}" for key, value in objective.items()),
         "data set (--shards)": shards.manifest.dataset_id,
-        "bias table (--bias-table)": table.header.table_sha256 if table else "none",
+        "bias table (--bias-table)": table.sha256 if table else "none",
         "order version": ORDER_VERSION,
         "--seed": plan.seed,
         "--window-shards": f"{plan.window_shards} of {plan.shard_rows[0]} rows"
@@ -363,6 +376,7 @@ def _open_run(fit: "Fit", held: "Lease", state: "State") -> None:
     lease.record_start(fit.run, held.attempt, state.samples_seen, fit.ranks.world)
     for marker in (DONE, REQUEUE):
         (fit.run / marker).unlink(missing_ok=True)
+    bias = fit.table
     packages = ("mgc_dist", "torch", "transformers", "deepspeed", "numpy")
     content = {
         "versions": {name: version(name) for name in packages},
@@ -371,6 +385,7 @@ def _open_run(fit: "Fit", held: "Lease", state: "State") -> None:
         "world": fit.ranks.world,
         "device": str(fit.ranks.device),
         "dataset_id": fit.shards.manifest.dataset_id,
+        "bias_table": bias and {"name": bias.name, "fold_status": bias.fold_status},
         "identity": fit.identity,
     }
     again = replace(fit.config, output=replace(fit.config.output, fresh=False))
