@@ -37,7 +37,7 @@ from scipy import stats
 from mgc_dist import manifest, record
 from mgc_dist.data import open_index
 from mgc_dist.files import replace_text
-from mgc_dist.logits import HIDDEN
+from mgc_dist.hidden import STATES
 
 ROOT = Path(__file__).resolve().parent.parent
 FITTED, UNTRAINED, ORACLE = "fitted", "untrained", "oracle"
@@ -168,7 +168,7 @@ def untrained_logits(seed: Seed) -> NDArray[np.float64]:
     hidden values are standardised over the training rows.
     """
     found = manifest.read(seed.shards)
-    hidden = np.load(seed.shards / "bias" / HIDDEN).astype(np.float64)  # [N, D]
+    hidden = np.load(seed.shards / "bias" / STATES)[:, 0].astype(np.float64)  # [N, D]
     train = hidden[: found.splits["train"][1]]
     standard = (hidden - train.mean(axis=0)) / train.std(axis=0)
     width, genres = hidden.shape[1], len(found.genres)
@@ -348,7 +348,7 @@ def measure(names: list[str], seeds: list[Seed], words: argparse.Namespace) -> d
         "results": collect({name: [done[seed, name] for seed in seeds] for name in names}),
         "beta_0_against_ce": beta_0_against_ce(seeds[0]),
         "bias_accuracy": {
-            split: summary([report[split]["accuracy"] for report in bias])
+            split: summary([report["splits"][split]["accuracy"] for report in bias])
             for split in ("train", "test")
         },
     }

@@ -70,7 +70,7 @@ def run(stage: Stage, times: dict[str, float], console: Console) -> None:
 
 
 def show_results(times: dict[str, float], console: Console) -> None:
-    bias = json.loads((SHARDS / "bias" / "report.json").read_text())
+    bias = json.loads((SHARDS / "bias" / "report.json").read_text())["splits"]
     table = Table(title="Test split: artists that training has not heard (chance 0.10)")
     for column in ("model", "track accuracy", "track macro-F1", "segment accuracy"):
         table.add_column(column, justify="left" if column == "model" else "right")

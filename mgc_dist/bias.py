@@ -1,32 +1,24 @@
 """`deepspeed launch/bias.py`: one pass of the frozen bias model, heads, table, bias report."""
 
 import errno
-import json
 import logging
 import os
-from typing import TYPE_CHECKING, Any, NoReturn
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, NoReturn
 
 from mgc_dist import cli
 from mgc_dist.config import BiasConfig
 from mgc_dist.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import nn
+    from pathlib import Path
 
     from mgc_dist.data import ShardSet
-    from mgc_dist.logits import BiasTable, Header
+    from mgc_dist.hidden import Facts
     from mgc_dist.manifest import Manifest
     from mgc_dist.ranks import Ranks
 
 log = logging.getLogger(__name__)
-
-Report = dict[str, Any]
-
-TOO_GOOD = 0.9
-"""Out-of-fold accuracy above which a warning is printed: at 0.915 product of experts had taught
-the demo's main model little after six epochs, at 0.745 it learned (docs/log.md, 2026-11-22)."""
 
 
 def run(config: BiasConfig) -> None:
@@ -35,121 +27,172 @@ def run(config: BiasConfig) -> None:
     Raises:
         UserError: no shards, no model, or a table with other settings is in the way.
     """
-    from mgc_dist import display, logits, model, ranks, stage
+    from mgc_dist import display, ranks, stage
     from mgc_dist.data import ShardSet
-    from mgc_dist.files import replace_text
 
     if config.shards_from:
         stage.stage(config.shards, config.shards_from, timeout_s=config.stage_timeout_s)
     with ShardSet(config.shards) as shards, ranks.join(config.device) as peers:
         display.start_logging(peers.rank)
-        sample_rate = shards.manifest.sample_rate
-        backbone = model.build_bias(config.backbone, layer=config.layer, sample_rate=sample_rate)
-        bias_hash = model.fingerprint(backbone, f"layer {config.layer}", "pass float32")
-        made = peers.all_decide(lambda: _is_made(config, shards.manifest, bias_hash))
-        if made:
-            if peers.is_first:
-                print(f"{config.table} already holds exactly this table; nothing to do.")
+        if config.is_foreign:
+            peers.all_decide(lambda: _report(config, shards, write=True))
+            return
+        with ExitStack() as held:
+            peers.all_decide(lambda: _take(config, held))
+            _make(config, shards, peers)
+
+
+def _make(config: BiasConfig, shards: "ShardSet", peers: "Ranks") -> None:
+    """Do what is missing: the pass, the heads, the report."""
+    from mgc_dist import hidden, model
+
+    found = shards.manifest
+    backbone = model.build_bias(config.backbone, sample_rate=found.sample_rate)
+    facts = hidden.Facts(
+        dataset_id=found.dataset_id,
+        bias_hash=model.fingerprint(backbone, "pass float32"),
+        rows=found.rows,
+        layers=backbone.layers,
+        width=backbone.width,
+    )
+    layers = resolve_layers(config, backbone.layers)
+    folds = _deal(config, found)  # refused before the pass, not after it
+    made = peers.all_decide(lambda: _is_made(config, found, facts.bias_hash, layers))
+    if made and peers.is_first:
+        print(f"{config.table} already holds exactly this table; nothing to do.")
+    if not made:
+        overwrite = config.overwrite
+        if peers.all_decide(lambda: hidden.is_whole(config.table, facts, overwrite=overwrite)):
+            log.info("hidden states of this data set and bias model are there: no pass is needed")
         else:
-            hidden = _pass(config, shards, peers, backbone.to(peers.device))
-            peers.all_decide(lambda: _fit_and_write(config, shards, hidden, bias_hash))
-        if peers.is_first:
-            table = logits.read(config.table, shards.manifest)
-            report = _report(shards, table)
-            if not made or not (config.table / "report.json").is_file():
-                replace_text(config.table / "report.json", json.dumps(report, indent=1))
-            _print_report(config, table.header, report)
+            on_device = backbone.to(peers.device)
+            hidden.all_pass(config.table, facts, on_device, shards, peers, batch=config.batch)
+        peers.all_decide(lambda: _fit_and_write(config, shards, facts, layers, folds))
+    peers.all_decide(lambda: _report(config, shards, write=not made))
 
 
-def _is_made(config: BiasConfig, found: "Manifest", bias_hash: str) -> bool:
-    from mgc_dist import logits
+def resolve_layers(config: BiasConfig, count: int) -> tuple[int, ...]:
+    """The layers that are asked for, counted from 0.
 
-    nearest = next(path for path in (config.table, *config.table.parents) if path.exists())
+    Args:
+        config: may count from the end.
+        count: L.
+
+    Raises:
+        UserError: there is no such layer, or one is named twice.
+    """
+    layers = tuple(layer + count if layer < 0 else layer for layer in config.layer)
+    outside = [asked for asked, at in zip(config.layer, layers, strict=True) if not 0 <= at < count]
+    if outside or len(set(layers)) < len(layers):
+        raise UserError(
+            f"--layer {' '.join(map(str, config.layer))}",
+            got=outside[0] if outside else "a layer twice",
+            expected=f"{-count} to {count - 1} for {config.backbone}",
+            cure="-1 is the last layer",
+        )
+    return layers
+
+
+def _deal(config: BiasConfig, found: "Manifest") -> dict[str, int]:
+    """Group -> fold of every training group; none of the folds is empty."""
+    from collections import Counter
+
+    from mgc_dist.heads import refuse_empty_folds
+    from mgc_dist.split import deal_folds
+
+    training = [track for track in found.labelled_tracks() if track.split == "train"]
+    folds = deal_folds(training, config.folds, config.seed)
+    counts = Counter(folds.values())
+    refuse_empty_folds([counts[fold] for fold in range(config.folds)], config.folds)
+    return folds
+
+
+def _take(config: BiasConfig, held: ExitStack) -> None:
+    """Have the folder alone until the command ends (rank 0)."""
+    from mgc_dist.files import locked
+
+    folder = config.table
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(nearest, os.W_OK):  # known before the pass, not after it
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+    if folder.is_file():
+        raise UserError(
+            f"--bias-table {folder}",
+            got="a file",
+            expected="a folder, or a table from elsewhere in .csv, .tsv or .npy",
+            cure="choose another --bias-table",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    held.callback(_remove_if_empty, folder)  # where something is refused before the pass
+    held.enter_context(locked(folder / "lock", wait_s=0, purpose=f"--bias-table {folder}"))
+
+
+def _remove_if_empty(folder: "Path") -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _is_made(
+    config: BiasConfig, found: "Manifest", bias_hash: str, layers: tuple[int, ...]
+) -> bool:
+    from mgc_dist import logits
+
     if config.overwrite or not (config.table / logits.HEADER).is_file():
         return False
     header = logits.read_header(config.table)
-    wanted = (found.dataset_id, bias_hash, config.folds, config.head_c, config.seed)
-    have = (header.dataset_id, header.bias_hash, header.folds, header.head_c, header.seed)
-    if have != wanted:
+    wanted = {
+        "data set": (header.dataset_id, found.dataset_id),
+        "bias model": (header.bias_hash, bias_hash),
+        "--layer": (header.layers, layers),
+        "--folds": (header.folds, config.folds),
+        "--head-c": (header.head_c, config.head_c),
+        "--seed": (header.seed, config.seed),
+    }
+    other = [name for name, (have, want) in wanted.items() if have != want]
+    if other:
         raise UserError(
             f"--bias-table {config.table}",
-            got="a table of another data set, bias model or head",
+            got=f"a table of another {', '.join(other)}",
             expected="no table, or one with these settings",
-            cure="replace it with --overwrite, or choose another --bias-table",
+            cure="replace it with --overwrite (hidden states that fit are kept), or choose another "
+            "--bias-table",
         )
     return True
 
 
-def _pass(
-    config: BiasConfig, shards: "ShardSet", peers: "Ranks", backbone: "nn.Module"
-) -> "NDArray[np.float32]":
-    """Pooled hidden states of all rows, float32 [N, D], on every rank (a collective)."""
-    import numpy as np
-    import torch
-
-    from mgc_dist.display import progress
-    from mgc_dist.infer import all_rows
-
-    samples = shards.manifest.segment_samples
-    with torch.no_grad():
-        width = backbone(torch.zeros(1, samples, dtype=torch.int16, device=peers.device)).shape[1]
-    parts = []
-    for split in shards.manifest.splits:
-        first, stop = shards.rows_of(split)
-        batches = -(-(stop - first) // (config.batch * peers.world))
-        with progress(f"bias pass, {split}", batches, shown=peers.is_first) as bar:
-            parts.append(
-                all_rows(
-                    backbone,
-                    shards,
-                    split,
-                    peers,
-                    batch=config.batch,
-                    width=width,
-                    progress=bar.over,
-                )
-            )
-    log.info("bias pass done: %d rows of %d hidden values", sum(map(len, parts)), width)
-    return np.concatenate(parts)
-
-
 def _fit_and_write(
-    config: BiasConfig, shards: "ShardSet", hidden: "NDArray[np.float32]", bias_hash: str
+    config: BiasConfig,
+    shards: "ShardSet",
+    facts: "Facts",
+    layers: tuple[int, ...],
+    folds: dict[str, int],
 ) -> None:
-    import hashlib
-
     import numpy as np
 
-    from mgc_dist import logits
-    from mgc_dist.heads import cross_fit
-    from mgc_dist.split import deal_folds
+    from mgc_dist import bias_report, hidden, logits
+    from mgc_dist.heads import cross_fit, head_hash
     from mgc_dist.tracks import group_key
 
     found = shards.manifest
-    tracks = found.labelled_tracks()
-    folds = deal_folds([t for t in tracks if t.split == "train"], config.folds, config.seed)
-    of_track = np.array([folds.get(group_key(t.id, t.group), -1) for t in tracks], np.int64)
+    keys = [group_key(track.id, track.group) for track in found.tracks]
+    of_track = np.array([folds.get(key, -1) for key in keys], np.int64)
     fit = cross_fit(
-        hidden,
+        hidden.mean_of_layers(hidden.open_states(config.table, facts), layers),
         shards.labels,
         of_track[shards.tracks],
         folds=config.folds,
         genres=len(found.genres),
         c=config.head_c,
     )
-    digest = hashlib.sha256()
-    for head in fit.heads:
-        for array in (head.mean, head.scale, head.weight, head.intercept):
-            digest.update(array.tobytes())
-    header: Header = logits.Header(
+    for path in bias_report.paths_of(config.table):
+        path.unlink(missing_ok=True)  # of the table that is replaced
+    header = logits.Header(
         dataset_id=found.dataset_id,
         genres=found.genres,
         backbone=config.backbone,
-        bias_hash=bias_hash,
-        head_hash=digest.hexdigest(),
-        layer=config.layer,
+        bias_hash=facts.bias_hash,
+        head_hash=head_hash(fit.heads),
+        layers=layers,
         folds=config.folds,
         head_c=config.head_c,
         seed=config.seed,
@@ -157,66 +200,22 @@ def _fit_and_write(
         temperature=fit.temperature,
         table_sha256="",
     )
-    logits.write(config.table, header, fit.log_probability, hidden)
+    logits.write(config.table, header, fit.log_probability)
 
 
-def _report(shards: "ShardSet", table: "BiasTable") -> Report:
-    """Figures of each split, and of the training rows' truth."""
-    import numpy as np
+def _report(config: BiasConfig, shards: "ShardSet", *, write: bool) -> None:
+    """Print the report, and write it where it is new or missing (rank 0)."""
+    from mgc_dist import bias_report, logits
 
-    from mgc_dist.metrics import effective_sample_size, expected_calibration_error, scores
-
-    splits: dict[str, dict[str, float]] = {}
-    truth = np.empty(0)
-    for split in shards.manifest.splits:
-        first, stop = shards.rows_of(split)
-        probability = np.exp(table.log_probability[first:stop].astype(np.float64))
-        label = shards.labels[first:stop]
-        ece = expected_calibration_error(probability, label)
-        splits[split] = scores(probability, label).summary() | {"ece": ece}
-        if split == "train":
-            truth = probability[np.arange(len(label)), label]
-    counts, _ = np.histogram(truth, bins=10, range=(0, 1))
-    return {
-        **splits,
-        "truth_histogram": counts.tolist(),
-        "effective_sample_size": effective_sample_size(1 - truth),
-    }
-
-
-def _print_report(config: BiasConfig, header: "Header", report: Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, soft_wrap=True)
-    shown = Table(title=f"Bias report: {header.backbone}, temperature {header.temperature:.2f}")
-    for column in ("split", "logits", "rows", "accuracy", "NLL", "ECE"):
-        shown.add_column(column, justify="left" if column in ("split", "logits") else "right")
-    for split in ("train", "validation", "test"):
-        figures = report[split]
-        kind = "out of fold" if split == "train" else "mean of heads"
-        values = (f"{figures[name]:.3f}" for name in ("accuracy", "nll", "ece"))
-        shown.add_row(split, kind, str(figures["count"]), *values)
-    console.print(shown)
-    console.print("probability given to the truth (training rows, out of fold):")
-    counts = report["truth_histogram"]
-    for tenth, count in enumerate(counts):
-        bar = "█" * round(40 * count / max(counts))
-        console.print(f"  {tenth / 10:.1f}-{(tenth + 1) / 10:.1f} {count:6d} {bar}")
-    rows, size = report["train"]["count"], report["effective_sample_size"]
-    console.print(
-        f"effective sample size of the weights 1 - b_y: {size:.0f} of {rows} rows "
-        f"({100 * size / rows:.0f} %)"
-    )
-    if report["train"]["accuracy"] > TOO_GOOD:
-        console.print(
-            f"Warning: a bias model that is right in {100 * report['train']['accuracy']:.0f} % of "
-            "the segments explains the task itself; product of experts may then teach the main "
-            "model little (docs/log.md). Compare with --loss ce, or lower --beta."
-        )
-    console.print(
-        f"{config.table} is ready; next: deepspeed launch/train.py --shards {config.shards}"
-    )
+    table = logits.read(config.table, shards.manifest, shards.keys)
+    report = bias_report.make(table, shards.manifest, shards.labels, shards.tracks)
+    bias_report.show(report)
+    files = bias_report.paths_of(config.table)
+    if write or not all(path.is_file() for path in files):
+        bias_report.write(config.table, report)
+    other = f" --bias-table {config.table}" if config.bias_table else ""
+    print(f"{config.table} is ready, its report in {files[0]} and {files[1].name}; next:")
+    print(f"deepspeed launch/train.py --shards {config.shards}{other}")
 
 
 def main() -> NoReturn:

@@ -37,6 +37,9 @@ ChangeName = Literal[
     "shards",
 ]
 
+FOREIGN_TABLES = (".csv", ".tsv", ".npy")
+"""Suffixes of bias tables from elsewhere; ours are folders."""
+
 
 def _require(flag: str, ok: bool, got: object, expected: str, cure: str) -> None:
     if not ok:
@@ -298,20 +301,27 @@ class InfoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BiasConfig:
-    """Run the frozen bias model over all shards once, fit its heads, and store its logits."""
+    """Run the frozen bias model over all shards once, fit its heads, and store its logits.
+
+    Every layer's states are kept beside the table: other layers, folds, strengths or seeds fit
+    new heads without another pass. A killed pass goes on with the same command. With a file of
+    somebody else's logits as --bias-table, only its report is made.
+    """
 
     shards: Path = Path("shards")
     """Folder that `python -m mgc_dist.shard` has filled."""
     bias_table: Path | None = None
-    """Folder of the table; SHARDS/bias by default."""
+    """Folder of the table; SHARDS/bias by default. A .csv, .tsv or .npy file is one from elsewhere:
+    nothing is fitted, and its report is written beside it."""
     shards_from: str | None = None
     """Where to copy the shards from, into --shards, once per node: see `launch/train.py --help`."""
     stage_timeout_s: float = 3600.0
     """How long a rank waits for another one on its node that copies the shards."""
     backbone: str = "facebook/wav2vec2-base"
     """Hub name or folder of a transformers model, or `logmel` (40 log-mel bands, no weights)."""
-    layer: int = -1
-    """Hidden layer to pool: 0 is the input of the encoder, -1 its last layer."""
+    layer: tuple[int, ...] = (-1,)
+    """Hidden layer that the heads see: 0 is the input of the encoder, -1 its last layer; of
+    several (`--layer 6 7 8`) the mean."""
     folds: int = 5
     """Folds of the cross-fitting; no row's logits come from a head that saw its track or group."""
     head_c: float = 1.0
@@ -323,17 +333,29 @@ class BiasConfig:
     device: Device = "auto"
     """Where the pass runs."""
     overwrite: bool = False
-    """Replace a table made with other settings."""
+    """Replace a table made with other settings; hidden states that still fit are kept."""
 
     @property
     def table(self) -> Path:
-        """Folder of the table."""
+        """Folder of the table, or a file from elsewhere."""
         return self.bias_table or self.shards / "bias"
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the table is a file from elsewhere, of which only the report is made."""
+        return self.table.suffix in FOREIGN_TABLES and not self.table.is_dir()
 
     def __post_init__(self) -> None:
         _require("--folds", self.folds >= 2, self.folds, "at least 2", "5 is usual")
         _require("--head-c", self.head_c > 0, self.head_c, "a positive number", "1.0 is usual")
         _require("--batch", self.batch >= 1, self.batch, "at least 1", "32 is usual")
+        _require(
+            "--layer",
+            0 < len(set(self.layer)) == len(self.layer),
+            " ".join(map(str, self.layer)) or "nothing",
+            "one or more layers, each once",
+            "-1 is the last layer",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +365,8 @@ class DataConfig:
     shards: Path = Path("shards")
     """Folder that `python -m mgc_dist.shard` has filled."""
     bias_table: Path | None = None
-    """Folder of the bias table; SHARDS/bias by default; not read with `--loss ce`."""
+    """Folder of the bias table; SHARDS/bias by default; not read with `--loss ce`. Or a table from
+    elsewhere: a .csv or .tsv with the header key,GENRE,... or a structured .npy of such fields."""
     shards_from: str | None = None
     """Where to copy the shards from, into --shards, once per node: a folder, https://..., or
     `pipe:COMMAND` with {} for the file's name, such as `pipe:aws s3 cp s3://bucket/gtzan/{} -`."""
@@ -358,7 +381,7 @@ class DataConfig:
 
     @property
     def table(self) -> Path:
-        """Folder of the bias table."""
+        """Folder or file of the bias table."""
         return self.bias_table or self.shards / "bias"
 
     def __post_init__(self) -> None:

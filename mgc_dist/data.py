@@ -119,6 +119,12 @@ class ShardSet:
         """Track of each row, a position in the manifest's list: int64 [N]."""
         return self.index["track"].astype(np.int64)
 
+    def keys(self) -> list[str]:
+        """Key of each row, as its record is named in the shards: N of them, in row order."""
+        ids = [track.id for track in self.manifest.tracks]
+        pairs = zip(self.index["track"].tolist(), self.index["segment"].tolist(), strict=True)
+        return [record.key_of(ids[track], segment) for track, segment in pairs]
+
     def rows_of(self, split: str) -> tuple[int, int]:
         """First row of a split and one past its last.
 

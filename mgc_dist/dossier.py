@@ -198,7 +198,12 @@ class Dossier:
 
     @cached_property
     def bias(self) -> tuple[Json, Header | None] | None:
-        """report.json of the bias table of the training, and the table's header."""
+        """report.json of the bias table of the training, and the table's header.
+
+        None for a table from elsewhere, which is a file without a report.
+        """
+        if self.config and self.config.data.table.is_file():
+            return None
         folders = [self.config.data.table] if self.config else []
         folders += [self._shards / "bias"] if self._shards else []
         for folder in folders:

@@ -69,13 +69,13 @@ def _subject(
     first, stop = shards.rows_of(config.split)
     label, track = shards.labels[first:stop], shards.tracks[first:stop]
     tracks = [shards.manifest.tracks[place] for place in np.unique(track)]
-    table, notes = _bias_table(config, shards.manifest)
+    table, notes = _bias_table(config, shards)
     aligned, found = None, None
     if table is not None:
         bias = np.array(table.log_probability[first:stop])  # [rows, K]
         aligned = subgroups.aligned_tracks(bias, label, track)
         found = subgroups.Subgroups(
-            source=f"bias model {table.header.backbone}, table {table.header.table_sha256[:12]}",
+            source=f"bias model {table.name}, table {table.sha256[:12]}",
             of_track=subgroups.names_of(aligned),
             of_row=subgroups.names_of(subgroups.aligned_rows(bias, label)),
         )
@@ -102,22 +102,23 @@ def _subject(
     return subject, notes
 
 
-def _bias_table(config: EvaluateConfig, found: "Manifest") -> "tuple[BiasTable | None, list[str]]":
+def _bias_table(config: EvaluateConfig, shards: "ShardSet") -> "tuple[BiasTable | None, list[str]]":
     """The table that says what the bias model knows, or why there is none."""
     from mgc_dist import logits
 
     if config.bias_table:
-        return logits.read(config.bias_table, found), []
+        return logits.read(config.bias_table, shards.manifest, shards.keys), []
     if config.data:
         return None, ["no bias subgroups: --bias-table names the table of these shards"]
     trained = _trained_with(config.run)
-    if not (trained.data.table / logits.HEADER).is_file():
-        return None, [f"no bias subgroups: no bias table in {trained.data.table}"]
+    place = trained.data.table
+    if not (place / logits.HEADER).is_file() and not place.is_file():
+        return None, [f"no bias subgroups: no bias table {place}"]
     try:
-        return logits.read(trained.data.table, found), []
+        return logits.read(place, shards.manifest, shards.keys), []
     except UserError:
-        if trained.objective.loss == "ce":  # the run has never read it
-            return None, [f"no bias subgroups: {trained.data.table} is of another data set"]
+        if not trained.objective.needs_bias:  # the run has never read it
+            return None, [f"no bias subgroups: {place} is of another data set"]
         raise
 
 

@@ -4,6 +4,8 @@ Standardisation, heads and temperature are fitted on training rows only; changin
 validation or test label changes no number here.
 """
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +35,15 @@ class Head:
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float64]:
         """[M, D] -> [M, K]."""
         return ((hidden - self.mean) / self.scale) @ self.weight.T + self.intercept
+
+
+def head_hash(heads: Sequence[Head]) -> str:
+    """sha256 of the numbers of all heads."""
+    digest = hashlib.sha256()
+    for head in heads:
+        for array in (head.mean, head.scale, head.weight, head.intercept):
+            digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def fit_head(hidden: NDArray[np.float32], label: NDArray[np.int64], genres: int, c: float) -> Head:
@@ -103,14 +114,7 @@ def cross_fit(
         UserError: a fold holds all or none of the training rows.
     """
     training = fold >= 0
-    sizes = np.bincount(fold[training], minlength=folds)
-    if sizes.min() == 0:
-        raise UserError(
-            f"--folds {folds}",
-            got=f"{np.count_nonzero(sizes)} non-empty folds",
-            expected="a group in every fold",
-            cure="use fewer folds or another --seed",
-        )
+    refuse_empty_folds(np.bincount(fold[training], minlength=folds), folds)
     fits = [
         fit_head(hidden[training & (fold != k)], label[training & (fold != k)], genres, c)
         for k in range(folds)
@@ -127,6 +131,22 @@ def cross_fit(
     return CrossFit(
         log_probability=log_probability.astype(np.float32), temperature=temperature, heads=fits
     )
+
+
+def refuse_empty_folds(sizes: Sequence[int] | NDArray[np.int64], folds: int) -> None:
+    """Look at what each of the k folds holds.
+
+    Raises:
+        UserError: one holds nothing.
+    """
+    used = int(np.count_nonzero(sizes))
+    if used < folds:
+        raise UserError(
+            f"--folds {folds}",
+            got=f"{used} non-empty folds",
+            expected="a group in every fold",
+            cure="use fewer folds or another --seed",
+        )
 
 
 def fit_temperature(logits: NDArray[np.float64], label: NDArray[np.int64]) -> float:

@@ -392,52 +392,64 @@ def save_exported(
 
 
 class LogMel(nn.Module):
-    """Time-mean of 40 log-mel bands: a weak model without weights that knows only the timbre."""
+    """Time-mean of 40 log-mel bands: a weak model without weights that knows only the timbre.
+
+    Attributes:
+        layers, width: 1 and 40; it has one layer of states.
+        settings: what its output depends on.
+    """
 
     def __init__(self, sample_rate: int) -> None:
         super().__init__()
-        self.mel = torchaudio.transforms.MelSpectrogram(
-            sample_rate, n_fft=512, hop_length=256, n_mels=40
-        )
+        mel = {"n_fft": 512, "hop_length": 256, "n_mels": 40}
+        self.layers, self.width = 1, mel["n_mels"]
+        self.settings: dict[str, object] = {"logmel": mel, "sample_rate": sample_rate}
+        self.mel = torchaudio.transforms.MelSpectrogram(sample_rate, **mel)
 
     def forward(self, wave: Tensor) -> Tensor:
-        """int16 [B, T] -> float32 [B, 40]."""
+        """int16 [B, T] -> float32 [B, 1, 40]."""
         mel = self.mel(normalise(wave))  # [B, 40, F]
-        return torch.log(mel + 1e-3).mean(dim=2)  # [B, 40]
+        return torch.log(mel + 1e-3).mean(dim=2).unsqueeze(1)  # [B, 1, 40]
 
 
 class HiddenMean(nn.Module):
-    """Time-mean of one hidden layer of a frozen transformers model.
+    """Time-mean of every hidden layer of a frozen transformers model.
 
     Args:
         net: an `AutoModel` over raw audio.
-        layer: 0 is the input of the encoder, -1 its last layer.
         do_normalize: whether its feature extractor normalises.
+
+    Attributes:
+        layers, width: L and D; layer 0 is the input of the encoder, L - 1 its last layer.
+        settings: what its output depends on besides its weights.
     """
 
-    def __init__(self, net: PreTrainedModel, layer: int, *, do_normalize: bool) -> None:
+    def __init__(self, net: PreTrainedModel, *, do_normalize: bool) -> None:
         super().__init__()
         self.net = net
-        self.layer = layer
+        self.layers, self.width = net.config.num_hidden_layers + 1, net.config.hidden_size
         self.do_normalize = do_normalize
+        config = net.config.to_dict()
+        for volatile in ("_name_or_path", "transformers_version"):
+            config.pop(volatile, None)
+        self.settings: dict[str, object] = {"config": config, "do_normalize": do_normalize}
 
     def forward(self, wave: Tensor) -> Tensor:
-        """int16 [B, T] -> float32 [B, D]."""
+        """int16 [B, T] -> float32 [B, L, D]."""
         x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
-        hidden: Tensor = self.net(x, output_hidden_states=True).hidden_states[self.layer]
-        return hidden.float().mean(dim=1)  # [B, F, D] -> [B, D]
+        hidden: Sequence[Tensor] = self.net(x, output_hidden_states=True).hidden_states
+        return torch.stack([h.float().mean(dim=1) for h in hidden], dim=1)  # [B, L, D]
 
 
-def build_bias(name: str, *, layer: int, sample_rate: int) -> nn.Module:
-    """A frozen backbone in eval mode that maps int16 [B, T] to float32 [B, D].
+def build_bias(name: str, *, sample_rate: int) -> LogMel | HiddenMean:
+    """A frozen backbone in eval mode that maps int16 [B, T] to float32 [B, L, D].
 
     Args:
         name: `logmel`, hub name or folder.
-        layer: hidden layer to pool (transformers models).
         sample_rate: of the segments in Hz.
 
     Raises:
-        UserError: the model cannot be found, or has no such layer.
+        UserError: the model cannot be found, or has no encoder over raw audio.
     """
     _quiet()
     if name == "logmel":
@@ -448,31 +460,20 @@ def build_bias(name: str, *, layer: int, sample_rate: int) -> nn.Module:
     lost = sorted(key for key in missing if not key.endswith("masked_spec_embed"))
     if lost:
         raise _incomplete(name, lost)
-    layers = net.config.num_hidden_layers + 1
-    if not -layers <= layer < layers:
-        raise UserError(
-            f"--layer {layer}",
-            got=layer,
-            expected=f"{-layers} to {layers - 1} for {name}",
-            cure="-1 is the last layer",
-        )
     extractor = _feature_extractor(name, sample_rate)
-    module = HiddenMean(net, layer, do_normalize=extractor.do_normalize)
+    module = HiddenMean(net, do_normalize=extractor.do_normalize)
     return module.eval().requires_grad_(False)
 
 
-def fingerprint(module: nn.Module, *settings: str) -> str:
-    """sha256 of a frozen model: names, shapes, dtypes and bytes of its weights, its config.
+def fingerprint(module: LogMel | HiddenMean, *settings: str) -> str:
+    """sha256 of a frozen model: names, shapes, dtypes and bytes of its weights, its settings.
 
     Args:
         module: from `build_bias`.
         settings: anything else that its output depends on.
     """
     digest = hashlib.sha256()
-    config = module.net.config.to_dict() if isinstance(module, HiddenMean) else {"logmel": 40}
-    for volatile in ("_name_or_path", "transformers_version"):
-        config.pop(volatile, None)
-    digest.update(json.dumps([config, *settings], sort_keys=True, default=str).encode())
+    digest.update(json.dumps([module.settings, *settings], sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

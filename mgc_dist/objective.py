@@ -46,6 +46,9 @@ class Objective:
         plan: of the rows.
         shards: the data set.
         table: of the bias model; None for `ce`.
+
+    Attributes:
+        table: as given.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Objective:
     ) -> None:
         self._config = config
         self._plan = plan
-        self._table = table
+        self.table = table
         self._labels = shards.labels
         self._first_row, _ = shards.rows_of("train")
         self._of_step = (-1, 0.0)
@@ -71,12 +74,12 @@ class Objective:
         if self._config.loss != "reweight":
             return float(self._plan.true_rows(step))
         if self._of_step[0] != step:
-            assert self._table is not None
+            assert self.table is not None
             start = step * self._plan.global_batch
             places = self._plan.places(np.arange(start, self._plan.seen_after(step)))
             row = torch.from_numpy(places + self._first_row)
             label = torch.from_numpy(self._labels[row.numpy()])
-            weights = row_weights(self._config, label, self._table.lookup(row))
+            weights = row_weights(self._config, label, self.table.lookup(row))
             self._of_step = (step, float(weights.double().sum()))
             if self._of_step[1] == 0:
                 log.warning("step %d: all rows have the weight 0, and give no gradient", step + 1)
@@ -94,8 +97,8 @@ class Objective:
         label = batch.label.to(device, non_blocking=True)
         true = batch.weight.to(device, non_blocking=True)
         bias = None
-        if self._table:
-            bias = self._table.lookup(batch.row).to(device, non_blocking=True)  # [B, K]
+        if self.table:
+            bias = self.table.lookup(batch.row).to(device, non_blocking=True)  # [B, K]
         losses = row_losses(self._config, logits, label, bias, beta=self.beta(step), gain=gain)
         weight = true * row_weights(self._config, label, bias)  # [B]
         share = masked_sum(losses, weight) / (self.divisor(step) or 1.0)

@@ -23,7 +23,7 @@ O(1) and needs nothing else, whatever the world size becomes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -271,13 +271,24 @@ def training_batches(
                 yield MicroBatch(step=step, micro_step=micro_step, place=place)
 
 
-def sweep_batches(rows: int, batch: int, world: int, rank: int) -> Iterator[MicroBatch]:
+def sweep_batches(
+    rows: int, batch: int, world: int, rank: int, numbers: Sequence[int] | None = None
+) -> Iterator[MicroBatch]:
     """Every place in [0, rows) once, in order, in equal numbers of batches on all ranks.
 
-    Batch b holds places [bB, (b + 1)B) and belongs to rank b mod world, so that a row meets
+    Batch b holds places [bB, (b + 1)B); rank r takes every world-th of them, so that a row meets
     the same neighbours, and gets the same digits, at any world size.
+
+    Args:
+        rows: to sweep over.
+        batch: B.
+        world: number of ranks.
+        rank: whose batches are wanted.
+        numbers: the batches to visit, ascending, where some are done already; all by default.
     """
     lane = np.arange(batch, dtype=np.int64)
-    for step in range(math.ceil(rows / (batch * world))):
-        place = (step * world + rank) * batch + lane
+    todo = range(math.ceil(rows / batch)) if numbers is None else numbers
+    for step in range(math.ceil(len(todo) / world)):
+        turn = step * world + rank
+        place = (todo[turn] * batch if turn < len(todo) else rows) + lane
         yield MicroBatch(step=step, micro_step=0, place=np.where(place < rows, place, -1))

@@ -96,6 +96,9 @@ def _table(found: Dossier, config: TrainConfig) -> str:
     if not config.objective.needs_bias:
         return "none: plain cross-entropy"
     report, header = found.bias or ({}, None)
+    recorded = found.environment.get("bias_table") or {}
+    if recorded.get("fold_status") == "unknown":
+        return f"{recorded.get('name')}, from elsewhere: it may have seen what it judges"
     if header is None:
         return f"{config.data.table}, which is not there now"
     status = report.get("fold_status", "out of fold")
@@ -183,7 +186,8 @@ def bias(found: Dossier) -> Html | None:
         return None
     title = "What the bias model explains"
     if found.bias is None:
-        return section(title, note("The bias table of the training is not where it was."))
+        table_is = "The bias table of the training is not where it was, or is from elsewhere:"
+        return section(title, note(f"{table_is} there is no report of it."))
     report, _ = found.bias
     splits = report.get("splits") or {k: report[k] for k in ("train", "validation", "test")}
     rows = [
@@ -328,6 +332,6 @@ def _shard_command(shards: str, of: Manifest) -> str:
 
 def _bias_command(shards: str, place: str, header: Header) -> str:
     words = ["deepspeed", "launch/bias.py", "--shards", shards, "--bias-table", place]
-    words += ["--backbone", header.backbone, "--layer", str(header.layer)]
+    words += ["--backbone", header.backbone, "--layer", *map(str, header.layers)]
     words += ["--folds", str(header.folds), "--head-c", f"{header.head_c:g}"]
     return shlex.join([*words, "--seed", str(header.seed)])

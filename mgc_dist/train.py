@@ -50,7 +50,7 @@ def run(config: TrainConfig) -> int:
     with ShardSet(data.shards) as shards:
         table = None
         if config.objective.needs_bias:
-            table = logits.read(data.table, shards.manifest)
+            table = logits.read(data.table, shards.manifest, shards.keys)
         plan = _plan(config, shards)
         identity = _identity(config, shards, table, plan)
         with ranks.join(config.engine.device, config.engine.group_timeout_s) as peers:
@@ -102,6 +102,7 @@ def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
     state, changes = _resume(fit)  # what is refused up to here leaves the run folder as it was
     peers.all_decide(lambda: _open_run(fit, held, state, changes))
     _say_arithmetic(fit, state)
+    _warn_of_bias(fit)
     outcome = "failed"
     try:
         genres = list(fit.shards.manifest.genres)
@@ -285,6 +286,18 @@ def _say_arithmetic(fit: "Fit", state: "State") -> None:
     log.info("starting at samples_seen %d of %d", state.samples_seen, plan.total)
 
 
+def _warn_of_bias(fit: "Fit") -> None:
+    """Repeat the warnings of the bias report: its model may know too much, or the training rows."""
+    from mgc_dist import bias_report
+
+    table, shards = fit.objective.table, fit.shards
+    if table is None or not fit.ranks.is_first:
+        return
+    report = bias_report.make(table, shards.manifest, shards.labels, shards.tracks)
+    for warning in report["warnings"]:
+        log.warning("bias table %s: %s", fit.config.data.table, warning)
+
+
 def _identity(
     config: TrainConfig, shards: "ShardSet", table: "BiasTable | None", plan: "Plan"
 ) -> dict[str, Any]:
@@ -296,7 +309,7 @@ def _identity(
         "--loss": " ".join(f"{key}={value}" for key, value in objective.items()),
         "data set (--shards)": shards.manifest.dataset_id,
         "genres": ", ".join(shards.manifest.genres),
-        "bias table (--bias-table)": table.header.table_sha256 if table else "none",
+        "bias table (--bias-table)": table.sha256 if table else "none",
         "order version": ORDER_VERSION,
         "--seed": plan.seed,
         "--window-shards": f"{plan.window_shards} of {plan.shard_rows[0]} rows"
@@ -410,6 +423,7 @@ def _open_run(fit: "Fit", held: "Lease", state: "State", changes: "Changes") -> 
     lease.record_start(fit.run, held.attempt, state.samples_seen, fit.ranks.world)
     for marker in (DONE, REQUEUE):
         (fit.run / marker).unlink(missing_ok=True)
+    bias = fit.objective.table
     packages = ("mgc_dist", "torch", "transformers", "deepspeed", "numpy")
     content = {
         "versions": {name: version(name) for name in packages},
@@ -418,6 +432,7 @@ def _open_run(fit: "Fit", held: "Lease", state: "State", changes: "Changes") -> 
         "world": fit.ranks.world,
         "device": str(fit.ranks.device),
         "dataset_id": fit.shards.manifest.dataset_id,
+        "bias_table": bias and {"name": bias.name, "fold_status": bias.fold_status},
         "identity": fit.identity,
     }
     again = replace(fit.config, output=replace(fit.config.output, fresh=False, change=()))

@@ -1,47 +1,291 @@
-"""The bias command and its table: right rows, right fingerprints, refused otherwise."""
+"""The bias command: right rows, right fingerprints, restarts, new heads without another pass."""
 
+import io
 import json
+import os
 import shutil
+import signal
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import bias_config, make_table, run_ranks, shard_config, write_tracks
+from conftest import (
+    BASE_FLAVOUR,
+    TINY,
+    _free_port,
+    bias_config,
+    make_table,
+    run_ranks,
+    shard_config,
+    write_tracks,
+)
+from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-from mgc_dist import logits, manifest, shard
+from mgc_dist import bias, hidden, logits, manifest, model, shard
+from mgc_dist.config import BiasConfig
+from mgc_dist.data import ShardSet
 from mgc_dist.errors import UserError
-from mgc_dist.files import sha256
+from mgc_dist.files import locked, sha256
+from mgc_dist.heads import cross_fit
+from mgc_dist.tracks import group_key
+
+FILES = (logits.TABLE, logits.HEADER, hidden.STATES, hidden.HEADER, "report.json", "report.png")
+BATCHES = 27  # 66 rows in each of three splits, 8 at a time
 
 
-@pytest.fixture
-def copy(table: Path, tmp_path: Path) -> Path:
-    shutil.copytree(table, tmp_path / "bias")
-    return tmp_path / "bias"
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved wav2vec2 of the base flavour: 3 layers of states, 32 wide."""
+    folder = tmp_path_factory.mktemp("backbone")
+    settings = {k: v for k, v in TINY.items() if k != "model_type"} | BASE_FLAVOUR
+    torch.manual_seed(1)
+    Wav2Vec2Model(Wav2Vec2Config(**settings)).save_pretrained(folder)
+    return folder
 
 
-def edit(folder: Path, **changes: object) -> None:
-    path = folder / logits.HEADER
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+@pytest.fixture(scope="module")
+def deep(shards: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bias table on the last layer of that wav2vec2."""
+    folder = tmp_path_factory.mktemp("deep") / "bias"
+    run_ranks(1, make_table, bias_config(shards, bias_table=folder, backbone=str(backbone)))
+    return folder
+
+
+def counted(config: BiasConfig) -> tuple[int, str]:
+    """Run the command in a fork of its own: batches that it computed, and what it printed."""
+    batches = []
+    for kind in (model.LogMel, model.HiddenMean):
+
+        def counting(self, wave, forward=kind.forward):
+            batches.append(len(wave))
+            return forward(self, wave)
+
+        kind.forward = counting
+    with redirect_stdout(io.StringIO()) as said:
+        bias.run(config)
+    return len(batches), said.getvalue()
 
 
 def test_the_table_is_the_same_on_two_ranks(shards: Path, table: Path, tmp_path: Path) -> None:
     run_ranks(2, make_table, bias_config(shards, bias_table=tmp_path / "two"))
-    for name in (logits.TABLE, logits.HIDDEN, logits.HEADER):
-        assert (tmp_path / "two" / name).read_bytes() == (table / name).read_bytes()
+    for name in FILES:
+        assert (tmp_path / "two" / name).read_bytes() == (table / name).read_bytes(), name
+    assert {path.name for path in (tmp_path / "two").iterdir()} == set(FILES)
 
 
-def test_lookup_gives_a_rows_log_probabilities_and_uniform_padding(
-    shards: Path, table: Path
+def test_one_pass_keeps_the_time_mean_of_every_layer(
+    shards: Path, backbone: Path, deep: Path
 ) -> None:
-    found = logits.read(table, manifest.read(shards))
-    raw = np.load(table / logits.TABLE)
-    assert raw.shape == (198, 3)
-    looked = found.lookup(torch.tensor([5, -1, 170]))
-    assert looked[0].tolist() == raw[5].tolist()
-    assert looked[2].tolist() == raw[170].tolist()
-    assert looked[1].exp().tolist() == pytest.approx([1 / 3] * 3)
-    assert np.exp(raw).sum(1) == pytest.approx(np.ones(198), abs=1e-5)
+    net = Wav2Vec2Model.from_pretrained(backbone).eval()
+    states = np.load(deep / hidden.STATES, mmap_mode="r")
+    assert (states.shape, states.dtype) == ((198, 3, 32), np.float32)
+    with ShardSet(shards) as data, torch.no_grad():
+        for row in (0, 65, 66, 140, 197):
+            wave = model.normalise(torch.from_numpy(data.read(row).copy())[None])
+            for layer, found in enumerate(net(wave, output_hidden_states=True).hidden_states):
+                assert states[row, layer] == pytest.approx(found[0].mean(0).numpy(), abs=1e-5)
+    said = json.loads((deep / hidden.HEADER).read_text())
+    assert said["dataset_id"] == manifest.read(shards).dataset_id
+    assert said["bias_hash"] == logits.read_header(deep).bias_hash
+    assert (said["rows"], said["layers"], said["width"]) == (198, 3, 32)
+
+
+def test_the_table_is_the_cross_fit_of_these_states(shards: Path, deep: Path) -> None:
+    header, found = logits.read_header(deep), manifest.read(shards)
+    assert header.layers == (2,)
+    fold = [header.fold_of.get(group_key(t.id, t.group), -1) for t in found.tracks]
+    with ShardSet(shards) as data:
+        tracks, labels = data.tracks, data.labels
+    assert (np.array(fold)[tracks] >= 0).sum() == 66
+    states = np.load(deep / hidden.STATES)[:, 2]
+    fit = cross_fit(states, labels, np.array(fold)[tracks], folds=2, genres=3, c=1.0)
+    assert np.load(deep / logits.TABLE) == pytest.approx(fit.log_probability, abs=1e-5)
+    assert header.temperature == pytest.approx(fit.temperature)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"layer": (0,)}, {"layer": (1, -1)}, {"head_c": 0.1}, {"folds": 3}, {"seed": 4}]
+)
+def test_new_heads_need_no_other_pass(
+    shards: Path, backbone: Path, deep: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    folder = Path(shutil.copytree(deep, tmp_path / "bias"))
+    settings = {"bias_table": folder, "backbone": str(backbone)} | changes
+    (name,) = changes
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(UserError, match=rf"a table of another {flag}, expected.*\n.*--overwrite"):
+        run_ranks(1, make_table, bias_config(shards, **settings))
+    again = bias_config(shards, overwrite=True, **settings)
+    assert run_ranks(1, counted, again)[0][0] == 0
+    assert (folder / hidden.STATES).stat().st_mtime_ns == (deep / hidden.STATES).stat().st_mtime_ns
+    assert getattr(logits.read_header(folder), {"layer": "layers"}.get(name, name)) != getattr(
+        logits.read_header(deep), {"layer": "layers"}.get(name, name)
+    )
+    if name != "seed":  # two artists a genre: their folds may only change places
+        assert (folder / logits.TABLE).read_bytes() != (deep / logits.TABLE).read_bytes()
+    if name == "layer":
+        fit = np.load(deep / hidden.STATES)[:, [layer % 3 for layer in changes["layer"]]].mean(1)
+        got = hidden.mean_of_layers(
+            np.load(folder / hidden.STATES), logits.read_header(folder).layers
+        )
+        assert got == pytest.approx(fit, abs=1e-6)
+
+
+def test_layers_that_are_not_there_are_refused(
+    shards: Path, backbone: Path, tmp_path: Path
+) -> None:
+    settings = {"backbone": str(backbone), "bias_table": tmp_path / "t"}
+    with pytest.raises(UserError, match=r"--layer 3: got 3, expected -3 to 2"):
+        run_ranks(1, make_table, bias_config(shards, layer=(3,), **settings))
+    with pytest.raises(UserError, match=r"--layer 2 -1: got a layer twice"):
+        run_ranks(1, make_table, bias_config(shards, layer=(2, -1), **settings))
+    with pytest.raises(UserError, match="--layer: got 1 1, expected one or more layers"):
+        bias_config(shards, layer=(1, 1))
+    assert not (tmp_path / "t").exists()
+
+
+def dying(whole, count: int):
+    """A function that kills its process in call number `count`."""
+    calls = []
+
+    def call(*args):
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(args)
+        return whole(*args)
+
+    return call
+
+
+def die_at(name: str, config: BiasConfig, world: int, count: int = 0) -> None:
+    """Run the command on real processes; rank 0 is killed (SIGKILL) in its call number `count`.
+
+    Args:
+        name: of the function in `hidden` that is the place of the kill.
+        config: of the command.
+        world: number of ranks.
+        count: calls that still succeed.
+    """
+    port, pids = _free_port(), []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            os.environ.update({key: str(value) for key, value in numbers.items()})
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            setattr(hidden, name, dying(getattr(hidden, name), count))
+            try:
+                bias.run(config)
+            finally:
+                os._exit(1)
+        pids.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert codes == [-signal.SIGKILL, *[1] * (world - 1)]
+
+
+def killed_after(batches: int, config: BiasConfig, world: int = 1) -> None:
+    """A pass that is killed when the next batch is in the file, and not in the ledger."""
+    die_at("note", config, world, batches)
+
+
+@pytest.mark.parametrize(("world", "batches"), [(1, 0), (1, 12), (2, 20)])
+def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
+    shards: Path, table: Path, tmp_path: Path, world: int, batches: int
+) -> None:
+    folder = tmp_path / "bias"
+    config = bias_config(shards, bias_table=folder)
+    killed_after(batches, config, world)
+    assert not (folder / hidden.HEADER).exists()
+    assert not (folder / logits.HEADER).exists()
+    assert run_ranks(1, counted, config)[0][0] == BATCHES - batches
+    for name in FILES:
+        assert (folder / name).read_bytes() == (table / name).read_bytes(), name
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+
+
+def test_what_a_crash_has_lost_is_computed_again(shards: Path, table: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bias"
+    config = bias_config(shards, bias_table=folder)
+    killed_after(20, config)
+    part = folder / hidden.PARTIAL
+    data = bytearray(part.read_bytes())
+    data[128 + 4 * 40 * 30] ^= 1  # row 30: batch 3 is not as the ledger says
+    part.write_bytes(data)
+    assert run_ranks(2, counted, config)[0][0] == 5  # 1 of train, 7 of test over two ranks
+    assert (folder / hidden.STATES).read_bytes() == (table / hidden.STATES).read_bytes()
+    assert (folder / logits.TABLE).read_bytes() == (table / logits.TABLE).read_bytes()
+
+
+def test_killed_between_the_last_renames(shards: Path, table: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bias"
+    config = bias_config(shards, bias_table=folder)
+
+    die_at("replace_text", config, world=1)
+    assert (folder / hidden.STATES).exists()
+    assert run_ranks(1, counted, config)[0][0] == 0
+    assert (folder / logits.TABLE).read_bytes() == (table / logits.TABLE).read_bytes()
+
+
+def test_another_batch_size_begins_the_pass_again(shards: Path, tmp_path: Path) -> None:
+    config = bias_config(shards, bias_table=tmp_path / "bias")
+    killed_after(12, config)
+    other = bias_config(shards, bias_table=tmp_path / "bias", batch=16)
+    assert run_ranks(1, counted, other)[0][0] == 15
+
+
+def test_other_or_damaged_states_are_refused(shards: Path, table: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(table, tmp_path / "bias"))
+    (folder / logits.HEADER).unlink()
+    config = bias_config(shards, bias_table=folder)
+    again = bias_config(shards, bias_table=folder, overwrite=True)
+    states = bytearray((folder / hidden.STATES).read_bytes())
+    states[-5] ^= 1
+    (folder / hidden.STATES).write_bytes(states)
+    with pytest.raises(UserError, match=r"hidden states in .*another xxh3_128.*\n.*--overwrite"):
+        run_ranks(2, make_table, config)
+    assert run_ranks(1, counted, again)[0][0] == BATCHES
+    said = json.loads((folder / hidden.HEADER).read_text())
+    for change, message in (
+        ({"dataset_id": "f" * 64}, "states of another dataset_id"),
+        ({"bias_hash": "f" * 64}, "states of another bias_hash"),
+        ({"format_version": 9}, "states of another format_version"),
+    ):
+        (folder / logits.HEADER).unlink(missing_ok=True)
+        (folder / hidden.HEADER).write_text(json.dumps(said | change))
+        with pytest.raises(UserError, match=message):
+            run_ranks(1, make_table, config)
+    assert run_ranks(1, counted, again)[0][0] == BATCHES
+    for name in (hidden.STATES, logits.TABLE):
+        assert (folder / name).read_bytes() == (table / name).read_bytes()
+
+
+def test_states_that_are_not_finite_are_refused(
+    shards: Path, backbone: Path, tmp_path: Path
+) -> None:
+    def body() -> None:
+        forward = model.HiddenMean.forward
+
+        def broken(self, wave):
+            out = forward(self, wave)
+            out[3, 1] = float("nan")
+            return out
+
+        model.HiddenMean.forward = broken
+        bias.run(bias_config(shards, bias_table=tmp_path / "t", backbone=str(backbone)))
+
+    with pytest.raises(UserError, match="--backbone: got hidden states of row 3 that are not"):
+        run_ranks(2, body)
+
+
+def test_two_commands_at_one_table_are_kept_apart(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    with (
+        locked(tmp_path / "t" / "lock", wait_s=0, purpose="test"),
+        pytest.raises(UserError, match="another process at it"),
+    ):
+        run_ranks(2, make_table, bias_config(shards, bias_table=tmp_path / "t"))
 
 
 def test_folds_follow_artists_and_are_recorded(shards: Path, table: Path) -> None:
@@ -81,57 +325,12 @@ def test_labels_of_validation_and_test_change_no_byte(tmp_path: Path) -> None:
 
 def test_made_again_is_a_no_op_and_other_settings_are_refused(shards: Path, table: Path) -> None:
     before = (table / logits.TABLE).stat().st_mtime_ns
-    run_ranks(2, make_table, bias_config(shards))
+    batches, said = run_ranks(2, counted, bias_config(shards))[0]
+    assert batches == 0
+    assert "already holds exactly this table" in said
     assert (table / logits.TABLE).stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"another data set, bias model or head.*\n.*--overwrite"):
+    with pytest.raises(UserError, match=r"a table of another --seed.*\n.*--overwrite"):
         run_ranks(2, make_table, bias_config(shards, seed=4))
-
-
-def test_tables_that_do_not_belong_are_refused(shards: Path, copy: Path) -> None:
-    found = manifest.read(shards)
-    header = json.loads((copy / logits.HEADER).read_text())
-    someone = next(iter(header["fold_of"]))
-    without = {k: v for k, v in header["fold_of"].items() if k != someone}
-    for changes, message in (
-        ({"dataset_id": "f" * 64}, "a table of data set ffffffffffff"),
-        ({"genres": ["x", "y", "z"]}, "genres"),
-        ({"fold_of": without}, "fold None for"),
-        ({"fold_of": header["fold_of"] | {someone: 7}}, "fold 7 for"),
-        ({"table_sha256": "0"}, "another sha256"),
-        ({"format_version": 9}, "version 9"),
-    ):
-        edit(copy, **changes)
-        with pytest.raises(UserError, match=message):
-            logits.read(copy, found)
-        (copy / logits.HEADER).write_text(json.dumps(header))
-    logits.read(copy, found)
-
-
-def test_rows_without_logits_and_pickles_are_refused(shards: Path, copy: Path) -> None:
-    import hashlib
-
-    found, table = manifest.read(shards), np.load(copy / logits.TABLE)
-
-    def put(array: np.ndarray) -> None:
-        np.save(copy / logits.TABLE, array, allow_pickle=True)
-        digest = hashlib.sha256((copy / logits.TABLE).read_bytes()).hexdigest()
-        edit(copy, table_sha256=digest)
-
-    table[17, 1] = np.nan
-    put(table)
-    with pytest.raises(UserError, match="no logits for row 17"):
-        logits.read(copy, found)
-    put(table[:-1])
-    with pytest.raises(UserError, match=r"float32 \(197, 3\), expected float32 \(198, 3\)"):
-        logits.read(copy, found)
-    put(np.array([{"evil": 1}]))
-    with pytest.raises(UserError, match="Python objects in dtype"):
-        logits.read(copy, found)
-
-
-def test_no_table_names_the_command(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such table.*\n.*deepspeed launch/bias\.py"):
-        logits.read(tmp_path / "none", manifest.read(shards))
 
 
 def test_what_rank_0_refuses_stops_all_ranks(shards: Path, tmp_path: Path) -> None:
@@ -139,3 +338,34 @@ def test_what_rank_0_refuses_stops_all_ranks(shards: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="--folds 20: got"):
         run_ranks(2, make_table, config, timeout_s=60)
     assert not (tmp_path / "t").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file: got a file, expected a folder"):
+        run_ranks(2, make_table, bias_config(shards, bias_table=tmp_path / "file"), timeout_s=60)
+
+
+def test_a_table_from_elsewhere_only_gets_a_report(
+    shards: Path, table: Path, tmp_path: Path
+) -> None:
+    found = manifest.read(shards)
+    with ShardSet(shards) as data:
+        keys = data.keys()
+    rows = [
+        ",".join([key, *map(repr, values.tolist())])
+        for key, values in zip(keys, np.load(table / logits.TABLE).astype(float), strict=True)
+    ]
+    file = tmp_path / "theirs.csv"
+    file.write_text("\n".join([",".join(["key", *found.genres]), *rows]) + "\n")
+    batches, said = run_ranks(2, counted, bias_config(shards, bias_table=file))[0]
+    assert batches == 0
+    assert "fold status unknown" in said
+    assert "Warning: the fold status of theirs.csv is unknown" in said
+    assert "theirs.csv" in said.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "theirs.csv",
+        "theirs.csv.report.json",
+        "theirs.csv.report.png",
+    }
+    theirs = json.loads((tmp_path / "theirs.csv.report.json").read_text())
+    ours = json.loads((table / "report.json").read_text())
+    assert theirs["splits"]["test"] == pytest.approx(ours["splits"]["test"], abs=1e-5)
+    assert (theirs["fold_status"], theirs["temperature"]) == ("unknown", None)

@@ -198,7 +198,7 @@ def test_half_a_download_is_refused(checkpoint: Path) -> None:
     with pytest.raises(UserError, match="bring that folder"):
         build(checkpoint)
     with pytest.raises(UserError, match="bring that folder"):
-        model.build_bias(str(checkpoint), layer=-1, sample_rate=RATE)
+        model.build_bias(str(checkpoint), sample_rate=RATE)
 
 
 def test_models_that_would_be_wrong_are_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -221,38 +221,42 @@ def test_another_sample_rate_is_refused(checkpoint: Path) -> None:
         build(checkpoint)
 
 
-def test_bias_backbones_pool_over_time(checkpoint: Path) -> None:
-    logmel = model.build_bias("logmel", layer=-1, sample_rate=RATE)
-    assert logmel(waves()).shape == (4, 40)
+def test_bias_backbones_pool_every_layer_over_time(checkpoint: Path) -> None:
+    logmel = model.build_bias("logmel", sample_rate=RATE)
+    assert logmel(waves()).shape == (4, logmel.layers, logmel.width) == (4, 1, 40)
     assert logmel(waves()).equal(logmel(waves()))
     net = Wav2Vec2Model.from_pretrained(checkpoint).eval()
     with torch.no_grad():
         layers = net(model.normalise(waves()), output_hidden_states=True).hidden_states
-    for layer in (0, 1, -1):
-        backbone = model.build_bias(str(checkpoint), layer=layer, sample_rate=RATE)
-        torch.testing.assert_close(backbone(waves()), layers[layer].mean(1))
-    with pytest.raises(UserError, match="--layer 3: got 3, expected -3 to 2"):
-        model.build_bias(str(checkpoint), layer=3, sample_rate=RATE)
+    backbone = model.build_bias(str(checkpoint), sample_rate=RATE)
+    found = backbone(waves())
+    assert found.shape == (4, backbone.layers, backbone.width) == (4, 3, 32)
+    for layer in range(3):
+        torch.testing.assert_close(found[:, layer], layers[layer].mean(1))
 
 
 def test_fingerprint_sees_weights_and_settings_but_not_the_path(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    backbone = model.build_bias(str(checkpoint), layer=-1, sample_rate=RATE)
-    first = model.fingerprint(backbone, "layer -1")
+    def hashed(folder: Path) -> str:
+        return model.fingerprint(model.build_bias(str(folder), sample_rate=RATE), "pass float32")
+
+    backbone = model.build_bias(str(checkpoint), sample_rate=RATE)
+    first = model.fingerprint(backbone, "pass float32")
     moved = checkpoint.rename(tmp_path / "moved")
-    assert (
-        model.fingerprint(model.build_bias(str(moved), layer=-1, sample_rate=RATE), "layer -1")
-        == first
-    )
-    assert model.fingerprint(backbone, "layer 0") != first
+    assert hashed(moved) == first
+    assert model.fingerprint(backbone, "pass bfloat16") != first
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(moved)
+    assert hashed(moved) != first
+    (moved / "preprocessor_config.json").unlink()
     config = moved / "config.json"  # now masks in training: a vector that the file does not hold
     config.write_text(config.read_text().replace('"mask_time_prob": 0.0', '"mask_time_prob": 0.1'))
-    masked = [model.build_bias(str(moved), layer=-1, sample_rate=RATE) for _ in range(2)]
-    assert len({model.fingerprint(module) for module in masked}) == 1
+    assert hashed(moved) == hashed(moved) != first
     with torch.no_grad():
         next(backbone.parameters()).view(-1)[0] += 1e-6
-    assert model.fingerprint(backbone, "layer -1") != first
+    assert model.fingerprint(backbone, "pass float32") != first
+    rates = {model.fingerprint(model.build_bias("logmel", sample_rate=r)) for r in (8000, RATE)}
+    assert len(rates) == 2
 
 
 @pytest.mark.parametrize("kind", ["hubert", "wavlm", "data2vec-audio", "unispeech-sat"])

@@ -154,7 +154,7 @@ def test_rows_without_weight_give_no_gradient_and_are_told(
         first, stop = data.rows_of("train")
         plan = Plan(rows=stop - first, total=20, global_batch=10, seed=0)
         own = objective.Objective(
-            LossConfig(loss="reweight"), plan, data, logits.BiasTable(found.header, sure)
+            LossConfig(loss="reweight"), plan, data, replace(found, log_probability=sure)
         )
         assert own.divisor(1) == 0.0
         batch = Batch(

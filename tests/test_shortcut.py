@@ -40,7 +40,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> shortcut.Seed:
         )
     )
     BiasConfig(shards=made.shards).table.mkdir()
-    hidden = np.random.default_rng(0).normal(5.0, 2.0, (160, 40)).astype(np.float32)
+    hidden = np.random.default_rng(0).normal(5.0, 2.0, (160, 1, 40)).astype(np.float32)
     np.save(made.shards / "bias" / "hidden.npy", hidden)
     return made
 

@@ -1,0 +1,294 @@
+"""Hidden states of the bias backbone: every layer, averaged over time, of every row, on disk.
+
+One pass over the shards writes `hidden.npy` (float32 [N, L, D]) and then `hidden.json`, which
+says what it is; heads on other layers, folds or strengths need no other pass. While the pass runs,
+`hidden.npy.tmp` fills batch by batch and `hidden.jsonl.tmp` lists the batches that it holds with
+their checksums: a killed pass goes on with those that are missing or not as they were written.
+Rank 0 writes for all, so that the folder may be on a disk of its own.
+"""
+
+import json
+import logging
+import math
+import os
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from io import BytesIO, FileIO
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import nn
+
+from mgc_dist.data import ShardSet
+from mgc_dist.display import progress
+from mgc_dist.errors import UserError
+from mgc_dist.files import fingerprint, replace_text, write_at
+from mgc_dist.infer import Outputs, all_batches
+from mgc_dist.ledger import Ledger
+from mgc_dist.manifest import Manifest
+from mgc_dist.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+FORMAT = "mgc_dist hidden states"
+FORMAT_VERSION = 1
+STATES, HEADER = "hidden.npy", "hidden.json"
+PARTIAL, LEDGER = "hidden.npy.tmp", "hidden.jsonl.tmp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What hidden states are of.
+
+    Attributes:
+        dataset_id: of the shards.
+        bias_hash: of the backbone's weights, config, feature settings and the pass's dtype.
+        rows, layers, width: N, L, D.
+    """
+
+    dataset_id: str
+    bias_hash: str
+    rows: int
+    layers: int
+    width: int
+
+    @property
+    def bytes(self) -> int:
+        """Of the states, without the file's header."""
+        return 4 * self.rows * self.layers * self.width
+
+
+def is_whole(folder: Path, facts: Facts, *, overwrite: bool) -> bool:
+    """Whether a folder holds these states already.
+
+    Args:
+        folder: of the table.
+        facts: that are wanted.
+        overwrite: whether others may be replaced.
+
+    Raises:
+        UserError: it holds others, or damaged ones, and they may not be replaced.
+    """
+    if not (folder / HEADER).is_file():
+        return False
+    try:
+        content = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        digest = content.pop("xxh3_128")
+        wanted = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(facts)
+        other = [key for key in wanted if content.get(key) != wanted[key]]
+        if other:
+            raise ValueError(f"states of another {', '.join(other)}")
+        if fingerprint(folder / STATES) != digest:
+            raise ValueError(f"{STATES} with another xxh3_128 than {HEADER} says")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        if overwrite:
+            return False
+        raise UserError(
+            f"hidden states in {folder}",
+            got=str(error),
+            expected="none, or those of this data set and bias model, as they were written",
+            cure="replace them with --overwrite, or choose another --bias-table",
+        ) from error
+    return True
+
+
+def open_states(folder: Path, facts: Facts) -> NDArray[np.float32]:
+    """The states, memory-mapped: float32 [N, L, D]. `is_whole` has looked at them.
+
+    Raises:
+        ValueError: the file is of another shape.
+    """
+    states: NDArray[np.float32] = np.load(folder / STATES, mmap_mode="r", allow_pickle=False)
+    if states.dtype != np.float32 or states.shape != (facts.rows, facts.layers, facts.width):
+        raise ValueError(f"{folder / STATES}: {states.dtype} {states.shape}")
+    return states
+
+
+def mean_of_layers(states: NDArray[np.float32], layers: tuple[int, ...]) -> NDArray[np.float32]:
+    """One vector a row: the mean over layers, float32 [N, D].
+
+    The mean, not the layers side by side: the heads keep their size, and with it what a strength
+    of their penalty means, however many layers are taken.
+
+    Args:
+        states: float32 [N, L, D]; only the layers that are taken are read.
+        layers: 0 to L - 1.
+    """
+    total = np.zeros((states.shape[0], states.shape[2]))
+    for layer in layers:
+        total += states[:, layer]
+    return (total / len(layers)).astype(np.float32)
+
+
+def all_pass(
+    folder: Path,
+    facts: Facts,
+    backbone: nn.Module,
+    shards: ShardSet,
+    peers: Ranks,
+    *,
+    batch: int,
+) -> None:
+    """Pool what is missing, on all ranks (a collective), until the states are whole.
+
+    Args:
+        folder: of the table; is made.
+        facts: of the states.
+        backbone: int16 [B, T] -> float32 [B, L, D], on the device of this rank.
+        shards: the data set.
+        peers: who takes part.
+        batch: B.
+
+    Raises:
+        UserError: a state is not finite.
+        RuntimeError: a row was not visited exactly once.
+    """
+    with ExitStack() as stack:
+        writers: list[_Writer] = []  # one, on rank 0
+
+        def begin() -> dict[str, list[int]]:
+            work = {"batch": batch, "device": peers.device.type}  # digits may depend on both
+            writer = _Writer(folder, facts, shards.manifest, json.dumps(asdict(facts) | work))
+            writers.append(stack.enter_context(writer))
+            return writer.todo(batch)
+
+        todo = peers.all_decide(begin)
+        # "float32" is what the header says: cuDNN would take TF32 for the convolutions
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        for split, numbers in todo.items():
+            steps = math.ceil(len(numbers) / peers.world)
+            shown = peers.is_first and bool(numbers)
+            with progress(f"bias pass, {split}", steps, shown=shown) as bar:
+                groups = all_batches(
+                    backbone, shards, split, peers, batch=batch, numbers=numbers, progress=bar.over
+                )
+                for group in groups:
+                    peers.all_decide(partial(_put, writers, split, group))
+        peers.all_decide(lambda: writers[0].finish(sum(map(len, writers[0].todo(batch).values()))))
+
+
+def _put(writers: list["_Writer"], split: str, group: list[Outputs]) -> None:
+    writers[0].put(split, group)
+
+
+class _Writer:
+    """The file that fills, and the ledger of what it holds."""
+
+    def __init__(self, folder: Path, facts: Facts, found: Manifest, work: str) -> None:
+        self._folder, self._facts, self._splits = folder, facts, found.splits
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / PARTIAL
+        if not part.exists() and not (folder / HEADER).exists() and (folder / STATES).exists():
+            (folder / STATES).rename(part)  # killed between the last two renames
+        head = _npy_header(facts)
+        self._offset, size = len(head), len(head) + facts.bytes
+        if not part.exists() or part.stat().st_size != size:
+            (folder / LEDGER).unlink(missing_ok=True)
+            with part.open("wb") as new:
+                new.write(head)
+                new.flush()
+                _reserve(new.fileno(), size, part)
+        self._ledger = Ledger(folder / LEDGER, work)
+        self._file = FileIO(part, "r+")
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ledger.__exit__(kind, error, trace)
+        self._file.close()
+
+    def todo(self, batch: int) -> dict[str, list[int]]:
+        """Split -> batches that are missing, or not as they were written."""
+        missing: dict[str, list[int]] = {}
+        done = self._ledger.done
+        for split, (first, stop) in self._splits.items():
+            numbers = range(math.ceil((stop - first) / batch))
+            ids = {number: f"{split} {number}" for number in numbers}
+            missing[split] = [n for n in numbers if not self._holds(done.get(ids[n], {}))]
+        left = sum(map(len, missing.values()))
+        if done and left:
+            log.info("the bias pass goes on: %d batches are done, %d are left", len(done), left)
+        return missing
+
+    def _holds(self, entry: dict[str, object]) -> bool:
+        first, rows = entry.get("first"), entry.get("rows")
+        if not isinstance(first, int) or not isinstance(rows, int):
+            return False
+        stride = 4 * self._facts.layers * self._facts.width
+        data = os.pread(self._file.fileno(), rows * stride, self._offset + first * stride)
+        return xxhash.xxh3_64_hexdigest(data) == entry.get("checksum")
+
+    def put(self, split: str, group: list[Outputs]) -> None:
+        """Write batches, then say in the ledger that they are there."""
+        stride = 4 * self._facts.layers * self._facts.width
+        for found in group:
+            bad = np.flatnonzero(~np.isfinite(found.values).all(axis=(1, 2)))
+            if len(bad):
+                raise UserError(
+                    "--backbone",
+                    got=f"hidden states of row {found.first + bad[0]} that are not finite",
+                    expected="numbers",
+                    cure="the model's weights are damaged, or overflow: choose another one",
+                )
+            data = np.ascontiguousarray(found.values).data.cast("B")
+            write_at(self._file, self._offset + found.first * stride, data)
+            note(self._ledger, f"{split} {found.number}", found, xxhash.xxh3_64_hexdigest(data))
+
+    def finish(self, missing: int) -> None:
+        """Flush, take the final name, and write what it is."""
+        if missing:
+            raise RuntimeError(f"{missing} batches are missing at the end of the bias pass")
+        os.fsync(self._file.fileno())
+        folder, part = self._folder, self._folder / PARTIAL
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self._facts)
+        content["xxh3_128"] = fingerprint(part)
+        (folder / HEADER).unlink(missing_ok=True)
+        part.replace(folder / STATES)
+        replace_text(folder / HEADER, json.dumps(content, indent=1))
+        (folder / LEDGER).unlink()
+        facts = self._facts
+        log.info(
+            "bias pass done: %d rows x %d layers x %d values, %.1f MB in %s",
+            *(facts.rows, facts.layers, facts.width, facts.bytes / 1e6, folder / STATES),
+        )
+
+
+def note(ledger: Ledger, id_: str, found: Outputs, checksum: str) -> None:
+    """Say that a batch is in the file."""
+    entry = {"id": id_, "first": found.first, "rows": len(found.values), "checksum": checksum}
+    ledger.add(entry)
+    ledger.done[id_] = entry
+
+
+def _reserve(handle: int, size: int, path: Path) -> None:
+    """Take the disk space before the pass, not as far as it goes in the middle of it."""
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        path.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _npy_header(facts: Facts) -> bytes:
+    """The first bytes of the .npy file, as numpy itself would write them."""
+    file = BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file,
+        {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
+            "fortran_order": False,
+            "shape": (facts.rows, facts.layers, facts.width),
+        },
+    )
+    return file.getvalue()
