@@ -161,7 +161,7 @@ def test_training_repeats_the_warnings(
     for first, count in ((True, 3), (False, 0)):
         caplog.clear()
         fit = SimpleNamespace(
-            table=table_of(noisy(label, 9.0)),
+            objective=SimpleNamespace(table=table_of(noisy(label, 9.0))),
             shards=opened,
             config=config,
             ranks=SimpleNamespace(is_first=first),
