@@ -5,7 +5,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Tests wait for processes more than they compute: three at a time keep two cores busy.
 PYTEST := python -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test test-slow soak check bench clean
+.PHONY: demo test test-slow soak check bench shortcut clean
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -40,5 +40,8 @@ bench: .venv/installed  ## packing, reading, memory against the peers, freezing;
 	$(RUN) python benchmarks/memory.py --json benchmarks/results/memory.json
 	$(RUN) python benchmarks/freezing.py --json benchmarks/results/freezing.json
 
-clean:  ## remove what `make demo` and `make soak` made, not the virtual environment
-	rm -rf data/demo shards/demo runs/demo-poe runs/demo-ce runs/demo-times.json runs/soak
+shortcut: .venv/installed  ## ten losses on a planted shortcut, five seeds, and their table; 30 minutes
+	$(RUN) python benchmarks/shortcut.py --work runs/shortcut --json benchmarks/results/shortcut.json
+
+clean:  ## remove what `make demo`, `soak` and `shortcut` made, not the virtual environment
+	rm -rf data/demo shards/demo runs/demo-poe runs/demo-ce runs/demo-times.json runs/soak runs/shortcut

@@ -48,6 +48,9 @@ def stages() -> list[Stage]:
         result = run / "evaluation" / "test.json"
         plan.append(Stage(title=f"training, {loss}", command=train, product=run / "DONE"))
         plan.append(Stage(title=f"evaluation, {loss}", command=evaluate, product=result))
+    compare = [PYTHON, "-m", "mgc_dist.compare", str(RUNS["ce"]), str(RUNS["poe"])]
+    result = RUNS["poe"] / "comparison" / RUNS["ce"].name / "comparison.json"
+    plan.append(Stage(title="comparison", command=compare, product=result))
     return plan
 
 
