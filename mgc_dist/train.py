@@ -427,6 +427,7 @@ def _open_run(fit: "Fit", held: "Lease", state: "State", changes: "Changes") -> 
     packages = ("mgc_dist", "torch", "transformers", "deepspeed", "numpy")
     content = {
         "versions": {name: version(name) for name in packages},
+        "git": _commit(),
         "python": platform.python_version(),
         "host": socket.gethostname(),
         "world": fit.ranks.world,
@@ -447,6 +448,23 @@ def _open_run(fit: "Fit", held: "Lease", state: "State", changes: "Changes") -> 
         fit.journal.write(
             "changed", samples_seen=state.samples_seen, name=key, before=str(theirs), now=str(ours)
         )
+
+
+def _commit() -> str | None:
+    """Commit of this code, `-dirty` if it is changed; None where it is not under git."""
+    import subprocess
+
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    try:  # the repository around a virtual environment is somebody else's
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True
+        )
+        words = [*git, "describe", "--always", "--dirty", "--exclude", "*"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def _close_run(fit: "Fit", held: "Lease", state: "State", outcome: str) -> None:

@@ -465,3 +465,30 @@ def moved_parts(settings: TrainConfig) -> set[str]:
         assert not {name for name in names if "layers.0." in name or "pos_conv" in name}
     inner = "net.wav2vec2."
     return {n.removeprefix(inner).split(".")[0] if n.startswith(inner) else "head" for n in names}
+
+
+def test_the_commit_is_that_of_this_code_only(tmp_path: Path, monkeypatch: Any) -> None:
+    import shutil
+    import subprocess
+
+    def git(*words: str) -> str:
+        settings = ["-c", "user.name=x", "-c", "user.email=x@localhost"]
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *settings, *words], capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    code = tmp_path / "train.py"
+    shutil.copy(train.__file__, code)
+    monkeypatch.setattr(train, "__file__", str(code))
+    assert train._commit() is None
+    git("init")
+    (tmp_path / "other").touch()
+    git("add", "other")
+    git("commit", "-m", "a repository around an installed copy")
+    assert train._commit() is None
+    git("add", "train.py")
+    git("commit", "-m", "ours")
+    assert train._commit() == git("rev-parse", "--short", "HEAD")
+    code.write_text("changed")
+    assert train._commit() == f"{git('rev-parse', '--short', 'HEAD')}-dirty"
