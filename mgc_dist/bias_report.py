@@ -224,29 +224,15 @@ def _title(report: Report) -> str:
 def _genre_table(report: Report) -> "Table":
     from rich.table import Table
 
-    shown = Table(
-        title="segments and tracks that the bias model names (aligned) or not (conflicting)"
-    )
+    shown = Table(title="rows and tracks: named by the bias model (aligned) / not (conflicting)")
     shown.add_column("genre")
-    for column in (
-        "train",
-        "aligned",
-        "conflicting",
-        "tracks",
-        "validation",
-        "tracks",
-        "test",
-        "tracks",
-    ):
-        shown.add_column(column, justify="right")
+    for column in ("named", "train", "tracks", "valid.", "tracks", "test", "tracks"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for genre, mine in report["per_genre"].items():
-        others = [report["per_genre_of"][split][genre] for split in ("validation", "test")]
-        cells = [f"{100 * mine['accuracy']:.0f} %", mine["aligned_rows"], mine["conflicting_rows"]]
-        cells.append(f"{mine['aligned_tracks']} / {mine['conflicting_tracks']}")
-        for other in others:
-            cells.append(f"{other['aligned_rows']} / {other['conflicting_rows']}")
-            cells.append(f"{other['aligned_tracks']} / {other['conflicting_tracks']}")
-        shown.add_row(genre, *map(str, cells))
+        cells = [f"{100 * mine['accuracy']:.0f} %"]
+        for of in (mine, *(report["per_genre_of"][split][genre] for split in SPLITS[1:])):
+            cells += [f"{of[f'aligned_{u}']}/{of[f'conflicting_{u}']}" for u in ("rows", "tracks")]
+        shown.add_row(genre, *cells)
     return shown
 
 
@@ -260,7 +246,7 @@ def draw(path: Path, report: Report) -> None:
     ours = ", out of fold" if report["fold_status"] == "out-of-fold" else ""
     figures = (f"{s} {f['accuracy']:.3f}" for s, f in report["splits"].items())
     figure.suptitle(f"{_title(report)}\nsegment accuracy: {', '.join(figures)}", fontsize=11)
-    left.bar(np.arange(10) / 10, report["truth_histogram"], width=0.1, align="edge", ec="white")
+    left.bar(np.arange(10) / 10, report["truth_histogram"], 0.1, align="edge", color="0.5", ec="w")
     rows, size = report["splits"]["train"]["count"], report["effective_sample_size"]
     left.set_title(
         f"training rows{ours}; effective size of 1 - b: {size:.0f} of {rows}", fontsize=10

@@ -16,8 +16,8 @@ from mgc_dist.data import Batch, Reader, ShardSet
 from mgc_dist.plan import sweep_batches
 from mgc_dist.ranks import Ranks
 
-AT_ONCE = 16
-"""Batches that are summed over ranks at a time: 20 MB of wav2vec2-base's hidden states at B 32."""
+_LOGITS_AT_ONCE = 1024
+"""Batches of logits that are summed over ranks at a time: 1.3 MB at B 32 and K 10."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,14 @@ def all_rows(
     outputs = np.empty((stop - first, width), np.float32)
     numbers = range(math.ceil((stop - first) / batch))
     for group in all_batches(
-        forward, shards, split, ranks, batch=batch, numbers=numbers, progress=progress
+        forward,
+        shards,
+        split,
+        ranks,
+        batch=batch,
+        numbers=numbers,
+        at_once=_LOGITS_AT_ONCE,
+        progress=progress,
     ):
         for found in group:
             place = found.first - first
@@ -82,6 +89,7 @@ def all_batches(
     *,
     batch: int,
     numbers: Sequence[int],
+    at_once: int,
     progress: Callable[[Iterator[Batch]], Iterator[Batch]] = lambda batches: batches,
 ) -> Iterator[list[Outputs]]:
     """Outputs of some batches of a split, on every rank, a few at a time (a collective).
@@ -96,6 +104,7 @@ def all_batches(
         ranks: who takes part.
         batch: B.
         numbers: of the batches to visit, ascending, the same on all ranks.
+        at_once: batches that are summed over ranks at a time, and held in memory.
         progress: wraps the stream of batches, to show how far it is.
 
     Yields:
@@ -106,7 +115,7 @@ def all_batches(
     """
     first, stop = shards.rows_of(split)
     plan = sweep_batches(stop - first, batch, ranks.world, ranks.rank, numbers)
-    steps, left = max(1, AT_ONCE // ranks.world), list(numbers)
+    steps, left = max(1, at_once // ranks.world), list(numbers)
     pin = ranks.device.type == "cuda"
     # no_grad, not inference_mode: ZeRO-3 keeps parameters that it gathers here for training
     with torch.no_grad(), Reader(shards, split, plan, read_ahead=4, pin=pin) as reader:

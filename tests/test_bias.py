@@ -23,7 +23,7 @@ from conftest import (
 )
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-from mgc_dist import bias, hidden, logits, manifest, model, shard
+from mgc_dist import bias, cli, hidden, logits, manifest, model, shard
 from mgc_dist.config import BiasConfig
 from mgc_dist.data import ShardSet
 from mgc_dist.errors import UserError
@@ -183,6 +183,15 @@ def die_at(name: str, config: BiasConfig, world: int, count: int = 0) -> None:
         pids.append(pid)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     assert codes == [-signal.SIGKILL, *[1] * (world - 1)]
+
+
+def test_several_layers_are_given_as_words_or_in_a_preset(tmp_path: Path) -> None:
+    words = ["--layer", "6", "7", "-1", "--head-c", "0.1"]
+    made = cli.parse("bias", BiasConfig, words)
+    assert (made.layer, made.head_c) == ((6, 7, -1), 0.1)
+    (tmp_path / "c.yaml").write_text(cli.dump("bias", made))
+    assert cli.parse("bias", BiasConfig, ["--config", str(tmp_path / "c.yaml")]) == made
+    assert cli.parse("bias", BiasConfig, ["--layer", "-1"]).layer == (-1,)
 
 
 def killed_after(batches: int, config: BiasConfig, world: int = 1) -> None:

@@ -4,14 +4,20 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import run_ranks
 from scipy.special import log_softmax
 from sklearn.metrics import log_loss, recall_score
+from test_train import config
 
-from mgc_dist import bias_report, logits, manifest
+from mgc_dist import bias_report, logits, manifest, train
+from mgc_dist.config import DataConfig, TrainConfig
 from mgc_dist.data import ShardSet
+from mgc_dist.errors import UserError
+from mgc_dist.journal import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -147,23 +153,47 @@ def test_the_text_shows_every_split_genre_and_warning(
     assert "mean of heads" in said
 
 
-def test_training_repeats_the_warnings(
+def test_training_with_a_foreign_table_says_and_records_what_is_unknown(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    with ShardSet(shards) as opened:
+        keys, genres = opened.keys(), opened.manifest.genres
+    values = np.load(table / logits.TABLE).astype(float)
+    lines = [
+        ",".join([key, *map(repr, row)]) for key, row in zip(keys, values.tolist(), strict=True)
+    ]
+    file = tmp_path / "theirs.csv"
+    file.write_text("\n".join([",".join(["key", *genres]), *lines]))
+    losses = []
+    for name, place in (("ours", None), ("theirs", file)):
+        settings = config(shards, tiny_model, tmp_path / name, epochs=30 / 66)
+        settings = replace(settings, data=replace(settings.data, bias_table=place))
+        assert run_ranks(2, train.run, settings) == [0, 0]
+        losses.append([line["loss"] for line in read_metrics(tmp_path / name, "step")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    said = (tmp_path / "theirs" / "train.log").read_text()
+    assert said.count("the fold status of theirs.csv is unknown") == 1
+    assert "fold status" not in (tmp_path / "ours" / "train.log").read_text()
+    env = json.loads((tmp_path / "theirs" / "env.json").read_text())
+    assert env["bias_table"] == {"name": "theirs.csv", "fold_status": "unknown"}
+    file.write_text(file.read_text().replace(lines[3], f"{keys[3]},0,0,0"))  # one row's logits
+    again = replace(settings, output=replace(settings.output, resume="auto"))
+    with pytest.raises(UserError, match=r"bias table \(--bias-table\)"):
+        run_ranks(1, train.run, again)
+
+
+def test_training_repeats_every_warning_on_rank_0(
     data, shards: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from types import SimpleNamespace
-
-    from mgc_dist import train
-    from mgc_dist.config import DataConfig, TrainConfig
-
     found, label, track = data
     opened = SimpleNamespace(manifest=found, labels=label, tracks=track)
-    config = TrainConfig(data=DataConfig(shards=shards, bias_table=Path("x.csv")))
+    settings = TrainConfig(data=DataConfig(shards=shards, bias_table=Path("x.csv")))
     for first, count in ((True, 3), (False, 0)):
         caplog.clear()
         fit = SimpleNamespace(
             objective=SimpleNamespace(table=table_of(noisy(label, 9.0))),
             shards=opened,
-            config=config,
+            config=settings,
             ranks=SimpleNamespace(is_first=first),
         )
         logging.getLogger("mgc_dist").propagate = True

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import log_softmax
 
 from mgc_dist.errors import UserError
-from mgc_dist.heads import cross_fit, fit_head, fit_temperature
+from mgc_dist.heads import cross_fit, fit_head, fit_temperature, head_hash
 
 
 @pytest.fixture
@@ -90,3 +90,17 @@ def test_an_empty_fold_is_refused(drawn) -> None:
     hidden, label, fold = drawn
     with pytest.raises(UserError, match=r"--folds 6: got 5 non-empty folds"):
         fit(hidden, label, fold, folds=6)
+
+
+def test_the_hash_of_the_heads_sees_every_number(drawn) -> None:
+    hidden, label, fold = drawn
+    heads = fit(hidden, label, fold).heads
+    first = head_hash(heads)
+    assert head_hash(fit(hidden, label, fold).heads) == first
+    assert head_hash(heads[::-1]) != first
+    for array in (heads[3].mean, heads[3].scale, heads[3].weight, heads[3].intercept):
+        before = array.flat[-1]
+        array.flat[-1] = np.nextafter(before, 9e9)
+        assert head_hash(heads) != first
+        array.flat[-1] = before
+        assert head_hash(heads) == first

@@ -70,3 +70,28 @@ def test_tracks_are_judged_by_their_own_rows() -> None:
     assert found.probabilities == pytest.approx(np.array([[0.35, 0.65], [0.55, 0.45]]), abs=1e-6)
     assert found.track.accuracy == 1.0
     assert found.segment.accuracy == 0.5
+
+
+def walk_some(shards: Path, tiny_model: Path, at_once: int) -> dict[int, bytes]:
+    net, found = classifier(tiny_model), {}
+    with ShardSet(shards) as data, ranks.join("cpu") as peers:
+        first, _ = data.rows_of("test")
+        for group in infer.all_batches(
+            net, data, "test", peers, batch=8, numbers=[0, 3, 4, 7, 8], at_once=at_once
+        ):
+            assert len(group) <= max(at_once, peers.world)
+            for batch in group:
+                assert batch.first == first + 8 * batch.number
+                found[batch.number] = batch.values.tobytes()
+    return found
+
+
+def test_a_walk_over_some_batches_gives_the_whole_walks_digits(
+    shards: Path, tiny_model: Path
+) -> None:
+    whole = np.frombuffer(run_ranks(1, walk, shards, tiny_model)[0][0], np.float32).reshape(-1, 3)
+    for world, at_once in ((1, 2), (2, 2), (2, 1), (3, 16)):
+        found = run_ranks(world, walk_some, shards, tiny_model, at_once)[world - 1]
+        assert sorted(found) == [0, 3, 4, 7, 8]
+        for number, digits in found.items():
+            assert digits == whole[8 * number : 8 * number + 8].tobytes()
