@@ -44,13 +44,14 @@ def run(config: BiasConfig) -> None:
 
 def _make(config: BiasConfig, shards: "ShardSet", peers: "Ranks") -> None:
     """Do what is missing: the pass, the heads, the report."""
-    from mgc_dist import hidden, model
+    from mgc_dist import backbone as backbones
+    from mgc_dist import hidden
 
     found = shards.manifest
-    backbone = model.build_bias(config.backbone, sample_rate=found.sample_rate)
+    backbone = backbones.build_bias(config.backbone, sample_rate=found.sample_rate)
     facts = hidden.Facts(
         dataset_id=found.dataset_id,
-        bias_hash=model.fingerprint(backbone, "pass float32"),
+        bias_hash=backbones.fingerprint(backbone, "pass float32"),
         rows=found.rows,
         layers=backbone.layers,
         width=backbone.width,

@@ -23,20 +23,20 @@ def run(config: EvaluateConfig) -> None:
         UserError: no model or data there, the genres of the two differ, or a bias table or a
             table of subgroups does not fit.
     """
-    from mgc_dist import display, model, page, ranks, stage
+    from mgc_dist import display, exported, page, ranks, stage
     from mgc_dist.data import ShardSet
     from mgc_dist.display import progress
     from mgc_dist.score import all_score
 
-    folder = model.find_exported(config.run)
-    classifier = model.load_exported(folder)
+    folder = exported.find_exported(config.run)
+    classifier = exported.load_exported(folder)
     place = config.data or _own_shards(config)
     if config.shards_from:
         stage.stage(place, config.shards_from, timeout_s=config.stage_timeout_s)
     with ShardSet(place) as shards:
         if config.data is None:
             _refuse_repacked(config.run, shards)
-        _refuse_other(config, classifier, model.sample_rate_of(folder), shards.manifest)
+        _refuse_other(config, classifier, exported.sample_rate_of(folder), shards.manifest)
         subject, notes = _subject(config, shards, classifier.temperature)
         with ranks.join(config.device) as peers:
             display.start_logging(peers.rank)

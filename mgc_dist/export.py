@@ -37,7 +37,7 @@ def run(config: ExportConfig) -> None:
         UserError: no best model in the run, one that transformers cannot load, or a folder with
             files in the way.
     """
-    from mgc_dist import model
+    from mgc_dist import exported
     from mgc_dist.config import TrainConfig
 
     source, settings = config.run / "best", config.run / "config.yaml"
@@ -48,7 +48,7 @@ def run(config: ExportConfig) -> None:
             expected="a new or empty folder",
             cure="choose another name",
         )
-    classifier = model.load_exported(source)  # refuses a folder that lacks weights
+    classifier = exported.load_exported(source)  # refuses a folder that lacks weights
     if classifier.needs_our_code:
         raise UserError(
             f"main model of {config.run}",
@@ -59,7 +59,7 @@ def run(config: ExportConfig) -> None:
     trained = cli.parse("train", TrainConfig, ["--config", str(settings)])
     environment = json.loads((config.run / "env.json").read_text())
     shutil.copytree(source, config.out, dirs_exist_ok=True)
-    sample_rate = model.sample_rate_of(source)
+    sample_rate = exported.sample_rate_of(source)
     card = CARD.format(
         name=config.out.name,
         seconds=classifier.segment_samples / sample_rate,

@@ -23,9 +23,10 @@ from mgc_dist.data import Batch, Reader, ShardSet
 from mgc_dist.display import Bar, progress
 from mgc_dist.engine import Engine, lr_factor
 from mgc_dist.errors import EXIT_IO, EXIT_NON_FINITE, RunFailed
+from mgc_dist.exported import save_exported
 from mgc_dist.journal import Journal, RowLedger
 from mgc_dist.lease import Lease
-from mgc_dist.model import WaveClassifier, save_exported
+from mgc_dist.model import WaveClassifier
 from mgc_dist.objective import Objective
 from mgc_dist.plan import Layout, Plan, training_batches
 from mgc_dist.ranks import Ranks, seed_everything

@@ -31,7 +31,7 @@ def run(config: PredictConfig) -> int:
     Raises:
         UserError: no model, or no file given.
     """
-    from mgc_dist import model, ranks, timeline
+    from mgc_dist import exported, ranks, timeline
 
     if not config.files:
         raise UserError(
@@ -41,10 +41,10 @@ def run(config: PredictConfig) -> int:
             cure="python -m mgc_dist.predict RUN FILE...",
         )
     pictures = _pictures(config)
-    folder = model.find_exported(config.run)
-    classifier = model.load_exported(folder)
+    folder = exported.find_exported(config.run)
+    classifier = exported.load_exported(folder)
     classifier = classifier.to(ranks.device_of(config.device, 0))
-    sample_rate = model.sample_rate_of(folder)
+    sample_rate = exported.sample_rate_of(folder)
     failed: list[UserError] = []
     results = []
     for path in config.files:

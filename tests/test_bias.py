@@ -23,12 +23,14 @@ from conftest import (
 )
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-from mgc_dist import bias, cli, hidden, logits, manifest, model, shard
+from mgc_dist import bias, cli, hidden, logits, manifest, shard
+from mgc_dist.backbone import HiddenMean, LogMel
 from mgc_dist.config import BiasConfig
 from mgc_dist.data import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.files import locked, sha256
 from mgc_dist.heads import cross_fit
+from mgc_dist.hub import normalise
 from mgc_dist.tracks import group_key
 
 FILES = (logits.TABLE, logits.HEADER, hidden.STATES, hidden.HEADER, "report.json", "report.png")
@@ -56,7 +58,7 @@ def deep(shards: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory)
 def counted(config: BiasConfig) -> tuple[int, str]:
     """Run the command in a fork of its own: batches that it computed, and what it printed."""
     batches = []
-    for kind in (model.LogMel, model.HiddenMean):
+    for kind in (LogMel, HiddenMean):
 
         def counting(self, wave, forward=kind.forward):
             batches.append(len(wave))
@@ -83,7 +85,7 @@ def test_one_pass_keeps_the_time_mean_of_every_layer(
     assert (states.shape, states.dtype) == ((198, 3, 32), np.float32)
     with ShardSet(shards) as data, torch.no_grad():
         for row in (0, 65, 66, 140, 197):
-            wave = model.normalise(torch.from_numpy(data.read(row).copy())[None])
+            wave = normalise(torch.from_numpy(data.read(row).copy())[None])
             for layer, found in enumerate(net(wave, output_hidden_states=True).hidden_states):
                 assert states[row, layer] == pytest.approx(found[0].mean(0).numpy(), abs=1e-5)
     said = json.loads((deep / hidden.HEADER).read_text())
@@ -274,14 +276,14 @@ def test_states_that_are_not_finite_are_refused(
     shards: Path, backbone: Path, tmp_path: Path
 ) -> None:
     def body() -> None:
-        forward = model.HiddenMean.forward
+        forward = HiddenMean.forward
 
         def broken(self, wave):
             out = forward(self, wave)
             out[3, 1] = float("nan")
             return out
 
-        model.HiddenMean.forward = broken
+        HiddenMean.forward = broken
         bias.run(bias_config(shards, bias_table=tmp_path / "t", backbone=str(backbone)))
 
     with pytest.raises(UserError, match="--backbone: got hidden states of row 3 that are not"):

@@ -8,7 +8,7 @@ from conftest import build_tiny
 from test_train import config, losses, train_on
 from torch import nn
 
-from mgc_dist import export, model
+from mgc_dist import export, exported, hub, model
 from mgc_dist.config import ExportConfig
 from mgc_dist.errors import UserError
 from mgc_dist.forecast import activation_bytes, count_parts
@@ -41,7 +41,7 @@ def test_its_bands_are_those_of_the_definition() -> None:
     import torchaudio
 
     cnn = build_tiny("logmel-cnn", TEN).net.cnn
-    x = model.normalise(waves())
+    x = hub.normalise(waves())
     seen = []
     cnn.blocks.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
     cnn(x)
@@ -62,14 +62,14 @@ def test_export_and_load(learns_gain: bool, tmp_path: Path) -> None:
     classifier = build_tiny("logmel-cnn", TEN, learns_gain=learns_gain).eval()
     weights = {name: value.clone() for name, value in classifier.state_dict().items()}
     assert any(name.startswith("gain.") for name in weights) == learns_gain
-    model.save_exported(classifier, weights, tmp_path / "best", 16_000)
-    loaded = model.load_exported(tmp_path / "best")
+    exported.save_exported(classifier, weights, tmp_path / "best", 16_000)
+    loaded = exported.load_exported(tmp_path / "best")
     assert loaded.gain is None
     with torch.no_grad():
         assert loaded(waves()).equal(classifier(waves()))
     assert loaded.genres == TEN
     assert loaded.segment_samples == 8000
-    assert model.sample_rate_of(tmp_path / "best") == 16_000
+    assert exported.sample_rate_of(tmp_path / "best") == 16_000
 
 
 def test_the_gain_is_softplus_of_a_layer_on_what_the_head_gets(tiny_model: Path) -> None:
@@ -135,7 +135,7 @@ def test_export_for_others_is_refused(tmp_path: Path) -> None:
     classifier = build_tiny("logmel-cnn", TEN)
     run = tmp_path / "run"
     run.mkdir()
-    model.save_exported(classifier, classifier.state_dict(), run / "best", 16_000)
+    exported.save_exported(classifier, classifier.state_dict(), run / "best", 16_000)
     with pytest.raises(UserError, match="logmel-cnn, which transformers cannot load without our"):
         export.run(ExportConfig(run=run, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

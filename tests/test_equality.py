@@ -20,8 +20,9 @@ from mgc_dist.census import STEPS, Census
 from mgc_dist.config import EngineConfig, LossConfig
 from mgc_dist.engine import Engine, lr_factor
 from mgc_dist.errors import UserError
+from mgc_dist.exported import save_exported
 from mgc_dist.loss import masked_sum, row_losses
-from mgc_dist.model import WaveClassifier, save_exported
+from mgc_dist.model import WaveClassifier
 from mgc_dist.plan import Plan, lay_out, training_batches
 
 PLAN = Plan(rows=9, total=34, global_batch=6, seed=1)  # 6 steps, the last one of 4 rows
@@ -217,7 +218,7 @@ def exported(file: Path, stage: int, folder: Path) -> tuple[np.ndarray, bool, bo
 def test_the_export_is_the_live_model(stage: int, tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForAudioClassification, pipeline
 
-    from mgc_dist.model import normalise
+    from mgc_dist.hub import normalise
 
     logits, same, frozen_kept = run_ranks(2, exported, tiny_model, stage, tmp_path)[0]
     assert same, "DeepSpeed's zero_to_fp32 reads the same weights from our checkpoint"

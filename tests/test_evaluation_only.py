@@ -12,7 +12,7 @@ from mgc_dist import card, evaluate, manifest, shard
 from mgc_dist.config import EvaluateConfig, InfoConfig, VerifyConfig
 from mgc_dist.data import ShardSet
 from mgc_dist.errors import UserError
-from mgc_dist.model import save_exported
+from mgc_dist.exported import save_exported
 
 GENRES = ("blues", "classical", "country")
 

@@ -9,7 +9,8 @@ from conftest import build_tiny, run_ranks
 
 from mgc_dist import infer, ranks
 from mgc_dist.data import ShardSet
-from mgc_dist.model import WaveClassifier, normalise
+from mgc_dist.hub import normalise
+from mgc_dist.model import WaveClassifier
 from mgc_dist.score import SplitScores, all_score, judge
 
 

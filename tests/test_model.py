@@ -15,8 +15,10 @@ from transformers import (
     pipeline,
 )
 
-from mgc_dist import model
+from mgc_dist import exported, model
+from mgc_dist.backbone import build_bias, fingerprint
 from mgc_dist.errors import UserError
+from mgc_dist.hub import normalise
 
 GENRES = ("blues", "jazz", "rock")
 RATE = 16_000
@@ -49,8 +51,8 @@ def test_normalise_is_the_feature_extractors(tmp_path: Path) -> None:
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, sampling_rate=RATE)
     floats = [row.numpy().astype(np.float32) / 32768 for row in wave]
     expected = extractor(floats, sampling_rate=RATE, return_tensors="np").input_values
-    assert model.normalise(wave).numpy() == pytest.approx(expected, abs=1e-5)
-    assert model.normalise(torch.zeros(1, 8000, dtype=torch.int16)).abs().max() == 0
+    assert normalise(wave).numpy() == pytest.approx(expected, abs=1e-5)
+    assert normalise(torch.zeros(1, 8000, dtype=torch.int16)).abs().max() == 0
 
 
 def test_backbone_weights_come_from_the_checkpoint(checkpoint: Path) -> None:
@@ -136,15 +138,15 @@ def test_export_loads_strictly_and_gives_the_same_logits_in_pipeline(
     weights = {name: value.clone() for name, value in classifier.state_dict().items()}
     folder = tmp_path / "best"
     for _ in range(2):  # a second export replaces the first
-        model.save_exported(classifier, weights, folder, RATE)
-    loaded = model.load_exported(folder)
+        exported.save_exported(classifier, weights, folder, RATE)
+    loaded = exported.load_exported(folder)
     wave = waves()
     with torch.no_grad():
         logits = classifier(wave)
         assert loaded(wave).equal(logits)
     assert loaded.genres == GENRES
     assert loaded.segment_samples == 8000
-    assert model.sample_rate_of(folder) == RATE
+    assert exported.sample_rate_of(folder) == RATE
     classify = pipeline("audio-classification", model=str(folder), top_k=None)
     for row, truth in zip(wave.numpy(), logits.double().softmax(1), strict=True):
         found = classify({"array": row.astype(np.float32) / 32768, "sampling_rate": RATE})
@@ -157,8 +159,10 @@ def test_the_temperature_travels_with_the_export(tiny_model: Path, tmp_path: Pat
     classifier = build(tiny_model)
     weights = dict(classifier.state_dict())
     for temperature in (None, 1.75, 2.5):
-        model.save_exported(classifier, weights, tmp_path / "best", RATE, temperature=temperature)
-        assert model.load_exported(tmp_path / "best").temperature == temperature
+        exported.save_exported(
+            classifier, weights, tmp_path / "best", RATE, temperature=temperature
+        )
+        assert exported.load_exported(tmp_path / "best").temperature == temperature
     assert classifier.temperature is None  # the live model's configuration is not touched
 
 
@@ -167,9 +171,9 @@ def test_export_without_all_weights_is_refused(tiny_model: Path, tmp_path: Path)
     weights = dict(classifier.state_dict())
     weights.pop("net.classifier.bias")
     with pytest.raises(RuntimeError, match="Missing key"):
-        model.save_exported(classifier, weights, tmp_path / "best", RATE)
+        exported.save_exported(classifier, weights, tmp_path / "best", RATE)
     with pytest.raises(UserError, match=r"no such folder.*\n.*launch/train\.py"):
-        model.load_exported(tmp_path / "best")
+        exported.load_exported(tmp_path / "best")
     AutoModelForAudioClassification.from_config(classifier.net.config).save_pretrained(
         tmp_path / "foreign"
     )
@@ -177,7 +181,7 @@ def test_export_without_all_weights_is_refused(tiny_model: Path, tmp_path: Path)
         (tmp_path / "foreign" / "config.json").read_text().replace("segment_samples", "x")
     )
     with pytest.raises(UserError, match="segment_samples"):
-        model.load_exported(tmp_path / "foreign")
+        exported.load_exported(tmp_path / "foreign")
 
 
 def test_missing_models_say_how_to_bring_a_folder(tmp_path: Path) -> None:
@@ -198,7 +202,7 @@ def test_half_a_download_is_refused(checkpoint: Path) -> None:
     with pytest.raises(UserError, match="bring that folder"):
         build(checkpoint)
     with pytest.raises(UserError, match="bring that folder"):
-        model.build_bias(str(checkpoint), sample_rate=RATE)
+        build_bias(str(checkpoint), sample_rate=RATE)
 
 
 def test_models_that_would_be_wrong_are_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -221,44 +225,6 @@ def test_another_sample_rate_is_refused(checkpoint: Path) -> None:
         build(checkpoint)
 
 
-def test_bias_backbones_pool_every_layer_over_time(checkpoint: Path) -> None:
-    logmel = model.build_bias("logmel", sample_rate=RATE)
-    assert logmel(waves()).shape == (4, logmel.layers, logmel.width) == (4, 1, 40)
-    assert logmel(waves()).equal(logmel(waves()))
-    net = Wav2Vec2Model.from_pretrained(checkpoint).eval()
-    with torch.no_grad():
-        layers = net(model.normalise(waves()), output_hidden_states=True).hidden_states
-    backbone = model.build_bias(str(checkpoint), sample_rate=RATE)
-    found = backbone(waves())
-    assert found.shape == (4, backbone.layers, backbone.width) == (4, 3, 32)
-    for layer in range(3):
-        torch.testing.assert_close(found[:, layer], layers[layer].mean(1))
-
-
-def test_fingerprint_sees_weights_and_settings_but_not_the_path(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    def hashed(folder: Path) -> str:
-        return model.fingerprint(model.build_bias(str(folder), sample_rate=RATE), "pass float32")
-
-    backbone = model.build_bias(str(checkpoint), sample_rate=RATE)
-    first = model.fingerprint(backbone, "pass float32")
-    moved = checkpoint.rename(tmp_path / "moved")
-    assert hashed(moved) == first
-    assert model.fingerprint(backbone, "pass bfloat16") != first
-    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(moved)
-    assert hashed(moved) != first
-    (moved / "preprocessor_config.json").unlink()
-    config = moved / "config.json"  # now masks in training: a vector that the file does not hold
-    config.write_text(config.read_text().replace('"mask_time_prob": 0.0', '"mask_time_prob": 0.1'))
-    assert hashed(moved) == hashed(moved) != first
-    with torch.no_grad():
-        next(backbone.parameters()).view(-1)[0] += 1e-6
-    assert model.fingerprint(backbone, "pass float32") != first
-    rates = {model.fingerprint(model.build_bias("logmel", sample_rate=r)) for r in (8000, RATE)}
-    assert len(rates) == 2
-
-
 @pytest.mark.parametrize("kind", ["hubert", "wavlm", "data2vec-audio", "unispeech-sat"])
 def test_relatives_of_wav2vec2_train_and_freeze(kind: str, tmp_path: Path) -> None:
     extra = {"conv_pos_kernel_size": 3} if kind == "data2vec-audio" else {}
@@ -270,3 +236,41 @@ def test_relatives_of_wav2vec2_train_and_freeze(kind: str, tmp_path: Path) -> No
         logits.sum().backward()
         for parameter_name, parameter in classifier.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
+
+
+def test_bias_backbones_pool_every_layer_over_time(checkpoint: Path) -> None:
+    logmel = build_bias("logmel", sample_rate=RATE)
+    assert logmel(waves()).shape == (4, logmel.layers, logmel.width) == (4, 1, 40)
+    assert logmel(waves()).equal(logmel(waves()))
+    net = Wav2Vec2Model.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        layers = net(normalise(waves()), output_hidden_states=True).hidden_states
+    backbone = build_bias(str(checkpoint), sample_rate=RATE)
+    found = backbone(waves())
+    assert found.shape == (4, backbone.layers, backbone.width) == (4, 3, 32)
+    for layer in range(3):
+        torch.testing.assert_close(found[:, layer], layers[layer].mean(1))
+
+
+def test_fingerprint_sees_weights_and_settings_but_not_the_path(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    def hashed(folder: Path) -> str:
+        return fingerprint(build_bias(str(folder), sample_rate=RATE), "pass float32")
+
+    backbone = build_bias(str(checkpoint), sample_rate=RATE)
+    first = fingerprint(backbone, "pass float32")
+    moved = checkpoint.rename(tmp_path / "moved")
+    assert hashed(moved) == first
+    assert fingerprint(backbone, "pass bfloat16") != first
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(moved)
+    assert hashed(moved) != first
+    (moved / "preprocessor_config.json").unlink()
+    config = moved / "config.json"  # now masks in training: a vector that the file does not hold
+    config.write_text(config.read_text().replace('"mask_time_prob": 0.0', '"mask_time_prob": 0.1'))
+    assert hashed(moved) == hashed(moved) != first
+    with torch.no_grad():
+        next(backbone.parameters()).view(-1)[0] += 1e-6
+    assert fingerprint(backbone, "pass float32") != first
+    rates = {fingerprint(build_bias("logmel", sample_rate=r)) for r in (8000, RATE)}
+    assert len(rates) == 2

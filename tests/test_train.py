@@ -455,7 +455,7 @@ def test_frozen_parts_stay_as_they_were_and_the_rest_moves(
 
 
 def moved_parts(settings: TrainConfig) -> set[str]:
-    from mgc_dist.model import load_exported
+    from mgc_dist.exported import load_exported
 
     train.run(settings)
     before = build_tiny(settings.main.model).state_dict()

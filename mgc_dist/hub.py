@@ -1,0 +1,121 @@
+"""Pretrained models by name: a hub name or a folder, with what their feature extractors do.
+
+With `model`, `backbone` and `exported` the only modules that know transformers.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoFeatureExtractor, PreTrainedModel, Wav2Vec2FeatureExtractor
+
+from mgc_dist.errors import UserError
+
+
+def normalise(wave: Tensor) -> Tensor:
+    """Zero mean, unit variance per segment: int16 [B, T] -> float32 [B, T].
+
+    Same formula as transformers' Wav2Vec2FeatureExtractor (population variance, 1e-7).
+    """
+    x = wave.float() / 32768.0
+    mean = x.mean(dim=1, keepdim=True)
+    variance = x.var(dim=1, keepdim=True, correction=0)
+    return (x - mean) / torch.sqrt(variance + 1e-7)
+
+
+def quiet() -> None:
+    """No reports and bars of transformers."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load(kind: type, name: str, **settings: object) -> tuple[PreTrainedModel, set[str]]:
+    """A model in float32, and the names of weights that its checkpoint lacks.
+
+    Args:
+        kind: a class with `from_pretrained`.
+        name: hub name or folder.
+        settings: of the model's configuration.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    try:
+        net, info = kind.from_pretrained(  # type: ignore[attr-defined]
+            name,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **settings,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise not_found(name, error) from error
+    missing = set(info["missing_keys"]) | {item[0] for item in info["mismatched_keys"]}
+    return net, missing
+
+
+def feature_extractor(name: str, sample_rate: int) -> Wav2Vec2FeatureExtractor:
+    """The feature extractor of a model; one that normalises where it has none of its own.
+
+    Args:
+        name: hub name, folder or config .json.
+        sample_rate: of the shards in Hz.
+
+    Raises:
+        UserError: it cannot be found, or wants another sample rate.
+    """
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=sample_rate, do_normalize=True)
+    has_own = Path(name, "preprocessor_config.json").is_file()
+    if has_own or not (Path(name).exists() or name.endswith(".json")):
+        try:
+            extractor = AutoFeatureExtractor.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise not_found(name, error) from error
+    if extractor.sampling_rate != sample_rate:
+        raise UserError(
+            f"sample rate of the shards for {name}",
+            got=f"{sample_rate} Hz",
+            expected=f"{extractor.sampling_rate} Hz",
+            cure=f"pack again: python -m mgc_dist.shard --sample-rate {extractor.sampling_rate}",
+        )
+    return extractor
+
+
+def refuse_no_encoder(flag: str, net: PreTrainedModel) -> None:
+    """Refuse a model that does not take raw audio.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if not hasattr(net.base_model, "feature_extractor"):
+        raise UserError(
+            flag,
+            got=f"{net.config.model_type}, which has no feature encoder over raw audio",
+            expected="wav2vec2, hubert, wavlm, data2vec-audio or the like",
+            cure="choose such a model",
+        )
+
+
+def not_found(name: str, error: Exception) -> UserError:
+    """What to say when transformers cannot find or read a model."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return UserError(
+        f"model {name}",
+        got=lines[0][:200] if lines else type(error).__name__,
+        expected="a folder with config.json and weights, or a hub name and a network",
+        cure=f"on a machine with a network: hf download {name} --local-dir models/"
+        f"{Path(name).name}; bring that folder and give its path instead",
+    )
+
+
+def incomplete(name: str, lost: Sequence[str]) -> UserError:
+    """What to say when a checkpoint lacks weights of the backbone."""
+    return UserError(
+        f"model {name}",
+        got=f"a checkpoint without {len(lost)} weights such as {lost[0]}",
+        expected="all weights of the backbone",
+        cure="give a checkpoint of the same architecture as its config.json",
+    )
