@@ -48,6 +48,7 @@ def _make(config: BiasConfig, shards: "ShardSet", peers: "Ranks") -> None:
     from mgc_dist import hidden
 
     found = shards.manifest
+    shards.rows_of("train")  # heads are fitted on training rows: refused before the pass
     backbone = backbones.build_bias(config.backbone, sample_rate=found.sample_rate)
     facts = hidden.Facts(
         dataset_id=found.dataset_id,

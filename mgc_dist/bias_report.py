@@ -42,7 +42,7 @@ from mgc_dist.metrics import (
     scores,
     track_means,
 )
-from mgc_dist.tracks import SPLITS
+from mgc_dist.tracks import SPLITS, group_key
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,7 +98,16 @@ def make(
         "per_genre": genres.pop("train"),
         "per_genre_of": genres,
     }
-    return report | {"warnings": _warnings(report)}
+    return report | {"warnings": _warnings(report, _lone_genres(table, found))}
+
+
+def _lone_genres(table: BiasTable, found: Manifest) -> list[str]:
+    """Genres all of whose training tracks lie in one fold: their head has never heard them."""
+    folds: dict[str, set[int]] = {genre: set() for genre in found.genres}
+    for track in found.tracks:
+        if table.header and track.split == "train":
+            folds[track.genre].add(table.header.fold_of[group_key(track.id, track.group)])
+    return [genre for genre, of in folds.items() if len(of) == 1]
 
 
 def _per_genre(
@@ -126,13 +135,19 @@ def _per_genre(
     return found
 
 
-def _warnings(report: Report) -> list[str]:
+def _warnings(report: Report, lone: list[str]) -> list[str]:
     said, train, genres = [], report["splits"]["train"], report["per_genre"]
     if report["fold_status"] == "unknown":
         said.append(
             f"the fold status of {report['backbone']} is unknown: if its model was fitted on "
             "training rows, it knows their genres better than it would know new ones, and the "
             "main model is taught to look away from what it needs"
+        )
+    if lone:
+        said.append(
+            f"all training tracks of {', '.join(lone)} are in one fold: the head that judges them "
+            "has never heard the genre, and its logits say nothing about it; a genre needs "
+            "training tracks by at least two artists"
         )
     if train["accuracy"] > TOO_GOOD:
         said.append(

@@ -182,7 +182,7 @@ def _preset(name: str) -> Path:
 
 
 def _flags(file: Path, section: dict[str, Any], config_type: type[Any]) -> list[str]:
-    hints = typing.get_type_hints(config_type)
+    hints = typing.get_type_hints(config_type, include_extras=True)
     _refuse_unknown(file, "key", section, set(hints))
     flags: list[str] = []
     for key, value in section.items():
@@ -203,7 +203,9 @@ def _flags(file: Path, section: dict[str, Any], config_type: type[Any]) -> list[
 def _flag(file: Path, key: str, value: object, hint: object) -> list[str]:
     name = "--" + key.replace("_", "-")
     if isinstance(value, list):
-        return [word for item in value for word in (name, str(item))]
+        if tyro.conf.UseAppendAction in getattr(hint, "__metadata__", ()):
+            return [word for item in value for word in (name, str(item))]
+        return [name, *map(str, value)]
     text = str(value)
     if hint is bool:
         if text.lower() not in ("true", "false"):

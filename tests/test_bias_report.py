@@ -122,7 +122,7 @@ def test_a_single_genre_that_is_too_easy_is_named(data, table: Path) -> None:
     logit = noisy(label, 1.0)
     logit[label == 1, 1] += 9
     header = replace(logits.read_header(table), temperature=1.3)
-    (easy,) = bias_report.make(table_of(logit, ours=header), found, label, track)["warnings"]
+    (_, easy) = bias_report.make(table_of(logit, ours=header), found, label, track)["warnings"]
     assert "nearly always names classical (100 %):" in easy
     assert "blues" not in easy
 
@@ -132,10 +132,29 @@ def test_a_model_that_knows_nothing_is_warned_of(data, table: Path) -> None:
     header = replace(logits.read_header(table), temperature=20.0)
     wrong = noisy((label + 1) % 3, 2.0)
     said = bias_report.make(table_of(wrong, ours=header), found, label, track)["warnings"]
-    assert "not below that of guessing (1.10)" in said[0]
-    assert "temperature ran to its bound (20.00)" in said[1]
-    fine = table_of(noisy(label, 1.0), ours=replace(header, temperature=1.3))
-    assert bias_report.make(fine, found, label, track)["warnings"] == []
+    assert "not below that of guessing (1.10)" in said[1]
+    assert "temperature ran to its bound (20.00)" in said[2]
+
+
+def test_a_genre_that_its_head_has_never_heard_is_named(data, table: Path) -> None:
+    found, label, track = data
+    header = replace(logits.read_header(table), temperature=1.3)
+    training = [t for t in found.tracks if t.split == "train"]
+    assert len({t.group for t in training}) == 3, "one training artist a genre"
+    fine = table_of(noisy(label, 1.0), ours=header)
+    (said,) = bias_report.make(fine, found, label, track)["warnings"]
+    assert said.startswith("all training tracks of blues, classical, country are in one fold")
+    alone = [t.id for t in training if t.genre == "country"]
+    apart = [
+        replace(t, group=None) if t.split == "train" and t.genre != "country" else t
+        for t in found.tracks
+    ]
+    folds = {f"track {t.id}": n % 2 for n, t in enumerate(training) if t.genre != "country"}
+    folds[f"group {training[-1].group}"] = 0
+    split = table_of(noisy(label, 1.0), ours=replace(header, fold_of=folds))
+    (said,) = bias_report.make(split, replace(found, tracks=tuple(apart)), label, track)["warnings"]
+    assert len(alone) == 2
+    assert said.startswith("all training tracks of country are in one fold")
 
 
 def test_the_text_shows_every_split_genre_and_warning(

@@ -78,7 +78,7 @@ def test_evaluate_takes_it_and_says_which_split_it_has(
     tiny, model = build_tiny(tiny_model, GENRES), tmp_path / "exported"
     save_exported(tiny, tiny.state_dict(), model, 16_000)
     run_ranks(1, evaluate.run, EvaluateConfig(run=model, data=tests_only))
-    found = json.loads((model / "evaluation" / "test.json").read_text())
+    found = json.loads((model / "evaluation" / "test-of-shards.json").read_text())
     assert (found["track"]["count"], found["segment"]["count"]) == (12, 132)
     validation = EvaluateConfig(run=model, data=tests_only, split="validation")
     with pytest.raises(
