@@ -18,6 +18,7 @@ from mgc_dist import cli, logits, manifest
 from mgc_dist.config import TrainConfig
 from mgc_dist.data import ShardSet
 from mgc_dist.errors import UserError
+from mgc_dist.files import json_lines
 from mgc_dist.journal import METRICS, read_status
 from mgc_dist.lease import ATTEMPTS
 from mgc_dist.logits import Header
@@ -109,12 +110,12 @@ class Dossier:
     @cached_property
     def attempts(self) -> list[Json]:
         """attempts.jsonl: how each try began and ended."""
-        return _json_lines(self.run / ATTEMPTS)
+        return json_lines(self.run / ATTEMPTS)
 
     @cached_property
     def events(self) -> list[Json]:
         """metrics.jsonl, whole."""
-        return _json_lines(self.run / METRICS)
+        return json_lines(self.run / METRICS)
 
     def history(self, event: str) -> list[Json]:
         """Events of one kind that belong to the final weights.
@@ -170,7 +171,7 @@ class Dossier:
     @cached_property
     def predictions(self) -> list[Json]:
         """A line a track of the main evaluation."""
-        return _json_lines(self.run / "predictions" / f"{self.main[0]}.jsonl") if self.main else []
+        return json_lines(self.run / "predictions" / f"{self.main[0]}.jsonl") if self.main else []
 
     @cached_property
     def trained_on(self) -> tuple[Path, Manifest] | None:
@@ -286,20 +287,3 @@ def _json(path: Path) -> Json | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _json_lines(path: Path) -> list[Json]:
-    """Lines that are whole: a kill may have cut one."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    found = []
-    for line in text.split("\n"):  # not splitlines: a genre may hold U+2028
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found

@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 
 from mgc_dist.board import Board
-from mgc_dist.files import replace_text, write_at
+from mgc_dist.files import json_lines, replace_text, write_at
 
 log = logging.getLogger(__name__)
 
@@ -128,18 +128,7 @@ def read_status(run: Path) -> dict[str, object]:
 
 def read_metrics(run: Path, event: str) -> list[dict[str, float]]:
     """The lines of one kind of event, in order."""
-    path = run / METRICS
-    if not path.is_file():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # cut by a kill
-            continue
-        if line["event"] == event:
-            found.append(line)
-    return found
+    return [line for line in json_lines(run / METRICS) if line["event"] == event]
 
 
 def _without_nan(line: dict[str, Value]) -> dict[str, Value]:

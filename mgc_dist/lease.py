@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mgc_dist.errors import PeerLost, UserError
-from mgc_dist.files import sync
+from mgc_dist.files import json_lines, sync
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def fruitless_tries(run: Path, samples_seen: int) -> int:
     A try that was stopped on request does not count, nor do those before it.
     """
     tries: dict[str, dict[str, Any]] = {}
-    for line in _lines(run / ATTEMPTS):
+    for line in json_lines(run / ATTEMPTS):
         if line.get("event") == "start":
             tries[str(line.get("attempt"))] = dict(line)
         elif str(line.get("attempt")) in tries:
@@ -255,19 +255,6 @@ def _append(run: Path, line: dict[str, Any]) -> None:
         text = "\n" + text
     with (run / ATTEMPTS).open("a", encoding="utf-8") as file:
         file.write(text)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines that are whole: a kill may have cut the last one."""
-    found = []
-    for line in _bytes(path).decode(errors="replace").splitlines():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
 
 
 def _boot_id() -> str:

@@ -57,7 +57,8 @@ def read(run: Path, name: str) -> Result:
             )
     try:
         content = json.loads(figures.read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+        text = predictions.read_text(encoding="utf-8").removesuffix("\n")
+        lines = [json.loads(line) for line in text.split("\n")]  # a name may hold U+2028
         lines.sort(key=lambda line: str(line["track"]))
         genres = tuple(content["genres"])
         number = {genre: label for label, genre in enumerate(genres)}

@@ -98,3 +98,10 @@ def test_a_stamp_tells_files_of_one_size_and_time_apart(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"c")
     os.utime(tmp_path / "a", (1, 1))
     assert files.stamp_of(tmp_path / "a") != before
+
+
+def test_lines_of_json_end_at_line_feeds_only_and_a_cut_one_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert files.json_lines(path) == []
+    path.write_text('{"genre": "a\u2028b"}\n[1]\n{"n": 2}\n{"n": ', encoding="utf-8")
+    assert files.json_lines(path) == [{"genre": "a\u2028b"}, {"n": 2}]

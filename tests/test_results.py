@@ -13,7 +13,7 @@ from mgc_dist.report import Subject
 from mgc_dist.score import judge
 from mgc_dist.subgroups import Subgroups, names_of
 
-GENRES = ("blues", "jazz", "rock")
+GENRES = ("blues", "jazz", "rock \u2028 roll")  # a line separator, no line feed
 
 
 def write_run(run: Path, *, seed: int = 0, skill: float = 0.6, **changes: Any) -> Path:
@@ -45,7 +45,7 @@ def write_run(run: Path, *, seed: int = 0, skill: float = 0.6, **changes: Any) -
 
 def test_truths_and_predictions_come_back_sorted_by_track(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
-    lines = (run / "predictions/test.jsonl").read_text().splitlines()
+    lines = (run / "predictions/test.jsonl").read_text().rstrip("\n").split("\n")
     (run / "predictions/test.jsonl").write_text("\n".join(reversed(lines)) + "\n")
     found = results.read(run, "test")
     assert found.tracks == tuple(sorted(found.tracks))

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Patch, assert_survived, at_step, both, slow_steps, start, steps_taken, until
+from harness import (
+    Job,
+    Patch,
+    assert_survived,
+    at_step,
+    both,
+    slow_steps,
+    start,
+    steps_taken,
+    until,
+)
 from test_train import config
 
 from mgc_dist import data, engine, watch
@@ -21,6 +31,14 @@ def quick_beats(rank: int) -> None:
     watch.BEAT_S = 0.3
 
 
+def wait_for_the_other(job: Job) -> None:
+    """Rank 1 is stopped: rank 0 ends by itself, then rank 1 is removed."""
+    first = os.waitpid(job.pids[0], 0)[1]
+    job.signal(1, signal.SIGKILL)
+    second = os.waitpid(job.pids[1], 0)[1]
+    job.codes = [os.waitstatus_to_exitcode(first), os.waitstatus_to_exitcode(second)]
+
+
 def test_a_rank_stands_still(shards: Path, noisy: Path, undisturbed: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     patch = both(quick_beats, slow_steps(0.1))
@@ -28,10 +46,7 @@ def test_a_rank_stands_still(shards: Path, noisy: Path, undisturbed: str, tmp_pa
     job = start(settings, tmp_path, patch=patch)
     until(lambda: steps_taken(run) >= 3)
     job.signal(1, signal.SIGSTOP)
-    first = os.waitpid(job.pids[0], 0)[1]
-    job.signal(1, signal.SIGKILL)
-    second = os.waitpid(job.pids[1], 0)[1]
-    job.codes = [os.waitstatus_to_exitcode(first), os.waitstatus_to_exitcode(second)]
+    wait_for_the_other(job)
     again = start(config(shards, noisy, run, **KNOBS), tmp_path)
     assert again.wait() == [0, 0], again.said
     assert_survived(job, run, undisturbed, codes=[75, -9], message="rank 1 (process")
@@ -83,10 +98,7 @@ def test_a_rank_hangs_while_deepspeed_starts(
         engine._import_deepspeed = stop_here
 
     job = start(config(shards, noisy, run, **KNOBS), tmp_path, patch=stopped)
-    first = os.waitpid(job.pids[0], 0)[1]
-    job.signal(1, signal.SIGKILL)
-    second = os.waitpid(job.pids[1], 0)[1]
-    job.codes = [os.waitstatus_to_exitcode(first), os.waitstatus_to_exitcode(second)]
+    wait_for_the_other(job)
     again = start(config(shards, noisy, run, **KNOBS), tmp_path)
     assert again.wait() == [0, 0], again.said
     message = "rank 0 has waited 8 s for the other ranks to start"
