@@ -35,7 +35,8 @@ def run(config: BiasConfig) -> None:
     with ShardSet(config.shards) as shards, ranks.join(config.device) as peers:
         display.start_logging(peers.rank)
         if config.is_foreign:
-            peers.all_decide(lambda: _report(config, shards, write=True))
+            if peers.is_first:
+                _report(config, shards, write=True)
             return
         with ExitStack() as held:
             peers.all_decide(lambda: _take(config, held))
@@ -70,7 +71,8 @@ def _make(config: BiasConfig, shards: "ShardSet", peers: "Ranks") -> None:
             on_device = backbone.to(peers.device)
             hidden.all_pass(config.table, facts, on_device, shards, peers, batch=config.batch)
         peers.all_decide(lambda: _fit_and_write(config, shards, facts, layers, folds))
-    peers.all_decide(lambda: _report(config, shards, write=not made))
+    if peers.is_first:  # no collective: nothing is left to agree on, and the others may go
+        _report(config, shards, write=not made)
 
 
 def resolve_layers(config: BiasConfig, count: int) -> tuple[int, ...]:
