@@ -1,6 +1,7 @@
 """Flags, presets and configuration files: one parser, one precedence, near misses."""
 
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -236,3 +237,24 @@ def test_exit_codes_and_debug(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_rank_among_others_ends_without_the_libraries_exit(world: int) -> None:
+    lines = (
+        "import atexit, dataclasses",
+        "from mgc_dist import cli",
+        "@dataclasses.dataclass(frozen=True)",
+        "class Config:",
+        "    'nothing'",
+        "atexit.register(lambda: print('exit handlers ran'))",
+        "def body(config):",
+        "    print('all done', end='')",
+        "    return 3",
+        "cli.main('train', Config, body)",
+    )
+    words = [sys.executable, "-c", "\n".join(lines)]
+    environment = os.environ | {"WORLD_SIZE": str(world)}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout == "all done" + ("exit handlers ran\n" if world == 1 else "")

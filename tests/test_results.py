@@ -13,7 +13,7 @@ from mgc_dist.report import Subject
 from mgc_dist.score import judge
 from mgc_dist.subgroups import Subgroups, names_of
 
-GENRES = ("blues", "jazz", "rock \u2028 roll")  # a line separator, no line feed
+GENRES = ("blues", "jazz", "rock")
 
 
 def write_run(run: Path, *, seed: int = 0, skill: float = 0.6, **changes: Any) -> Path:
@@ -56,6 +56,11 @@ def test_truths_and_predictions_come_back_sorted_by_track(tmp_path: Path) -> Non
     assert found.subgroups[:2] == ("bias-conflicting", "bias-aligned")
     told = json.loads((run / "evaluation/test.json").read_text())
     assert (found.guess == found.label).mean() == pytest.approx(told["track"]["accuracy"])
+
+
+def test_a_line_separator_in_a_name_is_no_end_of_a_line(tmp_path: Path) -> None:
+    genres = ("blues", "jazz", "rock\u2028roll")
+    assert results.read(write_run(tmp_path / "a", genres=genres), "test").genres == genres
 
 
 def test_missing_and_damaged_predictions_are_refused(tmp_path: Path) -> None:
