@@ -71,7 +71,7 @@ def test_smoke_preset_through_the_launcher(tmp_path: Path) -> None:
         shown.append(done.stdout)
     assert "Bias report: logmel" in shown[2]
     assert "already complete" in shown[4]
-    assert "test split" in shown[5]
+    assert "run: test, data set" in shown[5]
     assert len(json.loads(shown[6])[0]["probabilities"]) == 10
     log = (run / "train.log").read_text()
     assert "global batch 32 = 2 ranks x micro batch 16" in log
