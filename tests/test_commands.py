@@ -128,7 +128,7 @@ def test_without_a_table_there_are_no_subgroups_and_a_word_about_it(
     assert found["subgroups"] is None
     point_at(run, copy)
     run_ranks(1, evaluate.run, EvaluateConfig(run=run))
-    assert f"no bias table in {copy / 'bias'}" in capfd.readouterr().out
+    assert f"no bias table {copy / 'bias'}" in capfd.readouterr().out
     given = EvaluateConfig(run=run, data=shards, bias_table=shards / "bias", name="given")
     run_ranks(1, evaluate.run, given)
     assert json.loads((run / "evaluation/given.json").read_text())["subgroups"] is not None

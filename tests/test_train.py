@@ -276,11 +276,10 @@ def changed_at(step: int, ours: dict[str, Any], settings: TrainConfig) -> int:
 
     def changing(self: Any, batch: Any, *rest: Any) -> Any:
         if batch.plan.step == step:
-            self.config = replace(
-                self.config,
-                optim=replace(self.config.optim, lr=ours["lr"]),
-                objective=replace(self.config.objective, loss=ours["loss"]),
-            )
+            optim = replace(self.config.optim, lr=ours["lr"])
+            self.config = replace(self.config, optim=optim)
+            own = self.objective
+            own._config = replace(own._config, loss=ours["loss"])
             self.engine._peak_lrs[0] = ours["lr"]
             optimizer = self.engine._engine.optimizer
             optimizer.clip_grad = ours["clip_norm"]  # stages 1 to 3

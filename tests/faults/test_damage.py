@@ -173,7 +173,7 @@ def test_our_own_checkpoints_need_no_other_names(stopped: Path) -> None:
 def test_exports_and_tables_hold_no_pickle(stopped: Path, table: Path) -> None:
     for folder in (stopped / "best", table):
         for path in folder.rglob("*"):
-            assert path.suffix in (".json", ".npy", ".safetensors"), path
+            assert path.suffix in (".json", ".npy", ".safetensors", ".png"), path
             if path.suffix == ".npy":
                 import numpy as np
 
