@@ -109,9 +109,14 @@ def left_in_order(alone: bool) -> int:
     """How often a rank that fails leaves the process group in order."""
     left: list[int] = []
     ranks.dist.destroy_process_group = lambda: left.append(1)
-    with pytest.raises(UserError, match=r"^x: "), ranks.join("cpu") as peers:
-        peers.barrier()  # both have joined
-        raise UserError("x", got=1, expected="2", cure="3", this_rank_only=alone)
+
+    def fail() -> None:
+        with ranks.join("cpu") as peers:
+            peers.barrier()  # both have joined
+            raise UserError("x", got=1, expected="2", cure="3", this_rank_only=alone)
+
+    with pytest.raises(UserError, match=r"^x: "):
+        fail()
     return len(left)
 
 
