@@ -106,12 +106,15 @@ def waves_of(data: ShardSet) -> dict[int, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "stage"), [*((case, 2) for case in CASES), ("learned-mixin-h", 3), ("reweight", 0)]
+)
 def test_three_ranks_follow_one_process(
-    case: str, shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+    case: str, stage: int, shards: Path, table: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     # global batch 10 in 3 ranks x micro batch 2 x accumulation 2: padding; the last step has 8 rows
-    settings = settings_of(shards, tiny_model, tmp_path / "run", case, micro_batch=2, zero_stage=2)
+    knobs = {"micro_batch": 2, "zero_stage": stage}
+    settings = settings_of(shards, tiny_model, tmp_path / "run", case, **knobs)
     train_on(3, settings)
     expected = reference(shards, table, tiny_model, case)
     assert len(expected) == 4
