@@ -233,7 +233,7 @@ def _gains(
             interval = intervals.student(list(gain.values()))
             gains[name] = _spread(gain) | {
                 "interval": interval and list(interval),
-                "gained": sum(value > 0 for value in gain.values()),
+                "gained": sum(value > 1e-12 for value in gain.values()),  # rounding is no gain
             }
     return gains or None
 

@@ -18,7 +18,8 @@ from mgc_dist import cli, logits, manifest
 from mgc_dist.config import TrainConfig
 from mgc_dist.data import ShardSet
 from mgc_dist.errors import UserError
-from mgc_dist.files import json_lines
+from mgc_dist.exported import WEIGHTS, find_exported
+from mgc_dist.files import fingerprint, json_lines
 from mgc_dist.journal import METRICS, read_status
 from mgc_dist.lease import ATTEMPTS
 from mgc_dist.logits import Header
@@ -148,9 +149,9 @@ class Dossier:
 
     @cached_property
     def best(self) -> Json | None:
-        """The validation that chose the model: the highest macro-F1, the earlier one of equals."""
-        found = [v for v in self.history("validation") if v.get("track_macro_f1") is not None]
-        return max(found, key=lambda v: float(v["track_macro_f1"]), default=None)
+        """The validation that chose the model: the last one whose model was written to best/."""
+        found = [v for v in self.history("validation") if v.get("exported")]
+        return found[-1] if found else None
 
     @cached_property
     def evaluations(self) -> dict[str, Json]:
@@ -158,10 +159,22 @@ class Dossier:
         found = {}
         for path in sorted((self.run / "evaluation").glob("*.json")):
             content = _json(path)
-            if content and "track" in content and "confusion" in content:
+            is_whole = content and "track" in content and "confusion" in content
+            if content and is_whole and content.get("weights", self._weights) == self._weights:
                 found[path.stem] = content
         last = {"train": 3, "validation": 2, "test": 0}
         return dict(sorted(found.items(), key=lambda item: last.get(item[0], 1)))
+
+    @cached_property
+    def outdated(self) -> list[str]:
+        """Names of evaluations of another model than best/ holds now."""
+        every = (path.stem for path in sorted((self.run / "evaluation").glob("*.json")))
+        return [name for name in every if name not in self.evaluations]
+
+    @cached_property
+    def _weights(self) -> str | None:
+        path = find_exported(self.run) / WEIGHTS
+        return fingerprint(path) if path.is_file() else None
 
     @cached_property
     def main(self) -> tuple[str, Json] | None:
@@ -201,19 +214,20 @@ class Dossier:
     def bias(self) -> tuple[Json, Header | None] | None:
         """report.json of the bias table of the training, and the table's header.
 
-        None for a table from elsewhere, which is a file without a report.
+        None where that table is not there any more: one that was made again says what another
+        bias model knows. None for a table from elsewhere too, which is a file.
         """
-        if self.config and self.config.data.table.is_file():
-            return None
+        trained = (self.environment.get("identity") or {}).get("bias table (--bias-table)")
         folders = [self.config.data.table] if self.config else []
         folders += [self._shards / "bias"] if self._shards else []
         for folder in folders:
             report = _json(folder / "report.json")
-            if report:
-                try:
-                    return report, logits.read_header(folder)
-                except UserError:
-                    return report, None
+            try:
+                header = logits.read_header(folder) if report else None
+            except UserError:
+                continue
+            if report and header and header.table_sha256 == trained:
+                return report, header
         return None
 
     def deciders(self, wanted: list[Json]) -> dict[str, Decider]:

@@ -87,7 +87,10 @@ def _subject(
     if config.data:
         notes.append("--data: whether its tracks were trained on is for you to know")
     if temperature is None:
-        notes.append("no temperature: this model was exported by an earlier version")
+        notes.append(
+            "no temperature: the validation tracks tell none (all are right, say), or the model "
+            "was exported by an earlier version"
+        )
     subject = Subject(
         name=config.result_name,
         run=config.run.resolve().name,
@@ -104,6 +107,8 @@ def _subject(
 
 def _bias_table(config: EvaluateConfig, shards: "ShardSet") -> "tuple[BiasTable | None, list[str]]":
     """The table that says what the bias model knows, or why there is none."""
+    import json
+
     from mgc_dist import logits
 
     if config.bias_table:
@@ -115,11 +120,15 @@ def _bias_table(config: EvaluateConfig, shards: "ShardSet") -> "tuple[BiasTable 
     if not (place / logits.HEADER).is_file() and not place.is_file():
         return None, [f"no bias subgroups: no bias table {place}"]
     try:
-        return logits.read(place, shards.manifest, shards.keys), []
-    except UserError:
+        table = logits.read(place, shards.manifest, shards.keys)
+    except UserError as error:
         if not trained.objective.needs_bias:  # the run has never read it
-            return None, [f"no bias subgroups: {place} is of another data set"]
+            return None, [f"no bias subgroups: {error}"]
         raise
+    settings = json.loads((config.run / "env.json").read_text())["identity"]
+    if trained.objective.needs_bias and settings["bias table (--bias-table)"] != table.sha256:
+        return table, [f"{place} is not the table of the training: it was made again since"]
+    return table, []
 
 
 def _trained_with(run_folder: Path) -> TrainConfig:
@@ -192,9 +201,12 @@ def _tell(
     config: EvaluateConfig, subject: "Subject", result: "SplitScores", notes: list[str]
 ) -> None:
     """Write and print the figures (rank 0)."""
-    from mgc_dist import report, tables
+    from mgc_dist import exported, report, tables
+    from mgc_dist.files import fingerprint
 
     figures = report.summary(subject, result, resamples=config.resamples, seed=config.seed)
+    weights = exported.find_exported(config.run) / exported.WEIGHTS
+    figures["weights"] = fingerprint(weights)  # the model may go on to be trained
     report.write(config.run, subject, result, figures)
     tables.evaluation(figures)
     for note in notes:

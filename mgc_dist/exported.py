@@ -19,6 +19,8 @@ from mgc_dist import hub
 from mgc_dist.errors import UserError
 from mgc_dist.model import TEMPERATURE, CnnConfig, CnnForAudioClassification, WaveClassifier
 
+WEIGHTS = "model.safetensors"
+
 
 def find_exported(run_or_export: Path) -> Path:
     """`RUN/best` for a run folder, else the folder itself."""

@@ -10,7 +10,15 @@ MOST_WRONG = 8
 
 
 def verdict(found: Dossier) -> Html:
-    """The figures that count, first."""
+    """The figures that count, first, and which evaluations are of another model by now."""
+    if not found.outdated:
+        return _figures_that_count(found)
+    names = ", ".join(found.outdated)
+    told = f"Not shown: {names}, measured on a model that best/ does not hold any more, or damaged"
+    return join(_figures_that_count(found), note(f"{told}. Evaluate again."))
+
+
+def _figures_that_count(found: Dossier) -> Html:
     if found.main is None:
         return _validation_only(found)
     _, figures = found.main

@@ -34,11 +34,11 @@ def compare(a: Result, b: Result, name: str, *, resamples: int, seed: int) -> Re
     groups = [one or other for one, other in zip(a.groups, b.groups, strict=True)]
     known = len({group for group in groups if group is not None})
     clusters = {"tracks": np.arange(len(a.label)), "groups": intervals.clusters_of(groups)}
-    unit = "groups" if known else "tracks"
+    unit = "groups" if known and len(np.unique(clusters["groups"])) > 1 else "tracks"
     drawn = {
         name: _draw(a, b, cluster, resamples, seed)
         for name, cluster in clusters.items()
-        if known or name == "tracks"
+        if name in ("tracks", unit)
     }
     return {
         "mode": "pair",

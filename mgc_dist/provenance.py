@@ -186,7 +186,7 @@ def bias(found: Dossier) -> Html | None:
         return None
     title = "What the bias model explains"
     if found.bias is None:
-        table_is = "The bias table of the training is not where it was, or is from elsewhere:"
+        table_is = "The bias table of the training is from elsewhere, gone or made again since:"
         return section(title, note(f"{table_is} there is no report of it."))
     report, _ = found.bias
     splits = report.get("splits") or {k: report[k] for k in ("train", "validation", "test")}
@@ -207,8 +207,8 @@ def bias(found: Dossier) -> Html | None:
             svg.columns(
                 label, counts, x_title="probability of the truth", y_title="training segments"
             ),
-            about="Training segments, by heads that did not see their artists. Far right: what "
-            "the shortcut explains. Effective sample size of the rest: "
+            about="Training segments, by heads that did not see their tracks, nor their artists "
+            "where known. Far right: what the shortcut explains. Effective size of the rest: "
             f"{size:.0f} of {total} segments.",
         ),
         _bias_by_genre(report),
@@ -327,6 +327,10 @@ def _shard_command(shards: str, of: Manifest) -> str:
     for name in ("seed", "folds", "fold", "validation_fraction", "test_fraction"):
         if name in s:
             words += [f"--{name.replace('_', '-')}", str(s[name])]
+    if s["split"] == "table":
+        words += ["--split-file", "SPLITS"]
+    if of.excluded:
+        words += ["--allow-bad", str(len(of.excluded))]
     return shlex.join(words)
 
 

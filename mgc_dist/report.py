@@ -161,12 +161,14 @@ def _intervals(subject: Subject, result: SplitScores, resamples: int, seed: int)
         return drawn.intervals()
 
     known = len({group for group in subject.groups if group is not None})
+    clusters = intervals.clusters_of(subject.groups)
+    several = known > 0 and len(np.unique(clusters)) > 1  # one cluster resamples to itself
     return {
         "level": intervals.LEVEL,
         "resamples": resamples,
         "seed": seed,
         "tracks": of(np.arange(len(result.labels))),
-        "groups": of(intervals.clusters_of(subject.groups)) if known else None,
+        "groups": of(clusters) if several else None,
         "known_groups": known,
     }
 

@@ -160,7 +160,7 @@ def _vote(
 
 def fit_temperature(
     logits: NDArray[np.float32], label: NDArray[np.int64], track: NDArray[np.int64]
-) -> float:
+) -> float | None:
     """The scalar T with the best likelihood of the tracks.
 
     It minimises the mean over tracks of the negative log of the truth's mean probability,
@@ -172,7 +172,9 @@ def fit_temperature(
         track: int64 [rows].
 
     Returns:
-        T between 0.05 and 20.
+        T between 0.05 and 20; None where there is no best one: if all tracks are right, the
+        likelihood grows as T falls (at 0.05 a test accuracy of 0.85 had an NLL of 13 instead of
+        0.95), and at a bound the logits tell nothing.
 
     Source: Guo et al., ICML 2017, section 4.2, with tracks in the place of images.
     """
@@ -183,5 +185,8 @@ def fit_temperature(
         given = np.maximum(mean[np.arange(len(truth)), truth], np.finfo(np.float64).tiny)
         return float(-np.log(given).mean())
 
+    if bool((mean_probability(logits, track)[1] == truth).all()):
+        return None
     found = minimize_scalar(nll, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
-    return float(np.exp(found.x))
+    temperature = float(np.exp(found.x))
+    return temperature if 0.051 < temperature < 19.6 else None

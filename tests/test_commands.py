@@ -27,9 +27,9 @@ from mgc_dist.errors import UserError
 def trained(
     shards: Path, table: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run of 33 steps that has learned a little."""
+    """A run of 20 steps that has learned a little, and whose temperature is within its bounds."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    train_on(2, config(shards, tiny_model, run, epochs=5.0, checkpoint_every_epochs=5.0))
+    train_on(2, config(shards, tiny_model, run, epochs=3.0, checkpoint_every_epochs=3.0))
     return run
 
 
@@ -149,6 +149,18 @@ def test_a_damaged_table_is_refused_but_not_to_a_run_that_never_read_one(
     (run / "config.yaml").write_text(settings.replace("loss: poe", "loss: ce"))
     run_ranks(1, evaluate.run, EvaluateConfig(run=run))
     assert "no bias subgroups" in capfd.readouterr().out
+
+
+def test_a_bias_table_that_was_made_again_is_told(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    assert "made again" not in capfd.readouterr().out
+    environment = json.loads((run / "env.json").read_text())
+    environment["identity"]["bias table (--bias-table)"] = "0" * 64
+    (run / "env.json").write_text(json.dumps(environment))
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    assert "is not the table of the training: it was made again since" in capfd.readouterr().out
 
 
 def test_subgroups_of_the_users_table(run: Path, shards: Path, tmp_path: Path) -> None:

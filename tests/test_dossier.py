@@ -11,12 +11,15 @@ import soundfile
 from runs import write_evaluation, write_training
 from scipy.special import softmax
 
+from mgc_dist import findings, provenance
 from mgc_dist.data import ShardSet
 from mgc_dist.dossier import Dossier
+from mgc_dist.exported import WEIGHTS
+from mgc_dist.files import fingerprint
 
 
 @pytest.fixture
-def run(shards: Path, tmp_path: Path) -> Path:
+def run(shards: Path, table: Path, tmp_path: Path) -> Path:
     write_training(tmp_path / "run", shards)
     write_evaluation(tmp_path / "run", shards)
     return tmp_path / "run"
@@ -31,10 +34,17 @@ def test_steps_that_were_lost_and_done_again_count_once(run: Path) -> None:
     assert all(span.ended_at_s >= span.started_at_s for span in found.spans)
 
 
-def test_the_best_validation_is_the_earlier_of_equals(tmp_path: Path) -> None:
+def test_the_best_validation_is_the_last_whose_model_was_written(tmp_path: Path) -> None:
+    """A higher one whose model did not fit on the disk is not it."""
     lines = [
-        {"event": "validation", "samples_seen": seen, "epoch": seen / 10, "track_macro_f1": score}
-        for seen, score in ((10, 0.5), (20, 0.75), (30, 0.75), (40, None))
+        {
+            "event": "validation",
+            "samples_seen": seen,
+            "epoch": seen / 10,
+            "track_macro_f1": score,
+            "exported": exported,
+        }
+        for seen, score, exported in ((10, 0.5, True), (20, 0.75, True), (30, 0.9, False))
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"event": "validat')  # cut by a kill
@@ -111,3 +121,30 @@ def test_a_configuration_of_another_version_is_none(run: Path) -> None:
     with (run / "config.yaml").open("a") as file:
         file.write("  future: 1\n")
     assert Dossier(run).config is None
+
+
+def test_an_evaluation_of_an_earlier_model_is_not_shown(run: Path) -> None:
+    (run / "best").mkdir()
+    (run / "best" / WEIGHTS).write_bytes(b"weights")
+    path = run / "evaluation" / "test.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"weights": fingerprint(run / "best" / WEIGHTS)}))
+    assert Dossier(run).main is not None
+    assert Dossier(run).outdated == []
+    (run / "best" / WEIGHTS).write_bytes(b"trained on")
+    assert Dossier(run).main is None
+    assert Dossier(run).outdated == ["test"]
+    shown = str(findings.verdict(Dossier(run)))
+    assert "Not shown: test, measured on a model that best/ does not hold any more" in shown
+
+
+def test_a_bias_table_that_was_made_again_is_not_the_trainings(
+    run: Path, shards: Path, table: Path
+) -> None:
+    found = Dossier(run).bias
+    assert found is not None
+    environment = json.loads((run / "env.json").read_text())
+    environment["identity"]["bias table (--bias-table)"] = "0" * 64
+    (run / "env.json").write_text(json.dumps(environment))
+    assert Dossier(run, shards).bias is None
+    assert "gone or made again" in str(provenance.bias(Dossier(run, shards)))

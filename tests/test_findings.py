@@ -14,7 +14,7 @@ from mgc_dist.markup import Html
 
 
 @pytest.fixture
-def run(shards: Path, tmp_path: Path) -> Path:
+def run(shards: Path, table: Path, tmp_path: Path) -> Path:
     write_training(tmp_path / "run", shards)
     write_evaluation(tmp_path / "run", shards)
     return tmp_path / "run"

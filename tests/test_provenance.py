@@ -25,7 +25,7 @@ from mgc_dist.dossier import Dossier
 
 
 @pytest.fixture
-def run(shards: Path, tmp_path: Path) -> Path:
+def run(shards: Path, table: Path, tmp_path: Path) -> Path:
     write_training(tmp_path / "run", shards)
     return tmp_path / "run"
 
@@ -85,7 +85,7 @@ def test_the_bias_report(run: Path, shards: Path, table: Path, tmp_path: Path) -
     assert "train 66 0.500 1.500 0.100" in shown
     assert "blues 11 11 1 1" in shown
     (bias / "report.json").unlink()
-    assert "not where it was" in words(provenance.bias(Dossier(run)))
+    assert "gone or made again since" in words(provenance.bias(Dossier(run)))
     plain = TrainConfig(data=data, objective=LossConfig(loss="ce"))
     (run / "config.yaml").write_text(cli.dump("train", plain))
     assert provenance.bias(Dossier(run)) is None

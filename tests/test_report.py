@@ -127,3 +127,10 @@ def test_without_a_bias_table_nothing_is_aligned(tmp_path: Path) -> None:
     report.write_predictions(tmp_path / "new" / "p.jsonl", subject, result)
     lines = [json.loads(line) for line in (tmp_path / "new/p.jsonl").open(encoding="utf-8")]
     assert [(line["bias_aligned"], line["subgroup"]) for line in lines] == [(None, None)] * 3
+
+
+def test_one_artist_of_all_tracks_gives_no_interval_over_groups() -> None:
+    subject, result = measured(groups=("one", "one", "one"))
+    found = told(subject, result)["intervals"]
+    assert (found["groups"], found["known_groups"]) == (None, 1)
+    assert found["tracks"] is not None

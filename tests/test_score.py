@@ -85,3 +85,11 @@ def test_mean_probability_divides_by_the_temperature(drawn) -> None:
     rows = np.exp(log_softmax(logits[track == 7].astype(np.float64) / 2, axis=1))
     assert mean[7] == pytest.approx(rows.mean(0))
     assert guess[7] == rows.mean(0).argmax()
+
+
+def test_no_temperature_where_there_is_no_best_one(drawn) -> None:
+    _, label, track = drawn
+    sure = np.eye(4, dtype=np.float32)[label] * 4
+    assert fit_temperature(sure, label, track) is None, "all right: the lower the better"
+    wrong = np.roll(np.eye(4, dtype=np.float32)[label] * 9, 1, axis=1)
+    assert fit_temperature(wrong, label, track) is None, "all wrong: the higher the better"
