@@ -32,12 +32,12 @@ from typing import Any
 import numpy as np
 from measure import machine
 from numpy.typing import NDArray
-from scipy import stats
 
-from mgc_dist import manifest, record
-from mgc_dist.data import open_index
+from mgc_dist import manifest
+from mgc_dist.data import ShardSet, open_index
 from mgc_dist.files import replace_text
 from mgc_dist.hidden import STATES
+from mgc_dist.intervals import student
 
 ROOT = Path(__file__).resolve().parent.parent
 FITTED, UNTRAINED, ORACLE = "fitted", "untrained", "oracle"
@@ -151,13 +151,12 @@ def prepare(seed: Seed) -> None:
 
 def write_table(seed: Seed, path: Path, logits: NDArray[np.float64]) -> None:
     """Logits of every row, float64 [N, K], as a table of `key` and genres."""
-    found = manifest.read(seed.shards)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(("key", *found.genres))
-    for entry, row in zip(open_index(seed.shards, found), logits, strict=True):
-        key = record.key_of(found.tracks[int(entry["track"])].id, int(entry["segment"]))
-        writer.writerow((key, *(f"{value:.6f}" for value in row)))
+    with ShardSet(seed.shards) as shards:
+        writer.writerow(("key", *shards.manifest.genres))
+        for key, row in zip(shards.keys(), logits, strict=True):
+            writer.writerow((key, *(f"{value:.6f}" for value in row)))
     replace_text(path, text.getvalue())
 
 
@@ -288,13 +287,13 @@ def gain(values: list[float], plain: list[float]) -> dict[str, Any]:
     """Paired difference from plain cross-entropy over seeds, with its 95 % t interval."""
     pairs = [value - other for value, other in zip(values, plain, strict=True)]
     found = {"mean": float(np.mean(pairs)), "sd": deviation(pairs)}
-    half = 0.0
-    if len(pairs) > 1:
-        quantile = float(stats.t.ppf(0.975, len(pairs) - 1))
-        half = quantile * found["sd"] / float(np.sqrt(len(pairs)))
-    interval = [found["mean"] - half, found["mean"] + half] if len(pairs) > 1 else None
+    interval = student(pairs)
     gained = sum(pair > 0 for pair in pairs)
-    return found | {"interval_95": interval, "seeds_that_gained": gained, "by_seed": pairs}
+    return found | {
+        "interval_95": interval and list(interval),
+        "seeds_that_gained": gained,
+        "by_seed": pairs,
+    }
 
 
 def deviation(values: list[float]) -> float:

@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgc_dist.files import replace_text, replacing
+from mgc_dist.heads import is_at_bound
 from mgc_dist.logits import BiasTable
 from mgc_dist.manifest import Manifest
 from mgc_dist.metrics import (
@@ -56,8 +57,6 @@ had taught the demo's main model little after six epochs, at 0.745 it learned (d
 GENRE_TOO_GOOD = 0.95
 """The same for a single genre: the bias model named metal in 98 % of its segments, and twice the
 main model never named it (docs/log.md, 2026-11-22)."""
-_TEMPERATURES = (0.051, 19.6)
-"""At its bounds (0.05, 20) a temperature is no minimum: the heads tell nothing (docs/log.md)."""
 
 
 def make(
@@ -171,7 +170,7 @@ def _warnings(report: Report, lone: list[str]) -> list[str]:
             "discount"
         )
     temperature = report["temperature"]
-    if temperature is not None and not _TEMPERATURES[0] < temperature < _TEMPERATURES[1]:
+    if temperature is not None and is_at_bound(temperature):
         said.append(
             f"the temperature ran to its bound ({temperature:.2f}): the heads do not carry over "
             "to artists that they have not seen; try fewer --folds, another --layer or a smaller "

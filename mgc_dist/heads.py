@@ -5,7 +5,7 @@ validation or test label changes no number here.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,9 +162,26 @@ def fit_temperature(logits: NDArray[np.float64], label: NDArray[np.int64]) -> fl
     Source: Guo et al., ICML 2017, section 4.2.
     """
 
-    def nll(log_t: float) -> float:
-        log_p = log_softmax(logits / np.exp(log_t), axis=1)
+    def nll(temperature: float) -> float:
+        log_p = log_softmax(logits / temperature, axis=1)
         return float(-log_p[np.arange(len(label)), label].mean())
 
-    found = minimize_scalar(nll, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
+    return best_temperature(nll)
+
+
+def best_temperature(nll: Callable[[float], float]) -> float:
+    """The temperature with the smallest negative log-likelihood, between 0.05 and 20.
+
+    Args:
+        nll: temperature -> mean negative log-likelihood.
+    """
+    bounds = (np.log(0.05), np.log(20.0))
+    found = minimize_scalar(
+        lambda log_t: nll(float(np.exp(log_t))), bounds=bounds, method="bounded"
+    )
     return float(np.exp(found.x))
+
+
+def is_at_bound(temperature: float) -> bool:
+    """Whether a temperature ran to one of the bounds: it is no minimum, the logits tell nothing."""
+    return not 0.051 < temperature < 19.6

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from torch import Tensor
 
 from mgc_dist.config import Aggregate
 from mgc_dist.data import Batch, ShardSet
+from mgc_dist.heads import best_temperature, is_at_bound
 from mgc_dist.infer import all_rows
 from mgc_dist.metrics import Scores, scores, track_labels, track_means
 from mgc_dist.ranks import Ranks
@@ -180,13 +180,12 @@ def fit_temperature(
     """
     truth = track_labels(label, track)
 
-    def nll(log_t: float) -> float:
-        mean, _ = mean_probability(logits, track, float(np.exp(log_t)))
+    def nll(temperature: float) -> float:
+        mean, _ = mean_probability(logits, track, temperature)
         given = np.maximum(mean[np.arange(len(truth)), truth], np.finfo(np.float64).tiny)
         return float(-np.log(given).mean())
 
     if bool((mean_probability(logits, track)[1] == truth).all()):
         return None
-    found = minimize_scalar(nll, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
-    temperature = float(np.exp(found.x))
-    return temperature if 0.051 < temperature < 19.6 else None
+    temperature = best_temperature(nll)
+    return None if is_at_bound(temperature) else temperature
