@@ -27,20 +27,27 @@ def run(config: BiasConfig) -> None:
     Raises:
         UserError: no shards, no model, or a table with other settings is in the way.
     """
-    from mgc_dist import display, ranks, stage
+    from mgc_dist import preflight
+
+    preflight.begin(run=None, device=config.device)
+    from mgc_dist import ranks, rendezvous, stage
     from mgc_dist.data import ShardSet
 
-    if config.shards_from:
-        stage.stage(config.shards, config.shards_from, timeout_s=config.stage_timeout_s)
-    with ShardSet(config.shards) as shards, ranks.join(config.device) as peers:
-        display.start_logging(peers.rank)
-        if config.is_foreign:
-            if peers.is_first:
-                _report(config, shards, write=True)
-            return
-        with ExitStack() as held:
-            peers.all_decide(lambda: _take(config, held))
-            _make(config, shards, peers)
+    with rendezvous.meet(cli.flags_of(config), wait_s=config.stage_timeout_s) as meeting:
+        folder = stage.at_hand(
+            config.shards,
+            source=config.shards_from,
+            stage_dir=config.stage_dir,
+            timeout_s=config.stage_timeout_s,
+        )
+        with ShardSet(folder) as shards:
+            meeting.all_same("data", {"data set (--shards)": shards.manifest.dataset_id})
+            with ranks.join(config.device, meeting=meeting) as peers, ExitStack() as held:
+                if not config.is_foreign:
+                    peers.all_decide(lambda: _take(config, held))
+                    _make(config, shards, peers)
+                elif peers.is_first:
+                    _report(config, shards, write=True)
 
 
 def _make(config: BiasConfig, shards: "ShardSet", peers: "Ranks") -> None:

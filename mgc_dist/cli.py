@@ -116,6 +116,18 @@ def dump(command: str, config: object) -> str:
     return yaml.safe_dump({command: plain(config)}, sort_keys=False, allow_unicode=True)
 
 
+def flags_of(config: object) -> dict[str, str]:
+    """Flag -> value of every knob, to be compared between ranks."""
+    found: dict[str, str] = {}
+    for each in dataclasses.fields(typing.cast(typing.Any, config)):
+        value = getattr(config, each.name)
+        if dataclasses.is_dataclass(value):
+            found |= flags_of(value)
+        else:
+            found[f"--{each.name.replace('_', '-')}"] = str(value)
+    return found
+
+
 def flags_of_file(file: Path, command: str, config_type: type[Any]) -> list[str]:
     """The flags that a YAML file stands for.
 
@@ -152,7 +164,17 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-COMMANDS = ("synth", "shard", "bias", "train", "evaluate", "compare", "predict", "export")
+COMMANDS = (
+    "synth",
+    "shard",
+    "bias",
+    "train",
+    "evaluate",
+    "compare",
+    "predict",
+    "export",
+    "doctor",
+)
 
 
 def _take_files(words: list[str]) -> tuple[list[Path], list[str]]:

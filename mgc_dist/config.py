@@ -315,6 +315,9 @@ class BiasConfig:
     nothing is fitted, and its report is written beside it."""
     shards_from: str | None = None
     """Where to copy the shards from, into --shards, once per node: see `launch/train.py --help`."""
+    stage_dir: str | None = None
+    """Folder of each node, such as /scratch/$USER or '$TMPDIR', where its ranks copy the shards to,
+    once, with their sha256 compared, and read them from."""
     stage_timeout_s: float = 3600.0
     """How long a rank waits for another one on its node that copies the shards."""
     backbone: str = "facebook/wav2vec2-base"
@@ -370,6 +373,9 @@ class DataConfig:
     shards_from: str | None = None
     """Where to copy the shards from, into --shards, once per node: a folder, https://..., or
     `pipe:COMMAND` with {} for the file's name, such as `pipe:aws s3 cp s3://bucket/gtzan/{} -`."""
+    stage_dir: str | None = None
+    """Folder of each node, such as /scratch/$USER or '$TMPDIR', where its ranks copy the shards to,
+    once, with their sha256 compared, and read them from."""
     stage_timeout_s: float = 3600.0
     """How long a rank waits for another one on its node that copies the shards."""
     read_ahead: int = 4
@@ -675,6 +681,9 @@ class EvaluateConfig:
     """Shards to measure on; the run's own by default. The genres must be the same."""
     shards_from: str | None = None
     """Where to copy the shards from, into --data (or the run's own folder), once per node."""
+    stage_dir: str | None = None
+    """Folder of each node, such as /scratch/$USER or '$TMPDIR', where its ranks copy the shards to,
+    once, with their sha256 compared, and read them from."""
     stage_timeout_s: float = 3600.0
     """How long a rank waits for another one on its node that copies the shards."""
     name: str | None = None
@@ -800,3 +809,30 @@ class ExportConfig:
     """Run folder."""
     out: Positional[Path]
     """Folder to write; must not exist or be empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Look at what goes wrong on clusters: addresses, port, GPUs, cores, versions, data, disk,
+    locks, time. On every rank where it is started like a training; exit code 2 if anything is
+    wrong.
+    """
+
+    shards: Path = Path("shards")
+    """Folder that `python -m mgc_dist.shard` has filled."""
+    bias_table: Path | None = None
+    """Bias table; SHARDS/bias by default."""
+    run: Path = Path("runs/train")
+    """Run folder, or where one will be."""
+    device: Device = "auto"
+    """Where the ranks will compute."""
+    wait_s: float = 120.0
+    """How long ranks wait for each other."""
+
+    @property
+    def table(self) -> Path:
+        """Folder or file of the bias table."""
+        return self.bias_table or self.shards / "bias"
+
+    def __post_init__(self) -> None:
+        _require("--wait-s", self.wait_s > 0, self.wait_s, "a positive time", "120 is usual")

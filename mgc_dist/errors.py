@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 EXIT_BAD_INPUT = 2
 EXIT_NO_CHECKPOINT = 65  # sysexits.h: EX_DATAERR
@@ -46,6 +47,12 @@ class UserError(Exception):
         self._parts = (what, str(got), expected, cure, this_rank_only, exit_code)
         self.this_rank_only = this_rank_only
         self.exit_code = exit_code
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The arguments that it was made of; JSON can hold them."""
+        names = ("what", "got", "expected", "cure", "this_rank_only", "exit_code")
+        return dict(zip(names, self._parts, strict=True))
 
     def __reduce__(self) -> tuple[Callable[..., "UserError"], tuple[object, ...]]:
         """Travel between processes: rank 0 tells the others what is wrong."""

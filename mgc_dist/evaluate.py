@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mgc_dist.logits import BiasTable
     from mgc_dist.manifest import Manifest
     from mgc_dist.model import WaveClassifier
+    from mgc_dist.rendezvous import Meeting
     from mgc_dist.report import Subject
     from mgc_dist.score import SplitScores
 
@@ -23,38 +24,54 @@ def run(config: EvaluateConfig) -> None:
         UserError: no model or data there, the genres of the two differ, or a bias table or a
             table of subgroups does not fit.
     """
-    from mgc_dist import display, exported, page, ranks, stage
+    from mgc_dist import preflight
+
+    preflight.begin(run=None, device=config.device)
+    from mgc_dist import exported, rendezvous, stage
     from mgc_dist.data import ShardSet
+
+    with rendezvous.meet(cli.flags_of(config), wait_s=config.stage_timeout_s) as meeting:
+        folder = exported.find_exported(config.run)
+        classifier = exported.load_exported(folder)
+        place = stage.at_hand(
+            config.data or _own_shards(config),
+            source=config.shards_from,
+            stage_dir=config.stage_dir,
+            timeout_s=config.stage_timeout_s,
+        )
+        with ShardSet(place) as shards:
+            meeting.all_same("data", {"data set (--data)": shards.manifest.dataset_id})
+            if config.data is None:
+                _refuse_repacked(config.run, shards)
+            _refuse_other(config, classifier, exported.sample_rate_of(folder), shards.manifest)
+            _measure(config, classifier, shards, meeting)
+
+
+def _measure(
+    config: EvaluateConfig, classifier: "WaveClassifier", shards: "ShardSet", meeting: "Meeting"
+) -> None:
+    """Walk the split, print and write what it shows (a collective)."""
+    from mgc_dist import page, ranks
     from mgc_dist.display import progress
     from mgc_dist.score import all_score
 
-    folder = exported.find_exported(config.run)
-    classifier = exported.load_exported(folder)
-    place = config.data or _own_shards(config)
-    if config.shards_from:
-        stage.stage(place, config.shards_from, timeout_s=config.stage_timeout_s)
-    with ShardSet(place) as shards:
-        if config.data is None:
-            _refuse_repacked(config.run, shards)
-        _refuse_other(config, classifier, exported.sample_rate_of(folder), shards.manifest)
-        subject, notes = _subject(config, shards, classifier.temperature)
-        with ranks.join(config.device) as peers:
-            display.start_logging(peers.rank)
-            first, stop = shards.rows_of(config.split)
-            batches = -(-(stop - first) // (config.batch * peers.world))
-            with progress(f"evaluating {config.split}", batches, shown=peers.is_first) as bar:
-                result = all_score(
-                    classifier.to(peers.device),
-                    shards,
-                    config.split,
-                    peers,
-                    batch=config.batch,
-                    aggregate=config.aggregate,
-                    progress=bar.over,
-                )
-            peers.all_decide(lambda: _tell(config, subject, result, notes))
-            if peers.is_first:
-                page.attempt(config.run, place)
+    subject, notes = _subject(config, shards, classifier.temperature)
+    with ranks.join(config.device, meeting=meeting) as peers:
+        first, stop = shards.rows_of(config.split)
+        batches = -(-(stop - first) // (config.batch * peers.world))
+        with progress(f"evaluating {config.split}", batches, shown=peers.is_first) as bar:
+            result = all_score(
+                classifier.to(peers.device),
+                shards,
+                config.split,
+                peers,
+                batch=config.batch,
+                aggregate=config.aggregate,
+                progress=bar.over,
+            )
+        peers.all_decide(lambda: _tell(config, subject, result, notes))
+        if peers.is_first:
+            page.attempt(config.run, shards.folder)
 
 
 def _subject(

@@ -46,6 +46,7 @@ class Journal:
     def __init__(self, run: Path, *, writes: bool) -> None:
         self._run = run
         self._writes = writes
+        self._about: dict[str, Value] = {}
         self._file: FileIO | None = None
         self._kept = b""
         self._board = Board(run / BOARD)
@@ -78,11 +79,16 @@ class Journal:
             raise
         self._kept = b""
 
+    def begin(self, **about: Value) -> None:
+        """What status.json shall say of this try from now on, whatever its state."""
+        self._about = about
+
     def status(self, state: str, **values: Value) -> None:
         """Replace status.json: `running`, `stopped`, `failed` or `done`."""
         if self._writes:
+            content = {"state": state} | self._about | values
             try:
-                replace_text(self._run / STATUS, json.dumps({"state": state} | values, indent=1))
+                replace_text(self._run / STATUS, json.dumps(content, indent=1))
             except OSError as error:
                 log.warning("%s: %s", self._run / STATUS, error.strerror)
 

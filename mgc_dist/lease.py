@@ -29,6 +29,8 @@ ATTEMPTS = "attempts.jsonl"
 HEARTBEATS = "heartbeats"
 STALE_S = 20.0
 """A holder that shows no sign of life for so long has lost its lease; four heartbeats."""
+SEEN_WITHIN_S = 60.0
+"""NFS may hide for so long what another node has just made: the longest life of its attributes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,13 @@ class Lease:
         except OSError:
             return True
 
+    def comes_into_view(self) -> bool:
+        """Whether this rank, on its host, sees the lease that rank 0 has taken."""
+        deadline = time.monotonic() + SEEN_WITHIN_S
+        while not (seen := self.is_ours()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return seen
+
     def check(self) -> None:
         """Refuse to go on if another process has taken the folder over.
 
@@ -149,6 +158,14 @@ def acquire(run: Path, attempt: str, *, stale_s: float = STALE_S) -> Lease:
     sync(aside)
     aside.replace(run / LEASE)
     return Lease(run=run, attempt=attempt)
+
+
+def holder_of(run: Path) -> Process | None:
+    """Whose name the lease of a run folder bears, if it can be read."""
+    try:
+        return process_of(_read(run / LEASE) or {})
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def forget(run: Path) -> None:

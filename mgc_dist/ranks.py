@@ -1,14 +1,12 @@
-"""The process group: who we are, where we compute, and the few collectives that we need.
+"""The process group: where we compute, and the few collectives that we need.
 
-Ranks come from the deepspeed or torchrun launcher (RANK, WORLD_SIZE, ...), from Slurm
-(SLURM_PROCID, ...) or, without either, are one process. Functions named `all_*` are
-collectives: every rank must call them, in the same order.
+Functions named `all_*` are collectives: every rank must call them, in the same order.
 """
 
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -18,17 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mgc_dist import rendezvous
 from mgc_dist.errors import EXIT_IO, PeerLost, RunFailed, UserError
 
 T = TypeVar("T")
 
 _BROKEN = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-_SLURM = {
-    "RANK": "SLURM_PROCID",
-    "LOCAL_RANK": "SLURM_LOCALID",
-    "WORLD_SIZE": "SLURM_NTASKS",
-    "LOCAL_SIZE": "SLURM_NTASKS_PER_NODE",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,59 +111,60 @@ class Ranks:
 
 
 @contextmanager
-def join(device: str, timeout_s: float = 1800.0) -> Iterator[Ranks]:
+def join(
+    device: str, timeout_s: float = 1800.0, meeting: rendezvous.Meeting | None = None
+) -> Iterator[Ranks]:
     """Join the process group, and leave it at the end.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
         timeout_s: seconds after which a collective fails; rank 0 may write or fit for long.
+        meeting: where these ranks have met; without one they meet now.
 
     Raises:
-        UserError: CUDA is asked for and not there, or the launcher's variables contradict.
+        UserError: CUDA is asked for and not there, or what `rendezvous.meet` raises.
+        PeerLost: a rank has been lost.
     """
-    rank, world, local_rank, local_world = _numbers()
-    place = device_of(device, local_rank)
-    if place.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // local_world))
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
-    if "MASTER_ADDR" in os.environ:
-        try:
-            dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world)
-        except dist.DistNetworkError as error:
-            raise UserError(
-                f"rank 0's address {os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}",
-                got=str(error).splitlines()[0],
-                expected="a free port there that every rank can reach",
-                cure="if another job uses the port: deepspeed --master_port 29501 launch/...",
-            ) from error
-        except RuntimeError as error:  # DistStoreError, or gloo's own words
-            said = str(error).splitlines()[0]
-            raise PeerLost(f"rank {rank} waited for {world} ranks in vain: {said}") from error
-    elif world == 1:
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=store)
-    else:
-        raise UserError(
-            "environment variable MASTER_ADDR",
-            got="not set",
-            expected=f"the host of rank 0 of {world} ranks",
-            cure="start with `deepspeed launch/...`, or see slurm/train.sbatch",
+    with ExitStack() as stack:
+        peers = _enter(
+            device, timeout_s, meeting or stack.enter_context(rendezvous.meet(wait_s=timeout_s))
         )
+        try:
+            yield peers
+        except PeerLost:
+            raise  # leaving a group that lost a rank may block: the command ends the process
+        except BaseException as error:
+            if Ranks.is_broken(error):
+                said = str(error).splitlines()[0]
+                raise PeerLost(
+                    f"rank {peers.rank} of {peers.world} lost its peers: {said}"
+                ) from error
+            _leave(alone=peers.world > 1 and getattr(error, "this_rank_only", False))
+            raise
+        dist.destroy_process_group()
+
+
+def _enter(device: str, timeout_s: float, meeting: rendezvous.Meeting) -> Ranks:
+    here = meeting.place
+    computes = device_of(device, here.local_rank)
+    if computes.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // here.local_world))
+    if computes.type == "cuda":
+        torch.cuda.set_device(computes)
     try:
-        yield Ranks(rank=rank, world=world, local_rank=local_rank, device=place)
-    except PeerLost:
-        raise  # leaving a group that lost a rank may block: the command ends the process
-    except BaseException as error:
-        if Ranks.is_broken(error):
-            said = str(error).splitlines()[0]
-            raise PeerLost(f"rank {rank} of {world} lost its peers: {said}") from error
-        _leave(alone=world > 1 and getattr(error, "this_rank_only", False))
-        raise
-    dist.destroy_process_group()
+        dist.init_process_group(
+            "nccl" if computes.type == "cuda" else "gloo",
+            store=meeting.group_store(),
+            timeout=timedelta(seconds=timeout_s),
+            rank=here.rank,
+            world_size=here.world,
+        )
+    except RuntimeError as error:  # DistStoreError, or gloo's own words
+        said = str(error).splitlines()[0]
+        raise PeerLost(f"rank {here.rank} waited for {here.world} ranks in vain: {said}") from error
+    meeting.is_over = True
+    return Ranks(rank=here.rank, world=here.world, local_rank=here.local_rank, device=computes)
 
 
 def _leave(*, alone: bool) -> None:
@@ -190,35 +184,6 @@ def seed_everything(*numbers: int) -> None:
     torch.manual_seed(torch_seed)
     np.random.seed(numpy_seed)
     random.seed(python_seed)
-
-
-def _numbers() -> tuple[int, int, int, int]:
-    """Rank, world, local rank, local world; also written back for DeepSpeed to find."""
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
-        for ours, theirs in _SLURM.items():
-            if theirs in os.environ:
-                os.environ[ours] = os.environ[theirs]
-    os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        rank = int(os.environ.get("RANK", "0"))
-        local_rank = int(os.environ["LOCAL_RANK"])
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
-    except ValueError as error:
-        raise UserError(
-            "environment variables RANK, WORLD_SIZE, LOCAL_RANK",
-            got=str(error),
-            expected="whole numbers",
-            cure="let the launcher set them",
-        ) from error
-    if not 0 <= rank < world:
-        raise UserError(
-            "environment variable RANK",
-            got=f"{rank} with WORLD_SIZE {world}",
-            expected="0 to WORLD_SIZE - 1",
-            cure="let the launcher set both",
-        )
-    return rank, world, local_rank, local_world
 
 
 def device_of(device: str, local_rank: int) -> torch.device:

@@ -14,6 +14,7 @@ import os
 import re
 import select
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import Popen
@@ -29,6 +30,36 @@ STALLED_S = 120.0
 """Without a byte for so long, a transfer is given up."""
 _LOCK, _INCOMING = ".staging.lock", ".incoming"
 _BLOCK = 1 << 20
+
+
+def at_hand(shards: Path, *, source: str | None, stage_dir: str | None, timeout_s: float) -> Path:
+    """Where this node reads a data set from, after copying it there if that is asked for.
+
+    Args:
+        shards: folder of the data set.
+        source: where to copy it from first, as for `stage`.
+        stage_dir: folder of this node to copy `shards` into, under the name of its content.
+        timeout_s: how long to wait for another process that copies.
+
+    Raises:
+        UserError: what `stage` raises, or stage_dir names a variable that is not set here.
+    """
+    if source:
+        stage(shards, source, timeout_s=timeout_s)
+    if stage_dir is None:
+        return shards
+    parent = os.path.expandvars(os.path.expanduser(stage_dir))
+    if "$" in parent:
+        raise UserError(
+            f"--stage-dir {stage_dir}",
+            got=f"{parent} on {socket.gethostname()}",
+            expected="variables that are set on every node",
+            cure="name a folder of the node, such as /tmp",
+            this_rank_only=True,
+        )
+    folder = Path(parent) / manifest.read(shards).dataset_id[:16]
+    stage(folder, str(shards), timeout_s=timeout_s)
+    return folder
 
 
 def stage(folder: Path, source: str, *, timeout_s: float) -> None:

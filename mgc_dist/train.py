@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mgc_dist.logits import BiasTable
     from mgc_dist.plan import Plan
     from mgc_dist.ranks import Ranks
+    from mgc_dist.rendezvous import Meeting
     from mgc_dist.resume import Changes
     from mgc_dist.watch import Watch
 
@@ -41,20 +42,38 @@ def run(config: TrainConfig) -> int:
         RunFailed: the run could not go on; mgc_dist.errors lists the exit codes.
     """
     stop = Stop().listen().follow_launcher()  # before `import torch`, which takes seconds
-    from mgc_dist import display, logits, ranks, stage
+    from mgc_dist import preflight
+
+    preflight.begin(run=config.output.run, device=config.engine.device)
+    from mgc_dist import rendezvous
+
+    wait_s = config.engine.group_timeout_s
+    if config.data.shards_from or config.data.stage_dir:  # nodes may be done long after one another
+        wait_s += config.data.stage_timeout_s
+    with rendezvous.meet(cli.flags_of(config), wait_s=wait_s) as meeting:
+        return _run(config, stop, meeting)
+
+
+def _run(config: TrainConfig, stop: Stop, meeting: "Meeting") -> int:
+    """Open the data, make sure that all ranks have the same, and train (a collective)."""
+    from mgc_dist import logits, ranks, stage
     from mgc_dist.data import ShardSet
 
     data = config.data
-    if data.shards_from:
-        stage.stage(data.shards, data.shards_from, timeout_s=data.stage_timeout_s)
-    with ShardSet(data.shards) as shards:
+    folder = stage.at_hand(
+        data.shards,
+        source=data.shards_from,
+        stage_dir=data.stage_dir,
+        timeout_s=data.stage_timeout_s,
+    )
+    with ShardSet(folder) as shards:
         table = None
         if config.objective.needs_bias:
             table = logits.read(data.table, shards.manifest, shards.keys)
         plan = _plan(config, shards)
         identity = _identity(config, shards, table, plan)
-        with ranks.join(config.engine.device, config.engine.group_timeout_s) as peers:
-            display.start_logging(peers.rank)
+        meeting.all_same("data", {name: str(value) for name, value in identity.items()})
+        with ranks.join(config.engine.device, config.engine.group_timeout_s, meeting) as peers:
             if config.output.dry_run:
                 return _forecast(config, shards, plan, peers)
             if peers.all_decide(lambda: _is_complete(config, identity)):
@@ -78,6 +97,7 @@ def _train(fit: "Fit") -> int:
     held = peers.all_decide(take)
     timeout_s = fit.config.engine.hang_timeout_s
     try:
+        _refuse_unseen(held, peers)
         with Watch(held, peers.rank, peers.world, fit.stop, hang_timeout_s=timeout_s) as watch:
             try:
                 _run_fit(fit, held, watch)
@@ -94,6 +114,21 @@ def _train(fit: "Fit") -> int:
     return 0
 
 
+def _refuse_unseen(held: "Lease", peers: "Ranks") -> None:
+    """Refuse a run folder that some node does not share (a collective)."""
+    import socket
+
+    seen = peers.all_gather((socket.gethostname(), held.comes_into_view()))
+    blind = [f"{host} (rank {rank})" for rank, (host, sees) in enumerate(seen) if not sees]
+    if blind:
+        raise UserError(
+            f"--run {held.run}",
+            got=f"{', '.join(blind[:8])}, which does not see what rank 0 writes",
+            expected="a folder on a file system that all nodes share",
+            cure="choose another --run",
+        )
+
+
 def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
     """Train from where the run folder is, and write down how it ended."""
     from mgc_dist import lease
@@ -107,6 +142,8 @@ def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
     try:
         genres = list(fit.shards.manifest.genres)
         journal.write("start", samples_seen=state.samples_seen, world=peers.world, genres=genres)
+        first = fit.plan.step_of(state.samples_seen)
+        journal.begin(attempt=held.attempt, first_step=first, world=peers.world)
         journal.status("running", samples_seen=state.samples_seen, total=fit.plan.total)
         outcome = "done" if fit.train(state, held, watch) else "stopped"
         journal.write(outcome, samples_seen=state.samples_seen)

@@ -103,7 +103,9 @@ class Watch:
     ) -> None:
         self._over.set()
         self._thread.join()
-        if error is not None and not isinstance(error, PeerLost):  # for the peers to read
+        if error is None or isinstance(error, PeerLost):
+            self._beat()  # how far it came
+        else:  # for the peers to read
             self._beat(error=str(error), exit_code=exit_code_of(error))
 
     def progress(self, step: int, phase: str) -> None:
@@ -175,6 +177,7 @@ class Watch:
                 *(self._rank, seconds, self._step + 1, self._phase, names),
             )
             _dump_stacks()
+            self._beat()  # how far it came
         finally:  # whatever cannot be said
             leave(EXIT_TEMPORARY)
 

@@ -12,9 +12,9 @@ import shutil
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import soundfile
@@ -23,6 +23,9 @@ import torch
 from mgc_dist import shard, synth
 from mgc_dist.config import BiasConfig, ShardConfig
 from mgc_dist.model import WaveClassifier, build_main
+
+if TYPE_CHECKING:
+    from cluster import Cluster
 
 torch.set_num_threads(1)
 
@@ -240,3 +243,23 @@ def undisturbed(
     job = start(settings, work)
     assert job.wait() == [0, 0], job.said
     return weights_hash(work / "run")
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cluster"]:
+    """A real Slurm of two nodes, for all tests of a session."""
+    import cluster as clusters
+
+    reason = clusters.why_not()
+    if reason:
+        pytest.skip(f"NO SLURM TESTS HERE, nothing about Slurm is shown: {reason}")
+    with clusters.running(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
+
+
+@pytest.fixture
+def cluster(slurm: "Cluster", tmp_path: Path) -> Iterator["Cluster"]:
+    """The cluster, with nothing running; what jobs write goes into tmp_path."""
+    slurm.folder = tmp_path
+    yield slurm
+    slurm.restore()

@@ -20,26 +20,33 @@ CONFIGS = {
     "compare": config.CompareConfig,
     "predict": config.PredictConfig,
     "export": config.ExportConfig,
+    "doctor": config.DoctorConfig,
 }
+OTHERS = ("python3 -m venv ", ".venv/bin/pip ", "squeue ", "printf ", "#")
+"""Beginnings of lines that are not ours to check."""
 LOOP = re.compile(r"\s*(for|done)\b")
 
 
 def shown_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
-    inline = re.findall(r"`((?:deepspeed|python -m mgc_dist|python launch|make) ?[^`]+)`", text)
+    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "slurm/README.md"))
+    blocks = re.findall(r"```bash\n(.*?)```", text.replace("\\\n", " "), re.S)
+    kinds = "deepspeed|python -m mgc_dist|python launch|make|sbatch"
+    inline = re.findall(rf"`((?:{kinds}) [^`]+)`", text)
     inline = [" ".join(command.split()) for command in inline]
     lines = [line for block in blocks for line in block.splitlines() if line.strip()] + inline
     for preset in cli.PRESETS.glob("*.yaml"):
         head = preset.read_text().split("\n\n")[0].split("# Command: ")[1]
         joined = head.replace("\n#  ", "").split("  (")[0]
         lines += [part.strip() for part in joined.split("&&")]
-    return list(dict.fromkeys(unrolled(line) for line in lines if not LOOP.match(line)))
+    lines = [line for line in lines if not LOOP.match(line) and not line.startswith(OTHERS)]
+    return list(dict.fromkeys(map(unrolled, lines)))
 
 
 def unrolled(line: str) -> str:
     """A line of a loop, as its first turn runs it."""
-    return line.strip().replace("$loss", "ce").replace("$seed", "0")
+    for name, value in (("$loss", "ce"), ("$seed", "0"), ("$N", "0"), ("%a", "1")):
+        line = line.replace(name, value)
+    return line.strip()
 
 
 @pytest.mark.parametrize("line", shown_commands())
@@ -48,11 +55,19 @@ def test_command_parses(line: str) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         return
+    if words[0] == "slurm/pipeline.sh":
+        usage = (ROOT / words[0]).read_text().split("set -e")[0]
+        assert all(
+            f"#   {w}" in usage or f" | {w}" in usage or f", {w}" in usage for w in words[1::2]
+        )
+        return
     if words[0] == "sbatch":
         (script,) = [n for n, word in enumerate(words) if word.endswith(".sbatch")]
         assert (ROOT / words[script]).is_file()
-        cli.parse("train", config.TrainConfig, words[script + 1 :])
-        return
+        if words[script].endswith("train.sbatch"):
+            cli.parse("train", config.TrainConfig, words[script + 1 :])
+            return
+        words = words[script + 1 :]
     (place,) = [n for n, w in enumerate(words) if w.startswith(("launch/", "mgc_dist."))]
     verb = Path(words[place]).stem if "/" in words[place] else words[place].split(".")[1]
     if "/" in words[place]:
@@ -82,6 +97,7 @@ def test_there_are_commands_of_every_kind() -> None:
         "predict",
         "export",
         "sbatch",
+        "doctor",
         "make demo",
     ):
         assert verb in text

@@ -1,0 +1,104 @@
+"""Where a process stands among its peers, as its launcher or Slurm says; imports no torch.
+
+Ranks come from the deepspeed or torchrun launcher (RANK, WORLD_SIZE, ...), from Slurm
+(SLURM_PROCID, ...) or, without either, are one process.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+from mgc_dist.errors import UserError
+
+_SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Numbers of a process.
+
+    Attributes:
+        rank, world: 0 .. world - 1 of all processes.
+        local_rank, local_world: the same on this host.
+        address: the host of rank 0; None for a process alone.
+        port: where rank 0 listens.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    address: str | None
+    port: int
+
+
+def place() -> Place:
+    """Read the environment; what Slurm alone says is written back for DeepSpeed to find.
+
+    Raises:
+        UserError: the variables are no numbers, or contradict.
+    """
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+        for ours, theirs in _SLURM.items():
+            if theirs in os.environ:
+                os.environ[ours] = os.environ[theirs]
+        tasks = _tasks_here()
+        if tasks:
+            os.environ["LOCAL_SIZE"] = str(tasks)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        rank = int(os.environ.get("RANK", "0"))
+        local_rank = int(os.environ["LOCAL_RANK"])
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
+    except ValueError as error:
+        raise UserError(
+            "environment variables RANK, WORLD_SIZE, LOCAL_RANK",
+            got=str(error),
+            expected="whole numbers",
+            cure="let the launcher set them",
+            this_rank_only=True,
+        ) from error
+    if not 0 <= rank < world:
+        raise UserError(
+            "environment variable RANK",
+            got=f"{rank} with WORLD_SIZE {world}",
+            expected="0 to WORLD_SIZE - 1",
+            cure="let the launcher set both",
+            this_rank_only=True,
+        )
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            "environment variable MASTER_ADDR",
+            got="not set",
+            expected=f"the host of rank 0 of {world} ranks",
+            cure="start with `deepspeed launch/...`, or see slurm/train.sbatch",
+            this_rank_only=True,
+        )
+    port = os.environ.get("MASTER_PORT", "29500")
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(
+            "environment variable MASTER_PORT",
+            got=port,
+            expected="1 to 65535",
+            cure="let the launcher set it",
+            this_rank_only=True,
+        )
+    return Place(
+        rank=rank,
+        world=world,
+        local_rank=local_rank,
+        local_world=local_world,
+        address=os.environ.get("MASTER_ADDR"),
+        port=int(port),
+    )
+
+
+def _tasks_here() -> int:
+    """Tasks of this Slurm step on this node, from a list such as `4(x2),3`; 0 if unknown."""
+    words = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", words):
+        counts += [int(count)] * int(times or 1)
+    node = int(os.environ.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else 0
