@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from test_launcher import call
 from test_pack import digests
 
-from mgc_dist import manifest, stage
+from mgc_dist import logits, manifest, stage
 from mgc_dist.data import ShardSet
 from mgc_dist.errors import UserError
 
@@ -259,3 +261,43 @@ def test_a_file_url_may_hold_escapes(plain: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(plain, tmp_path / "a b"))
     fetch(tmp_path / "node", "file://" + str(source).replace(" ", "%20"))
     assert without_card(tmp_path / "node") == without_card(plain)
+
+
+def test_a_folder_of_the_node_takes_several_data_sets(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCRATCH_OF_JOB", str(tmp_path / "node"))
+    place = {"source": None, "stage_dir": "$SCRATCH_OF_JOB/mgc", "timeout_s": 10.0}
+    folder = stage.at_hand(plain, **place)
+    assert folder == tmp_path / "node" / "mgc" / manifest.read(plain).dataset_id[:16]
+    assert without_card(folder) == without_card(plain)
+    assert stage.at_hand(plain, **place) == folder
+    assert stage.at_hand(plain, source=None, stage_dir=None, timeout_s=10) == plain
+
+
+def test_a_variable_that_this_node_does_not_have_is_named(plain: Path, tmp_path: Path) -> None:
+    message = r"--stage-dir \$NOT_SET_HERE/x: got \$NOT_SET_HERE/x on "
+    with pytest.raises(UserError, match=message) as caught:
+        stage.at_hand(plain, source=None, stage_dir="$NOT_SET_HERE/x", timeout_s=10)
+    assert caught.value.this_rank_only
+
+
+def test_every_command_reads_the_nodes_copy(shards: Path, table: Path, tmp_path: Path) -> None:
+    """Bias pass, training and evaluation; what they write names the shared folder."""
+    data, run, node = tmp_path / "data", tmp_path / "run", tmp_path / "node"
+    shutil.copytree(shards, data, ignore=shutil.ignore_patterns("bias"))
+    staged = ["--stage-dir", node]
+    small = ["--model", "logmel-cnn", "--freeze", "none", "--global-batch", "8"]
+    for words in (
+        ["bias", "--shards", data, "--backbone", "logmel", "--folds", "2", *staged],
+        ["train", "--shards", data, "--run", run, "--epochs", "0.4", *small, *staged],
+        ["evaluate", run, *staged],
+    ):
+        done = call(f"launch/{words[0]}.py", *words[1:], "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+    copied = node / manifest.read(data).dataset_id[:16]
+    assert manifest.read(copied) == manifest.read(data)
+    settings = yaml.safe_load((run / "config.yaml").read_text())["train"]["data"]
+    assert settings["shards"] == str(data)
+    assert (data / "bias" / logits.HEADER).is_file()
+    assert (run / "evaluation" / "test.json").is_file()
