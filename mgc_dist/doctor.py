@@ -32,7 +32,7 @@ def run(config: DoctorConfig) -> int:
     from mgc_dist.place import place
 
     here = place()
-    found = preflight.look(here, run=config.run, on_cpu=config.device == "cpu")
+    found = preflight.look(here, run=config.run, device=config.device)
     if here.rank == 0:
         found += preflight.lease(config.run)
     if here.world > 1 and any(finding.error for finding in found):  # they might never meet

@@ -50,18 +50,18 @@ class Finding:
     error: UserError | None = None
 
 
-def look(here: Place, *, run: Path | None, on_cpu: bool) -> list[Finding]:
+def look(here: Place, *, run: Path | None, device: str) -> list[Finding]:
     """Answer every question that a rank can answer alone.
 
     Args:
         here: which rank this is.
         run: the run folder, if there is one.
-        on_cpu: no GPU is wanted.
+        device: that the ranks want: `auto`, `cpu` or `cuda`.
     """
     found: list[Finding] = []
     if here.address is not None and here.world > 1:
-        found += [*_address(here), *_own_name(here, on_cpu), *_port(here)]
-    found += [*_gpus(here, on_cpu), *_cores(), *_locks()]
+        found += [*_address(here), *_own_name(here, device), *_port(here)]
+    found += [*_gpus(here, device), *_cores(), *_locks()]
     if run is not None:
         found += _disk(run)
         if here.rank == 0:  # Slurm is asked once, not by every rank
@@ -81,7 +81,7 @@ def begin(*, run: Path | None, device: str) -> None:
     """
     here = place()
     display.start_logging(here.rank)
-    for finding in look(here, run=run, on_cpu=device == "cpu"):
+    for finding in look(here, run=run, device=device):
         if finding.error:
             raise finding.error
         if finding.verdict == "note":
@@ -144,9 +144,10 @@ def _is_ours(address: str) -> bool:
     return True
 
 
-def _own_name(here: Place, on_cpu: bool) -> Iterator[Finding]:
-    """Would gloo tell other hosts an address of the loop?"""
-    if here.local_world == here.world or not on_cpu or os.environ.get("GLOO_SOCKET_IFNAME"):
+def _own_name(here: Place, device: str) -> Iterator[Finding]:
+    """Would gloo, which serves CPUs, tell other hosts an address of the loop?"""
+    on_gpu = device == "cuda" or (device == "auto" and _has_gpu())
+    if here.local_world == here.world or on_gpu or os.environ.get("GLOO_SOCKET_IFNAME"):
         return
     host = socket.gethostname()
     try:
@@ -164,6 +165,11 @@ def _own_name(here: Place, on_cpu: bool) -> Iterator[Finding]:
         )
     else:
         yield _ok("own address", f"{host} is {own}")
+
+
+def _has_gpu() -> bool:
+    """Whether a driver of NVIDIA's or AMD's is there; torch would know, and takes seconds."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
 
 
 def _port(here: Place) -> Iterator[Finding]:
@@ -188,10 +194,10 @@ def _port(here: Place) -> Iterator[Finding]:
     yield _ok("MASTER_PORT", f"MASTER_PORT {here.port} is free on {host}")
 
 
-def _gpus(here: Place, on_cpu: bool) -> Iterator[Finding]:
+def _gpus(here: Place, device: str) -> Iterator[Finding]:
     """Is there one task for each GPU that Slurm gave?"""
     given = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    if on_cpu or not given.isdigit():
+    if device == "cpu" or not given.isdigit():
         return
     tasks, host = here.local_world, socket.gethostname()
     if tasks > int(given):

@@ -40,7 +40,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_is_well_on_one_host(tmp_path: Path) -> None:
-    found = preflight.look(at(), run=tmp_path / "new" / "run", on_cpu=True)
+    found = preflight.look(at(), run=tmp_path / "new" / "run", device="cpu")
     assert {f.verdict for f in found} == {"ok"}
     assert [f.question for f in found] == [
         "MASTER_ADDR",
@@ -53,12 +53,12 @@ def test_all_is_well_on_one_host(tmp_path: Path) -> None:
 
 def test_a_process_alone_is_asked_no_address() -> None:
     alone = Place(rank=0, world=1, local_rank=0, local_world=1, address=None, port=29500)
-    found = preflight.look(alone, run=None, on_cpu=True)
+    found = preflight.look(alone, run=None, device="cpu")
     assert [f.question for f in found] == ["cores", "build locks"]
 
 
 def test_a_name_that_nobody_knows() -> None:
-    found = preflight.look(at(address="nobody.invalid"), run=None, on_cpu=True)
+    found = preflight.look(at(address="nobody.invalid"), run=None, device="cpu")
     verdict, sentence = answer("MASTER_ADDR", found)
     assert verdict == "wrong"
     assert sentence.startswith(f"MASTER_ADDR on {socket.gethostname()} is nobody.invalid (")
@@ -67,13 +67,13 @@ def test_a_name_that_nobody_knows() -> None:
 def test_rank_0_on_another_host_than_master_addr(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong under Slurm; elsewhere it may be the address of a service."""
     place = at(address="192.0.2.7")
-    assert answer("MASTER_ADDR", preflight.look(place, run=None, on_cpu=True))[0] == "note"
+    assert answer("MASTER_ADDR", preflight.look(place, run=None, device="cpu"))[0] == "note"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    verdict, sentence = answer("MASTER_ADDR", preflight.look(place, run=None, on_cpu=True))
+    verdict, sentence = answer("MASTER_ADDR", preflight.look(place, run=None, device="cpu"))
     assert verdict == "wrong"
     assert "192.0.2.7), which is no address of" in sentence
     place = at(rank=1, address="192.0.2.7")
-    assert answer("MASTER_ADDR", preflight.look(place, run=None, on_cpu=True))[0] == "ok"
+    assert answer("MASTER_ADDR", preflight.look(place, run=None, device="cpu"))[0] == "ok"
 
 
 def test_a_port_in_use() -> None:
@@ -81,7 +81,7 @@ def test_a_port_in_use() -> None:
     with socket.socket() as taken:
         taken.bind(("", place.port))
         taken.listen()
-        verdict, sentence = answer("MASTER_PORT", preflight.look(place, run=None, on_cpu=True))
+        verdict, sentence = answer("MASTER_PORT", preflight.look(place, run=None, device="cpu"))
     assert verdict == "wrong"
     assert f"is {place.port} (Address already in use)" in sentence
 
@@ -90,7 +90,7 @@ def test_a_host_that_knows_itself_as_the_loop(monkeypatch: pytest.MonkeyPatch) -
     """Others would be told 127.0.1.1, as Debian's installer writes it."""
     place = at(world=2, local=1)
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
-    found = preflight.look(place, run=None, on_cpu=True)
+    found = preflight.look(place, run=None, device="cpu")
     verdict, sentence = answer("own address", found)
     assert verdict == "wrong"
     assert "is 127.0.1.1" in sentence
@@ -99,7 +99,7 @@ def test_a_host_that_knows_itself_as_the_loop(monkeypatch: pytest.MonkeyPatch) -
         raise next(f.error for f in found if f.error)
     assert caught.value.this_rank_only
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    asked = [f.question for f in preflight.look(place, run=None, on_cpu=True)]
+    asked = [f.question for f in preflight.look(place, run=None, device="cpu")]
     assert "own address" not in asked
 
 
@@ -111,16 +111,16 @@ def test_tasks_and_gpus(
 ) -> None:
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
     place = at(world=tasks, local=tasks)
-    got, sentence = answer("GPUs", preflight.look(place, run=None, on_cpu=False))
+    got, sentence = answer("GPUs", preflight.look(place, run=None, device="auto"))
     assert got == verdict
     if verdict != "ok":
         assert f"--ntasks-per-node={gpus}" in sentence
-    assert "GPUs" not in [f.question for f in preflight.look(place, run=None, on_cpu=True)]
+    assert "GPUs" not in [f.question for f in preflight.look(place, run=None, device="cpu")]
 
 
 def test_fewer_cores_than_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4096")
-    verdict, sentence = answer("cores", preflight.look(at(), run=None, on_cpu=True))
+    verdict, sentence = answer("cores", preflight.look(at(), run=None, device="cpu"))
     assert verdict == "note"
     assert "of the 4096 cores" in sentence
 
@@ -132,10 +132,10 @@ def test_a_lock_that_a_killed_build_has_left(
     lock = tmp_path / "py311_cpu" / "op" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    assert answer("build locks", preflight.look(at(), run=None, on_cpu=True))[0] == "ok"
+    assert answer("build locks", preflight.look(at(), run=None, device="cpu"))[0] == "ok"
     old = time.time() - 2 * preflight.OLD_LOCK_S
     os.utime(lock, (old, old))
-    verdict, sentence = answer("build locks", preflight.look(at(), run=None, on_cpu=True))
+    verdict, sentence = answer("build locks", preflight.look(at(), run=None, device="cpu"))
     assert verdict == "note"
     assert str(lock) in sentence
 
@@ -145,7 +145,7 @@ def test_too_little_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mo
     folder.mkdir(parents=True)
     with (folder / "state").open("wb") as file:
         file.truncate(1 << 43)  # a hole
-    verdict, sentence = answer("disk", preflight.look(at(), run=tmp_path, on_cpu=True))
+    verdict, sentence = answer("disk", preflight.look(at(), run=tmp_path, device="cpu"))
     assert verdict == "note"
     assert "a checkpoint takes 8192.0: make room" in sentence
 
@@ -186,11 +186,11 @@ def test_time_to_save(
     lines = [{"event": "checkpoint", "save_s": s} for s in (1.0, save_s, 0.5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     place = at(address=socket.gethostbyname("localhost"))
-    got, sentence = answer("time", preflight.look(place, run=tmp_path, on_cpu=True))
+    got, sentence = answer("time", preflight.look(place, run=tmp_path, device="cpu"))
     assert got == verdict, sentence
     assert f"a checkpoint took up to {save_s:.1f} s" in sentence
     assert f"after a SIGTERM of Slurm {max(30, grace)} s are left" in sentence
-    asked = [f.question for f in preflight.look(at(rank=1), run=tmp_path, on_cpu=True)]
+    asked = [f.question for f in preflight.look(at(rank=1), run=tmp_path, device="cpu")]
     assert "time" not in asked, "one rank asks Slurm, not all"
 
 
@@ -199,13 +199,13 @@ def test_without_scontrol_nothing_is_made_up(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    verdict, sentence = answer("time", preflight.look(at(), run=tmp_path, on_cpu=True))
+    verdict, sentence = answer("time", preflight.look(at(), run=tmp_path, device="cpu"))
     assert (verdict, sentence) == (
         "ok",
         "an unknown time until the job's limit; no checkpoint was timed yet",
     )
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 601))
-    sentence = answer("time", preflight.look(at(), run=tmp_path, on_cpu=True))[1]
+    sentence = answer("time", preflight.look(at(), run=tmp_path, device="cpu"))[1]
     assert sentence.startswith("10 min until the job's limit")
 
 

@@ -180,6 +180,34 @@ def test_scancel(job: Any, whole: str) -> None:
 
 
 @pytest.mark.slow
+def test_requeued_by_hand(job: Any, whole: str) -> None:
+    going = job().at_step(3)
+    going.cluster.slurm("scontrol", "requeue", going.id)
+    going.check(whole, restarts=1)
+
+
+@pytest.mark.slow
+def test_a_job_that_may_not_be_requeued(job: Any, whole: str) -> None:
+    """It ends with 75, saved, and the same sbatch goes on."""
+    going = job("--no-requeue").at_step(3)
+    going.cluster.slurm("scancel", "--signal=USR1", "--batch", going.id)
+    assert going.ended() == Ended("FAILED", "75:0", 0), going.cluster.said()
+    assert "cannot be requeued: the same sbatch goes on" in going.batch_log()
+    going.id = going.submit()
+    assert going.ended() == Ended("COMPLETED", "0:0", 0), going.cluster.said()
+    assert weights_hash(going.run) == whole
+
+
+@pytest.mark.slow
+def test_what_starting_again_does_not_mend(job: Any) -> None:
+    going = job(words=["--model", "nowhere.json"])
+    ended = going.ended()
+    assert (ended.state, ended.restarts) == ("FAILED", 0)
+    assert "failed before the run began" in going.batch_log()
+    assert "nowhere.json" in (going.run / "logs" / f"{going.id}-try0-rank0.log").read_text()
+
+
+@pytest.mark.slow
 def test_an_array_of_two(job: Any, whole: str, tmp_path: Path) -> None:
     """One of them is stopped: only that one is requeued, though its number is the array's too."""
     going = job("--array=0-1", words=["--run", f"{tmp_path}/run-%a"])
