@@ -100,14 +100,14 @@ def test_usr1_to_the_batch_script(job: Any, whole: str) -> None:
     """As --signal=B:USR1@300 before the time limit."""
     going = job().at_step(3)
     going.cluster.slurm("scancel", "--signal=USR1", "--batch", going.id)
-    going.check(whole, restarts=1, said="saved and stopped on request: requeued")
+    going.check(whole, restarts=1, said="saved and stopped on request")
 
 
 @pytest.mark.slow
 def test_usr1_to_one_rank(job: Any, whole: str) -> None:
     going = job().at_step(3)
     os.kill(going.rank(1), signal.SIGUSR1)
-    going.check(whole, restarts=1, said="saved and stopped on request: requeued")
+    going.check(whole, restarts=1, said="saved and stopped on request")
 
 
 def test_preemption(job: Any, whole: str) -> None:
@@ -123,14 +123,14 @@ def test_preemption(job: Any, whole: str) -> None:
 def test_a_rank_is_killed(job: Any, whole: str) -> None:
     going = job().at_step(SAVED + 2)
     os.kill(going.rank(1), signal.SIGKILL)
-    going.check(whole, restarts=1, said=f"failure 1 from step-{SAVED:08d}: requeued")
+    going.check(whole, restarts=1, said=f"failure 1 from step-{SAVED:08d}")
 
 
 @pytest.mark.slow
 def test_rank_0_is_killed_before_a_checkpoint(job: Any, whole: str) -> None:
     going = job().at_step(3)
     os.kill(going.rank(0), signal.SIGKILL)
-    going.check(whole, restarts=1, said="failure 1 from the beginning: requeued")
+    going.check(whole, restarts=1, said="failure 1 from the beginning")
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_a_node_crashes_and_the_newest_checkpoint_is_damaged(job: Any, whole: st
 def test_a_rank_stands_still(job: Any, whole: str) -> None:
     going = job().at_step(SAVED + 2)
     os.kill(going.rank(1), signal.SIGSTOP)
-    going.check(whole, restarts=1, said=f"failure 1 from step-{SAVED:08d}: requeued")
+    going.check(whole, restarts=1, said=f"failure 1 from step-{SAVED:08d}")
 
 
 @pytest.mark.slow
@@ -159,7 +159,11 @@ def test_a_cable_is_cut(job: Any, whole: str) -> None:
     going.cluster.do("cut", "n2")
     time.sleep(45)
     going.cluster.do("plug", "n2")
-    going.check(whole, restarts=1)
+    until(lambda: going.cluster.facts(going.id)["JobState"] == "COMPLETED", 240)
+    # Slurm may deliver the TERM that n2 has missed to the try that runs there now: it stops, saved
+    late = going.batch_log().count("saved and stopped on request")
+    assert late <= 1
+    going.check(whole, restarts=1 + late)
 
 
 def test_scancel(job: Any, whole: str) -> None:
