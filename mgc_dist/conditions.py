@@ -41,6 +41,8 @@ _SAME = frozenset(
         "stage_timeout_s",
         "read_ahead",
         "reader_threads",
+        "cache",
+        "cache_dir",
         "micro_batch",
         "device",
         "bucket_elements",
