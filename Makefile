@@ -37,13 +37,14 @@ check: .venv/installed  ## style, types, and that rooms import only from below
 
 # mosaicml-streaming asks for transformers < 5 and numpy < 2.2, but its reader and writer work
 # without them: it comes without its dependencies, the few that it imports are in the extra.
-bench: .venv/installed  ## packing, reading, memory against the peers, freezing; 25 minutes, 12 GB of disk
+bench: .venv/installed  ## packing, reading, memory against the peers, freezing, cache; 30 minutes, 12 GB of disk
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,bench]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "mosaicml-streaming==0.13.*"
 	$(RUN) python benchmarks/packing.py --json benchmarks/results/packing.json
 	$(RUN) python benchmarks/reading.py --tracks 400 --json benchmarks/results/reading.json
 	$(RUN) python benchmarks/memory.py --json benchmarks/results/memory.json
 	$(RUN) python benchmarks/freezing.py --json benchmarks/results/freezing.json
+	$(RUN) python benchmarks/cache.py --json benchmarks/results/cache.json
 
 shortcut: .venv/installed  ## ten losses on a planted shortcut, five seeds, and their table; 30 minutes
 	$(RUN) python benchmarks/shortcut.py --work runs/shortcut --json benchmarks/results/shortcut.json

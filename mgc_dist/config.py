@@ -35,7 +35,10 @@ ChangeName = Literal[
     "seed",
     "window-shards",
     "shards",
+    "cache",
 ]
+Cache = Literal["none", "cnn", "trunk"]
+CacheDtype = Literal["auto", "fp32", "bf16"]
 
 FOREIGN_TABLES = (".csv", ".tsv", ".npy")
 """Suffixes of bias tables from elsewhere; ours are folders."""
@@ -384,11 +387,25 @@ class DataConfig:
     """Threads that read; one gives 20,000 segments/s from memory, slow storage wants more."""
     window_shards: int = 0
     """Shards that are read from at a time, for spinning disks and network storage; 0 means all."""
+    cache: Cache = "none"
+    """Read what the frozen part of the model gives in place of waves, made once and kept: `cnn` the
+    output of the feature encoder, `trunk` that at the boundary of --freeze."""
+    cache_dtype: CacheDtype = "auto"
+    """Of the cache: `auto` is what the values have in the run anyway, which loses nothing; bf16
+    takes half of fp32's space and rounds where the run would not."""
+    cache_dir: Path | None = None
+    """Folder of caches, one in it for each data set, model and boundary, on a file system that all
+    nodes share; SHARDS/cache by default. What is not used any more is yours to remove."""
 
     @property
     def table(self) -> Path:
         """Folder or file of the bias table."""
         return self.bias_table or self.shards / "bias"
+
+    @property
+    def caches(self) -> Path:
+        """Folder of caches."""
+        return self.cache_dir or self.shards / "cache"
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -410,6 +427,9 @@ class ModelConfig:
     `logmel-cnn`: a small CNN on log-mel bands, for tests and benchmarks."""
     freeze: str = "feature_encoder"
     """`none`, `feature_encoder`, `layers:N` (the CNN and the lower N layers) or `backbone`."""
+    spec_augment: bool = True
+    """Mask frames in training where the model's config asks for it (SpecAugment), above the CNN and
+    below layer 1; `--cache trunk` with `--freeze layers:N` needs `--no-spec-augment`."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -667,6 +687,15 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     output: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            f"--cache {self.data.cache}",
+            self.data.cache == "none" or self.main.freeze != "none",
+            "--freeze none",
+            "a frozen part, whose output is a constant",
+            "use --freeze feature_encoder or layers:N, or --cache none",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

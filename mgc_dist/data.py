@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mgc_dist import manifest, record
 from mgc_dist.errors import UserError
+from mgc_dist.features import Features
 from mgc_dist.files import sha256
 from mgc_dist.manifest import Manifest
 from mgc_dist.plan import MicroBatch
@@ -43,7 +44,8 @@ class Batch:
 
     Attributes:
         plan: the micro batch that this fulfils.
-        wave: int16 [B, T], zeros for padding; pinned if asked for.
+        wave: int16 [B, T], or from a cache features of its dtype [B, F, D] in place of waves; zeros
+            for padding; pinned if asked for.
         row: int64 [B], -1 for padding.
         label: int64 [B], 0 for padding.
         weight: float32 [B], 1 for a true row, 0 for padding.
@@ -150,6 +152,10 @@ class ShardSet:
         pairs = zip(ends, self.manifest.shards, strict=True)
         return tuple(shard.rows for end, shard in pairs if first < end <= stop)
 
+    def labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Label of each row, 0 for padding (-1): int64 [B]."""
+        return np.where(rows >= 0, self.index["label"][np.maximum(rows, 0)], 0).astype(np.int64)
+
     def read(self, row: int) -> NDArray[np.int16]:
         """The audio of a row: int16 [T].
 
@@ -173,9 +179,8 @@ class ShardSet:
         Raises:
             UserError: a record is damaged, also after a second read.
         """
-        true = rows >= 0
-        entries = self.index[np.where(true, rows, 0)]  # one gather a batch: 2 us a row, not 10
-        label[:] = np.where(true, entries["label"], 0)
+        label[:] = self.labels_of(rows)
+        entries = self.index[np.maximum(rows, 0)]  # one gather a batch: 2 us a row, not 10
         columns = (entries["shard"], entries["offset"], entries["checksum"])
         places = zip(rows.tolist(), *(column.tolist() for column in columns), strict=True)
         head, tail = bytearray(record.WAVE_OFFSET), bytearray(self._tail_bytes)
@@ -310,8 +315,8 @@ class Reader:
     Iterating yields the batches in order; an error in a thread is raised where the batch
     would have come. Use it as a context manager: leaving it ends the threads.
 
-    Memory: (read_ahead + 2) batches of int16 [B, T], however large the data set is. A batch's
-    buffer is used again once nothing refers to its wave any more.
+    Memory: (read_ahead + 2) batches, however large the data set is. A batch's buffer is used again
+    once nothing refers to its wave any more.
 
     Args:
         shards: to read from.
@@ -320,6 +325,7 @@ class Reader:
         read_ahead: batches that may be ready or under way at a time.
         pin: whether to fill page-locked memory, for copies that overlap with the device.
         threads: that read; more than one pays where the storage answers slowly.
+        features: read in place of the waves, where the model takes those.
     """
 
     def __init__(
@@ -331,9 +337,10 @@ class Reader:
         read_ahead: int,
         pin: bool,
         threads: int = 1,
+        features: Features | None = None,
     ) -> None:
         self.wait_s = 0.0
-        self._shards, self._batches = shards, iter(batches)
+        self._shards, self._features, self._batches = shards, features, iter(batches)
         self._first, _ = shards.rows_of(split)
         self._read_ahead, self._threads = max(1, read_ahead), threads
         self._buffers = _Buffers(pin)
@@ -370,11 +377,8 @@ class Reader:
             self._pending.append(self._pool.submit(self._read, micro))
 
     def _read(self, micro: MicroBatch) -> Batch:
-        size, samples = len(micro.place), self._shards.manifest.segment_samples
-        wave = self._buffers.take(size, samples)  # [B, T]
         row = np.where(micro.place >= 0, micro.place + self._first, -1)
-        label = np.empty(size, np.int64)
-        self._shards.read_batch(row, wave.numpy(), label)
+        wave, label = self._read_rows(row)
         return Batch(
             plan=micro,
             wave=wave,
@@ -383,27 +387,41 @@ class Reader:
             weight=torch.from_numpy((row >= 0).astype(np.float32)),
         )
 
+    def _read_rows(self, row: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
+        """What the model takes of each row, and its label."""
+        size = len(row)
+        if self._features is None:
+            wave = self._buffers.take(size, 2 * self._shards.manifest.segment_samples)
+            wave, label = wave.view(torch.int16), np.empty(size, np.int64)  # [B, T]
+            self._shards.read_batch(row, wave.numpy(), label)
+            return wave, label
+        facts = self._features.facts
+        data = self._buffers.take(size, facts.row_bytes)
+        self._features.read_batch(row, data.numpy())
+        values = data.view(facts.on_device).view(size, facts.frames, facts.width)  # [B, F, D]
+        return values, self._shards.labels_of(row)
+
 
 class _Buffers:
-    """Wave tensors that come back when they are no longer referred to.
+    """Bytes of batches that come back when they are no longer referred to.
 
     Fresh memory costs a page fault per 4 KiB, more than reading it: 60 us a segment.
     """
 
     def __init__(self, pin: bool) -> None:
         self._pin = pin
-        self._free: deque[NDArray[np.int16]] = deque()
+        self._free: deque[NDArray[np.uint8]] = deque()
 
-    def take(self, size: int, samples: int) -> Tensor:
-        """int16 [size, samples], of undefined content."""
+    def take(self, size: int, row_bytes: int) -> Tensor:
+        """uint8 [size, row_bytes], of undefined content."""
         if self._pin:  # torch keeps page-locked blocks itself, until the device has copied them
-            return torch.empty((size, samples), dtype=torch.int16, pin_memory=True)
+            return torch.empty((size, row_bytes), dtype=torch.uint8, pin_memory=True)
         try:
             buffer = self._free.popleft()
         except IndexError:
-            buffer = np.empty((size, samples), np.int16)
-        if buffer.shape != (size, samples):
-            buffer = np.empty((size, samples), np.int16)
+            buffer = np.empty((size, row_bytes), np.uint8)
+        if buffer.shape != (size, row_bytes):
+            buffer = np.empty((size, row_bytes), np.uint8)
         lent = buffer[:]  # the tensor holds this view; when it goes, the buffer is free
         weakref.finalize(lent, self._free.append, buffer).atexit = False
         return torch.from_numpy(lent)

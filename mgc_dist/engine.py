@@ -110,14 +110,19 @@ class Engine:
             self._engine.compile()
 
     def __call__(self, wave: Tensor) -> Tensor:
-        """int16 [B, T] on the device -> logits [B, K]."""
+        """int16 [B, T] on the device, or features [B, F, D] -> logits [B, K]."""
         logits: Tensor = self._engine(wave)
         return logits
 
     def with_gain(self, wave: Tensor) -> tuple[Tensor, Tensor]:
-        """int16 [B, T] on the device -> logits [B, K], gain of the bias float32 [B]."""
+        """As above -> logits [B, K], gain of the bias float32 [B]."""
         logits, gain = self._engine(wave, with_gain=True)
         return logits, gain
+
+    def features(self, wave: Tensor) -> Tensor:
+        """int16 [B, T] on the device -> what its frozen part gives, [B, F, D]."""
+        features: Tensor = self._engine(wave, only_below=True)
+        return features
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation mode."""

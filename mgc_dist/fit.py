@@ -24,6 +24,7 @@ from mgc_dist.display import Bar, progress
 from mgc_dist.engine import Engine, lr_factor
 from mgc_dist.errors import EXIT_IO, EXIT_NON_FINITE, RunFailed
 from mgc_dist.exported import save_exported
+from mgc_dist.features import Features
 from mgc_dist.journal import Journal, RowLedger
 from mgc_dist.lease import Lease
 from mgc_dist.model import WaveClassifier
@@ -72,6 +73,7 @@ class Fit:
         plan, layout: the order of rows, and how a step's rows lie over ranks.
         model, engine: the main model, and DeepSpeed around it.
         ranks, journal, stop: peers, metrics.jsonl, and what asks for a stop.
+        features: read in place of waves, once they are there; None without a cache.
     """
 
     config: TrainConfig
@@ -85,6 +87,7 @@ class Fit:
     ranks: Ranks
     journal: Journal
     stop: Stop
+    features: Features | None = None
 
     def __post_init__(self) -> None:
         self._lease: Lease
@@ -137,6 +140,7 @@ class Fit:
                 read_ahead=data.read_ahead,
                 pin=pin,
                 threads=data.reader_threads,
+                features=self.features,
             ) as reader,
             progress(
                 "training", self.plan.steps, unit="steps", shown=self.ranks.is_first, lines=False
@@ -321,7 +325,13 @@ class Fit:
         self.engine.train(False)
         size = self.config.engine.micro_batch
         result = all_score(
-            self.engine, self.shards, "validation", self.ranks, batch=size, progress=watched
+            self.engine,
+            self.shards,
+            "validation",
+            self.ranks,
+            batch=size,
+            progress=watched,
+            features=self.features,
         )
         self.engine.train(True)
         better = result.track.macro_f1 > state.best_macro_f1

@@ -16,12 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from mgc_dist import trunk
 from mgc_dist.config import TrainConfig
+from mgc_dist.features import FEATURES
 from mgc_dist.model import WaveClassifier, describe_main, part_of
 from mgc_dist.plan import Layout, Plan, lay_out
 
 STAGES = (0, 1, 2, 3)
 GIB = 2**30
+_DTYPES = {"fp32": "fp32", "bf16": "bf16", "auto": "fp32 (half if the run has bf16 there)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,29 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cached:
+    """What a cache of the frozen part would be.
+
+    Attributes:
+        boundary: of `trunk`.
+        shape: of a row, F and D.
+        dtype: of a value, in words.
+        bytes: of all rows, in float32 unless bf16 is asked for.
+        free_bytes: where it will be.
+        is_there: a cache of that size lies there already.
+        gain: factor by which steps need fewer FLOPs.
+    """
+
+    boundary: str
+    shape: tuple[int, int]
+    dtype: str
+    bytes: int
+    free_bytes: int
+    is_there: bool
+    gain: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """What a run would be.
 
@@ -59,6 +85,7 @@ class Forecast:
         disk_bytes: of all that is kept, with one being written.
         free_bytes: where the run folder will be.
         stage: that is asked for.
+        cached: what a cache would be; None without one.
         problems: contradictions, a sentence each.
         notes: what a user might not expect.
     """
@@ -72,6 +99,7 @@ class Forecast:
     disk_bytes: int
     free_bytes: int
     stage: int
+    cached: Cached | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -84,6 +112,7 @@ def forecast(
     genres: Sequence[str],
     segment_samples: int,
     sample_rate: int,
+    cached_rows: int = 0,
 ) -> Forecast:
     """Work out a run.
 
@@ -94,9 +123,11 @@ def forecast(
         genres: in label order.
         segment_samples: T.
         sample_rate: in Hz.
+        cached_rows: that a cache would hold.
 
     Raises:
-        UserError: the model cannot be found or does not fit; more ranks than rows in a batch.
+        UserError: the model cannot be found or does not fit; a cache would not be exact; more
+            ranks than rows in a batch.
     """
     stage = config.engine.zero_stage
     layout = lay_out(
@@ -111,6 +142,8 @@ def forecast(
         frozen_layers=config.main.frozen_layers,
         activation_checkpointing=config.main.activation_checkpointing,
         segment_samples=segment_samples,
+        cache=config.data.cache,
+        spec_augment=config.main.spec_augment,
     )
     parts = count_parts(model)
     every, trained = (sum(counts) for counts in zip(*parts.values(), strict=True))
@@ -120,7 +153,10 @@ def forecast(
     checkpoint = checkpoint_bytes(every, trained)
     disk = (config.output.keep_checkpoints + 1) * checkpoint + 2 * 4 * every
     run = config.output.run.resolve()
-    free = shutil.disk_usage(next(path for path in (run, *run.parents) if path.exists())).free
+    free = _free_bytes(run)
+    cached = None
+    if model.boundary is not None:
+        cached = _cached(config, model, cached_rows, segment_samples)
     return Forecast(
         layout=layout,
         plan=plan,
@@ -131,7 +167,11 @@ def forecast(
         disk_bytes=disk,
         free_bytes=free,
         stage=stage,
-        problems=tuple(_problems(run, disk, free, memory[stage].all + activations)),
+        cached=cached,
+        problems=tuple(
+            _problems(run, disk, free, memory[stage].all + activations)
+            + _cache_problems(config.data.caches, cached)
+        ),
         notes=tuple(_notes(layout, plan, segment_samples / sample_rate)),
     )
 
@@ -203,6 +243,42 @@ def activation_bytes(model: WaveClassifier, rows: int, segment_samples: int) -> 
     return sum(kept.values())
 
 
+def _cached(config: TrainConfig, model: WaveClassifier, rows: int, samples: int) -> Cached:
+    root = config.data.caches.resolve()
+    assert model.boundary is not None
+    wave = torch.zeros((1, samples), dtype=torch.int16, device="meta")
+    with torch.no_grad():
+        features = model(wave, only_below=True)  # [1, F, D]
+        frozen = trunk.boundary("trunk", config.main.freeze)
+        shares = trunk.forward_flops(model.net, (frozen, model.boundary), wave.float())
+    value = 2 if config.data.cache_dtype == "bf16" else 4
+    size = rows * value * features[0].numel()
+    return Cached(
+        boundary=model.boundary,
+        shape=(features.shape[1], features.shape[2]),
+        dtype=_DTYPES[config.data.cache_dtype],
+        bytes=size,
+        free_bytes=_free_bytes(root),
+        is_there=any(path.stat().st_size >= size for path in root.glob(f"*/{FEATURES}")),
+        gain=trunk.cache_gain(*shares),
+    )
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free space where a folder is, or will be."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _cache_problems(root: Path, cached: Cached | None) -> list[str]:
+    if cached is None or cached.is_there or cached.bytes <= cached.free_bytes:
+        return []
+    return [
+        f"{_size(cached.bytes)} of cache do not fit into {_size(cached.free_bytes)} free at "
+        f"{root}: name another --cache-dir, or take --cache-dtype bf16 or --cache cnn"
+    ]
+
+
 def _problems(run: Path, disk: int, free: int, memory: int) -> list[str]:
     problems = []
     if disk > free:
@@ -264,10 +340,22 @@ def show(found: Forecast) -> None:
         f"{_size(found.checkpoint_bytes)}, all that is kept {_size(found.disk_bytes)}, free "
         f"{_size(found.free_bytes)}"
     )
+    if found.cached:
+        _show_cached(found.cached)
     for note in found.notes:
         console.print(f"note: {note}")
     for problem in found.problems:
         console.print(f"problem: {problem}")
+
+
+def _show_cached(cached: Cached) -> None:
+    frames, width = cached.shape
+    Console(highlight=False, soft_wrap=True).print(
+        f"cache at {cached.boundary}: {frames} frames of {width} values a segment, "
+        f"{_size(cached.bytes)} in {cached.dtype}, {_size(cached.free_bytes)} free"
+        + (", one of that size is there" if cached.is_there else "")
+        + f"; a step then takes 1/{cached.gain:.2f} of the FLOPs"
+    )
 
 
 def _grouped(parts: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -10,28 +10,24 @@ Rank 0 writes for all, so that the folder may be on a disk of its own.
 import json
 import logging
 import math
-import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from io import BytesIO, FileIO
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from torch import nn
 
 from mgc_dist.data import ShardSet
 from mgc_dist.display import progress
 from mgc_dist.errors import UserError
-from mgc_dist.files import fingerprint, replace_text, write_at
+from mgc_dist.files import fingerprint, replace_text
 from mgc_dist.infer import Outputs, all_batches
-from mgc_dist.ledger import Ledger
 from mgc_dist.manifest import Manifest
 from mgc_dist.ranks import Ranks
+from mgc_dist.rowfile import RowFile
 
 log = logging.getLogger(__name__)
 
@@ -151,13 +147,11 @@ def all_pass(
         RuntimeError: a row was not visited exactly once.
     """
     with ExitStack() as stack:
-        writers: list[_Writer] = []  # one, on rank 0
+        files: list[RowFile] = []  # one, on rank 0
 
         def begin() -> dict[str, list[int]]:
-            work = {"batch": batch, "device": peers.device.type}  # digits may depend on both
-            writer = _Writer(folder, facts, shards.manifest, json.dumps(asdict(facts) | work))
-            writers.append(stack.enter_context(writer))
-            return writer.todo(batch)
+            files.append(stack.enter_context(_open(folder, facts, batch, peers)))
+            return _todo(files[0], shards.manifest, batch)
 
         todo = peers.all_decide(begin)
         # "float32" is what the header says: cuDNN would take TF32 for the convolutions
@@ -177,127 +171,59 @@ def all_pass(
                     progress=bar.over,
                 )
                 for group in groups:
-                    peers.all_decide(partial(_put, writers, split, group))
-        peers.all_decide(lambda: writers[0].finish(sum(map(len, writers[0].todo(batch).values()))))
+                    peers.all_decide(partial(_put, files, split, group))
+        peers.all_decide(lambda: _finish(files[0], folder, facts))
 
 
-def _put(writers: list["_Writer"], split: str, group: list[Outputs]) -> None:
-    writers[0].put(split, group)
-
-
-class _Writer:
-    """The file that fills, and the ledger of what it holds."""
-
-    def __init__(self, folder: Path, facts: Facts, found: Manifest, work: str) -> None:
-        self._folder, self._facts, self._splits = folder, facts, found.splits
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / PARTIAL
-        if not part.exists() and not (folder / HEADER).exists() and (folder / STATES).exists():
-            (folder / STATES).rename(part)  # killed between the last two renames
-        head = _npy_header(facts)
-        self._offset, size = len(head), len(head) + facts.bytes
-        if not part.exists() or part.stat().st_size != size:
-            (folder / LEDGER).unlink(missing_ok=True)
-            with part.open("wb") as new:
-                new.write(head)
-                new.flush()
-                _reserve(new.fileno(), size, part)
-        self._ledger = Ledger(folder / LEDGER, work)
-        self._file = FileIO(part, "r+")
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._ledger.__exit__(kind, error, trace)
-        self._file.close()
-
-    def todo(self, batch: int) -> dict[str, list[int]]:
-        """Split -> batches that are missing, or not as they were written."""
-        missing: dict[str, list[int]] = {}
-        done = self._ledger.done
-        for split, (first, stop) in self._splits.items():
-            numbers = range(math.ceil((stop - first) / batch))
-            ids = {number: f"{split} {number}" for number in numbers}
-            missing[split] = [n for n in numbers if not self._holds(done.get(ids[n], {}))]
-        left = sum(map(len, missing.values()))
-        if done and left:
-            log.info("the bias pass goes on: %d batches are done, %d are left", len(done), left)
-        return missing
-
-    def _holds(self, entry: dict[str, object]) -> bool:
-        first, rows = entry.get("first"), entry.get("rows")
-        if not isinstance(first, int) or not isinstance(rows, int):
-            return False
-        stride = 4 * self._facts.layers * self._facts.width
-        data = os.pread(self._file.fileno(), rows * stride, self._offset + first * stride)
-        return xxhash.xxh3_64_hexdigest(data) == entry.get("checksum")
-
-    def put(self, split: str, group: list[Outputs]) -> None:
-        """Write batches, then say in the ledger that they are there."""
-        stride = 4 * self._facts.layers * self._facts.width
-        for found in group:
-            bad = np.flatnonzero(~np.isfinite(found.values).all(axis=(1, 2)))
-            if len(bad):
-                raise UserError(
-                    "--backbone",
-                    got=f"hidden states of row {found.first + bad[0]} that are not finite",
-                    expected="numbers",
-                    cure="the model's weights are damaged, or overflow: choose another one",
-                )
-            data = np.ascontiguousarray(found.values).data.cast("B")
-            write_at(self._file, self._offset + found.first * stride, data)
-            note(self._ledger, f"{split} {found.number}", found, xxhash.xxh3_64_hexdigest(data))
-
-    def finish(self, missing: int) -> None:
-        """Flush, take the final name, and write what it is."""
-        if missing:
-            raise RuntimeError(f"{missing} batches are missing at the end of the bias pass")
-        os.fsync(self._file.fileno())
-        folder, part = self._folder, self._folder / PARTIAL
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self._facts)
-        content["xxh3_128"] = fingerprint(part)
-        (folder / HEADER).unlink(missing_ok=True)
-        part.replace(folder / STATES)
-        replace_text(folder / HEADER, json.dumps(content, indent=1))
-        (folder / LEDGER).unlink()
-        facts = self._facts
-        log.info(
-            "bias pass done: %d rows x %d layers x %d values, %.1f MB in %s",
-            *(facts.rows, facts.layers, facts.width, facts.bytes / 1e6, folder / STATES),
-        )
-
-
-def note(ledger: Ledger, id_: str, found: Outputs, checksum: str) -> None:
-    """Say that a batch is in the file."""
-    entry = {"id": id_, "first": found.first, "rows": len(found.values), "checksum": checksum}
-    ledger.add(entry)
-    ledger.done[id_] = entry
-
-
-def _reserve(handle: int, size: int, path: Path) -> None:
-    """Take the disk space before the pass, not as far as it goes in the middle of it."""
-    try:
-        os.posix_fallocate(handle, 0, size)
-    except OSError as error:
-        path.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _npy_header(facts: Facts) -> bytes:
-    """The first bytes of the .npy file, as numpy itself would write them."""
-    file = BytesIO()
-    np.lib.format.write_array_header_1_0(
-        file,
-        {
-            "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
-            "fortran_order": False,
-            "shape": (facts.rows, facts.layers, facts.width),
-        },
+def _open(folder: Path, facts: Facts, batch: int, peers: Ranks) -> RowFile:
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / PARTIAL
+    if not part.exists() and not (folder / HEADER).exists() and (folder / STATES).exists():
+        (folder / STATES).rename(part)  # killed between the last two renames
+    work = {"batch": batch, "device": peers.device.type}  # digits may depend on both
+    shape = (facts.rows, facts.layers, facts.width)
+    return RowFile(
+        part, folder / LEDGER, json.dumps(asdict(facts) | work), shape=shape, dtype=np.float32
     )
-    return file.getvalue()
+
+
+def _todo(file: RowFile, found: Manifest, batch: int) -> dict[str, list[int]]:
+    """Split -> batches that are missing, or not as they were written."""
+    missing: dict[str, list[int]] = {}
+    for split, (first, stop) in found.splits.items():
+        numbers = range(math.ceil((stop - first) / batch))
+        missing[split] = [n for n in numbers if not file.holds(f"{split} {n}")]
+    left = sum(map(len, missing.values()))
+    if file.batches and left:
+        log.info("the bias pass goes on: %d batches are done, %d are left", file.batches, left)
+    return missing
+
+
+def _put(files: list[RowFile], split: str, group: list[Outputs]) -> None:
+    for found in group:
+        bad = np.flatnonzero(~np.isfinite(found.values).all(axis=(1, 2)))
+        if len(bad):
+            raise UserError(
+                "--backbone",
+                got=f"hidden states of row {found.first + bad[0]} that are not finite",
+                expected="numbers",
+                cure="the model's weights are damaged, or overflow: choose another one",
+            )
+        files[0].put(f"{split} {found.number}", found.first, found.values)
+
+
+def _finish(file: RowFile, folder: Path, facts: Facts) -> None:
+    """Flush, take the final name, and write what it is."""
+    file.checksums()  # raises where a row is missing
+    file.sync()
+    part = folder / PARTIAL
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(facts)
+    content["xxh3_128"] = fingerprint(part)
+    (folder / HEADER).unlink(missing_ok=True)
+    part.replace(folder / STATES)
+    replace_text(folder / HEADER, json.dumps(content, indent=1))
+    (folder / LEDGER).unlink()
+    log.info(
+        "bias pass done: %d rows x %d layers x %d values, %.1f MB in %s",
+        *(facts.rows, facts.layers, facts.width, facts.bytes / 1e6, folder / STATES),
+    )

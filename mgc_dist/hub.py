@@ -1,6 +1,6 @@
 """Pretrained models by name: a hub name or a folder, with what their feature extractors do.
 
-With `model`, `backbone` and `exported` the only modules that know transformers.
+With `trunk`, `model`, `backbone` and `exported` the only modules that know transformers.
 """
 
 from collections.abc import Sequence

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mgc_dist.data import Batch, Reader, ShardSet
+from mgc_dist.features import Features
 from mgc_dist.plan import sweep_batches
 from mgc_dist.ranks import Ranks
 
@@ -44,6 +45,7 @@ def all_rows(
     batch: int,
     width: int,
     progress: Callable[[Iterator[Batch]], Iterator[Batch]] = lambda batches: batches,
+    features: Features | None = None,
 ) -> NDArray[np.float32]:
     """Outputs of every row of a split, on every rank (a collective).
 
@@ -55,6 +57,7 @@ def all_rows(
         batch: B.
         width: of the outputs (K).
         progress: wraps the stream of batches, to show how far it is.
+        features: given to `forward` in place of waves.
 
     Returns:
         float32 [rows of the split, width], in row order.
@@ -74,6 +77,7 @@ def all_rows(
         numbers=numbers,
         at_once=_LOGITS_AT_ONCE,
         progress=progress,
+        features=features,
     ):
         for found in group:
             place = found.first - first
@@ -91,6 +95,7 @@ def all_batches(
     numbers: Sequence[int],
     at_once: int,
     progress: Callable[[Iterator[Batch]], Iterator[Batch]] = lambda batches: batches,
+    features: Features | None = None,
 ) -> Iterator[list[Outputs]]:
     """Outputs of some batches of a split, on every rank, a few at a time (a collective).
 
@@ -106,6 +111,7 @@ def all_batches(
         numbers: of the batches to visit, ascending, the same on all ranks.
         at_once: batches that are summed over ranks at a time, and held in memory.
         progress: wraps the stream of batches, to show how far it is.
+        features: given to `forward` in place of waves.
 
     Yields:
         The next batches, in the order of `numbers`, the same on every rank.
@@ -118,7 +124,8 @@ def all_batches(
     steps, left = max(1, at_once // ranks.world), list(numbers)
     pin = ranks.device.type == "cuda"
     # no_grad, not inference_mode: ZeRO-3 keeps parameters that it gathers here for training
-    with torch.no_grad(), Reader(shards, split, plan, read_ahead=4, pin=pin) as reader:
+    reader = Reader(shards, split, plan, read_ahead=4, pin=pin, features=features)
+    with torch.no_grad(), reader:
         turns: list[tuple[Tensor, Tensor]] = []
         last = math.ceil(len(left) / ranks.world) - 1
         for step, item in enumerate(progress(iter(reader))):

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from mgc_dist import hub
+from mgc_dist import hub, trunk
 from mgc_dist.cnn import LogMelCnn
 from mgc_dist.errors import UserError
 from mgc_dist.hub import normalise
@@ -87,6 +87,11 @@ class WaveClassifier(nn.Module):
         do_normalize: whether its feature extractor normalises.
         frozen: modules that stay in eval mode, so that no dropout or mask changes them.
         learns_gain: add a layer for the gain of the learned mixins, which is not exported.
+        boundary: of `trunk`, where it takes the cached output of its frozen part.
+
+    Attributes:
+        net, do_normalize, boundary: as given.
+        boundary_dtype: of the model's own values at the boundary, in the run's precision.
     """
 
     def __init__(
@@ -96,9 +101,12 @@ class WaveClassifier(nn.Module):
         do_normalize: bool,
         frozen: Sequence[nn.Module] = (),
         learns_gain: bool = False,
+        boundary: str | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        self.boundary = boundary
+        self.boundary_dtype = torch.float32
         self.do_normalize = do_normalize
         self._frozen = list(frozen)
         self.gain = nn.Linear(net.classifier.in_features, 1) if learns_gain else None
@@ -109,13 +117,24 @@ class WaveClassifier(nn.Module):
     def _keep_below_head(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._below_head = inputs[0]  # [B, D]
 
-    def forward(self, wave: Tensor, *, with_gain: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, wave: Tensor, *, with_gain: bool = False, only_below: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """int16 [B, T] -> logits [B, K]; with the gain, g = softplus(w h + c), float32 [B].
 
-        h is what the last layer gets, [B, D] (Clark et al., EMNLP 2019).
+        h is what the last layer gets, [B, D] (Clark et al., EMNLP 2019). In place of waves it
+        takes what lies at the boundary, of any floating type [B, F, D]: nothing below is computed.
+        `only_below` gives just that, [B, F, D].
         """
-        x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
-        logits: Tensor = self.net(x).logits  # [B, K]
+        if wave.is_floating_point():
+            assert self.boundary is not None
+            logits = trunk.above(self.net, self.boundary, wave.to(self.boundary_dtype))  # [B, K]
+        else:
+            x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
+            if only_below:
+                assert self.boundary is not None
+                return trunk.below(self.net, self.boundary, x)  # [B, F, D]
+            logits = self.net(x).logits  # [B, K]
         if not with_gain:
             return logits
         below, self._below_head = self._below_head, None
@@ -171,6 +190,8 @@ def build_main(
     segment_samples: int,
     sample_rate: int,
     learns_gain: bool = False,
+    cache: str = "none",
+    spec_augment: bool = True,
 ) -> WaveClassifier:
     """The main model, with a new head.
 
@@ -184,9 +205,12 @@ def build_main(
         segment_samples: T.
         sample_rate: of the segments in Hz.
         learns_gain: for the learned mixins.
+        cache: `none`, `cnn` or `trunk`: which frozen output it takes in place of waves.
+        spec_augment: False switches SpecAugment off.
 
     Raises:
-        UserError: the model cannot be found, does not fit, or has BatchNorm.
+        UserError: the model cannot be found, does not fit, or has BatchNorm; or the cache would
+            not be exact.
     """
     hub.quiet()
     labels: dict[str, Any] = {
@@ -195,6 +219,7 @@ def build_main(
         "label2id": {genre: label for label, genre in enumerate(genres)},
         "layerdrop": 0.0,  # ranks would drop different layers: ZeRO aborts or hangs
     }
+    labels |= {} if spec_augment else {"apply_spec_augment": False}
     seed_everything(seed)
     if name == CnnConfig.model_type:
         net = CnnForAudioClassification(CnnConfig(sample_rate=sample_rate, **labels))
@@ -210,7 +235,13 @@ def build_main(
         net.activation_checkpointing_enable({"use_reentrant": False})
     is_own = isinstance(net, CnnForAudioClassification)
     normalises = is_own or hub.feature_extractor(name, sample_rate).do_normalize
-    return WaveClassifier(net, do_normalize=normalises, frozen=frozen, learns_gain=learns_gain)
+    return WaveClassifier(
+        net,
+        do_normalize=normalises,
+        frozen=frozen,
+        learns_gain=learns_gain,
+        boundary=_boundary(net, cache, freeze),
+    )
 
 
 def describe_main(
@@ -221,6 +252,8 @@ def describe_main(
     frozen_layers: int | None,
     activation_checkpointing: bool,
     segment_samples: int,
+    cache: str = "none",
+    spec_augment: bool = True,
 ) -> WaveClassifier:
     """The main model of `build_main` without its weights: on torch's meta device, in a second.
 
@@ -231,12 +264,16 @@ def describe_main(
         frozen_layers: N of `layers:N`.
         activation_checkpointing: recompute activations in the backward pass.
         segment_samples: T.
+        cache: as for `build_main`.
+        spec_augment: as for `build_main`.
 
     Raises:
-        UserError: the model's configuration cannot be found, or does not fit.
+        UserError: the model's configuration cannot be found, or does not fit; or the cache would
+            not be exact.
     """
     hub.quiet()
     labels: dict[str, Any] = {"num_labels": len(genres), "layerdrop": 0.0}
+    labels |= {} if spec_augment else {"apply_spec_augment": False}
     with torch.device("meta"):
         if name == CnnConfig.model_type:
             net = CnnForAudioClassification(CnnConfig(**labels)).to("meta")
@@ -252,7 +289,19 @@ def describe_main(
     frozen = _freeze(net, freeze, frozen_layers)
     if activation_checkpointing:
         net.activation_checkpointing_enable({"use_reentrant": False})
-    return WaveClassifier(net, do_normalize=True, frozen=frozen)
+    at = _boundary(net, cache, freeze)
+    return WaveClassifier(net, do_normalize=True, frozen=frozen, boundary=at)
+
+
+def _boundary(net: PreTrainedModel, cache: str, freeze: str) -> str | None:
+    """Make ready for cached features; the boundary that they lie at, None without a cache."""
+    if cache == "none":
+        return None
+    at = trunk.boundary(cache, freeze)
+    trunk.refuse_inexact(net, at, f"--cache {cache} with --freeze {freeze}")
+    if at == "cnn":
+        trunk.pass_by(net)
+    return at
 
 
 def part_of(name: str) -> str:
@@ -371,7 +420,7 @@ def _freeze(net: PreTrainedModel, freeze: str, frozen_layers: int | None) -> lis
         )
     parts = [base.feature_extractor, base.feature_projection, encoder.pos_conv_embed]
     parts += [encoder.dropout, *encoder.layers[:frozen_layers]]
-    if not getattr(net.config, "do_stable_layer_norm", False):
+    if not trunk.norms_last(net):
         parts.append(encoder.layer_norm)  # stands before the layers in the post-norm flavour
     for part in parts:
         part.requires_grad_(False)

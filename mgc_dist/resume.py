@@ -32,6 +32,7 @@ CHANGEABLE = {
     "seed": "--seed",
     "window-shards": "--window-shards",
     "shards": "data set (--shards)",
+    "cache": "--cache",
 }
 """What `--change NAME` allows to differ: the name -> its key in a run's identity."""
 _OF_THE_ORDER = ("seed", "window-shards", "shards")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mgc_dist.config import Aggregate
 from mgc_dist.data import Batch, ShardSet
+from mgc_dist.features import Features
 from mgc_dist.heads import best_temperature, is_at_bound
 from mgc_dist.infer import all_rows
 from mgc_dist.metrics import Scores, scores, track_labels, track_means
@@ -66,6 +67,7 @@ def all_score(
     batch: int,
     aggregate: Aggregate = "mean-prob",
     progress: Callable[[Iterator[Batch]], Iterator[Batch]] = lambda batches: batches,
+    features: Features | None = None,
 ) -> SplitScores:
     """Walk a split and judge it; the same digits on every rank and at any world size.
 
@@ -77,10 +79,20 @@ def all_score(
         batch: B.
         aggregate: how segments are made into tracks.
         progress: wraps the stream of batches, to show how far it is.
+        features: given to `forward` in place of waves.
     """
     first, stop = shards.rows_of(split)
     genres = len(shards.manifest.genres)
-    logits = all_rows(forward, shards, split, ranks, batch=batch, width=genres, progress=progress)
+    logits = all_rows(
+        forward,
+        shards,
+        split,
+        ranks,
+        batch=batch,
+        width=genres,
+        progress=progress,
+        features=features,
+    )
     return judge(logits, shards.labels[first:stop], shards.tracks[first:stop], split, aggregate)
 
 

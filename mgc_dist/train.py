@@ -13,12 +13,17 @@ from mgc_dist.errors import EXIT_BAD_INPUT, UserError, exit_code_of
 from mgc_dist.stop import Stop
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch.nn import Module, Parameter
 
-    from mgc_dist.data import ShardSet
+    from mgc_dist.data import Batch, ShardSet
+    from mgc_dist.features import Facts
     from mgc_dist.fit import Fit, State
     from mgc_dist.lease import Lease
     from mgc_dist.logits import BiasTable
+    from mgc_dist.manifest import Manifest
+    from mgc_dist.model import WaveClassifier
     from mgc_dist.plan import Plan
     from mgc_dist.ranks import Ranks
     from mgc_dist.rendezvous import Meeting
@@ -80,10 +85,11 @@ def _run(config: TrainConfig, stop: Stop, meeting: "Meeting") -> int:
                 if peers.is_first:
                     print(f"{config.output.run} is already complete.")
                 return 0
-            return _train(_build(config, identity, shards, table, plan, peers, stop))
+            fit, cached = _build(config, identity, shards, table, plan, peers, stop)
+            return _train(fit, cached)
 
 
-def _train(fit: "Fit") -> int:
+def _train(fit: "Fit", cached: "Facts | None") -> int:
     """Take the run folder, train, and give it back."""
     from mgc_dist import lease, page
     from mgc_dist.watch import Watch
@@ -100,7 +106,7 @@ def _train(fit: "Fit") -> int:
         _refuse_unseen(held, peers)
         with Watch(held, peers.rank, peers.world, fit.stop, hang_timeout_s=timeout_s) as watch:
             try:
-                _run_fit(fit, held, watch)
+                _run_fit(fit, held, watch, cached)
                 if peers.is_first and (run / DONE).is_file():
                     page.attempt(run, fit.config.data.shards)
             except RuntimeError as error:
@@ -129,7 +135,7 @@ def _refuse_unseen(held: "Lease", peers: "Ranks") -> None:
         )
 
 
-def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
+def _run_fit(fit: "Fit", held: "Lease", watch: "Watch", cached: "Facts | None") -> None:
     """Train from where the run folder is, and write down how it ended."""
     from mgc_dist import lease
 
@@ -145,7 +151,8 @@ def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
         first = fit.plan.step_of(state.samples_seen)
         journal.begin(attempt=held.attempt, first_step=first, world=peers.world)
         journal.status("running", samples_seen=state.samples_seen, total=fit.plan.total)
-        outcome = "done" if fit.train(state, held, watch) else "stopped"
+        brought = cached is None or _bring_features(fit, cached, watch)
+        outcome = "done" if brought and fit.train(state, held, watch) else "stopped"
         journal.write(outcome, samples_seen=state.samples_seen)
         peers.all_decide(lambda: _close_run(fit, held, state, outcome))
     except BaseException as error:
@@ -155,8 +162,37 @@ def _run_fit(fit: "Fit", held: "Lease", watch: "Watch") -> None:
             journal.status("failed", reason=reason, exit_code=code, samples_seen=state.samples_seen)
         raise told from error.__cause__ if told is error else error
     finally:
+        if fit.features:
+            fit.features.close()
         if peers.is_first:
             lease.record_end(run, held.attempt, state.samples_seen, outcome)
+
+
+def _bring_features(fit: "Fit", facts: "Facts", watch: "Watch") -> bool:
+    """Open the cache that the run reads, and make it first if it is not there (a collective).
+
+    Returns:
+        False if the run was asked to stop meanwhile.
+    """
+    from mgc_dist import cache
+
+    def watched(batches: "Iterator[Batch]") -> "Iterator[Batch]":
+        for batch in batches:
+            watch.progress(0, "making the cache")
+            yield batch
+
+    fit.engine.train(False)
+    fit.features = cache.all_bring(
+        fit.config.data.caches,
+        facts,
+        fit.engine.features,
+        fit.shards,
+        fit.ranks,
+        batch=fit.config.engine.micro_batch,
+        stopped=lambda: bool(fit.stop.signal),
+        progress=watched,
+    )
+    return fit.features is not None
 
 
 def _in_words(fit: "Fit", watch: "Watch", error: BaseException) -> BaseException:
@@ -193,6 +229,7 @@ def _forecast(config: TrainConfig, shards: "ShardSet", plan: "Plan", peers: "Ran
         genres=found.genres,
         segment_samples=found.segment_samples,
         sample_rate=found.sample_rate,
+        cached_rows=found.splits["validation"][1],
     )
     forecast.show(planned)
     return EXIT_BAD_INPUT if planned.problems else 0
@@ -220,42 +257,33 @@ def _build(
     plan: "Plan",
     peers: "Ranks",
     stop: Stop,
-) -> "Fit":
-    import torch
-
+) -> "tuple[Fit, Facts | None]":
+    """What trains, and what its cache is of."""
+    from mgc_dist import cache
     from mgc_dist.engine import Engine
     from mgc_dist.fit import Fit
     from mgc_dist.journal import Journal
-    from mgc_dist.model import build_main, frozen_fingerprint
+    from mgc_dist.model import frozen_fingerprint
     from mgc_dist.objective import Objective
     from mgc_dist.plan import lay_out
     from mgc_dist.watch import start_limit
 
-    optim, found = config.optim, shards.manifest
+    optim = config.optim
     layout = lay_out(
         global_batch=optim.global_batch,
         world=peers.world,
         largest_micro_batch=config.engine.micro_batch,
     )
-    model = build_main(
-        config.main.model,
-        found.genres,
-        freeze=config.main.freeze,
-        frozen_layers=config.main.frozen_layers,
-        activation_checkpointing=config.main.activation_checkpointing,
-        seed=config.output.seed,
-        segment_samples=found.segment_samples,
-        sample_rate=found.sample_rate,
-        learns_gain=config.objective.learns_gain,
-    ).to(peers.device)
+    model = _main_model(config, shards.manifest).to(peers.device)
+    bf16, facts = _takes_bf16(config, peers), None
+    if model.boundary is not None:
+        dtype = config.data.cache_dtype
+        facts = cache.describe(model, shards, device=peers.device, bf16=bf16, dtype=dtype)
     identity = identity | {
         "frozen weights of --model": frozen_fingerprint(model),
         "shapes of --model": _shapes(model),
+        "--cache": facts.description if facts else "none",
     }
-    precision, on_gpu = config.engine.precision, peers.device.type == "cuda"
-    bf16 = precision == "bf16" or (
-        precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
     with start_limit(peers.rank, config.engine.group_timeout_s):
         engine = Engine(
             model,
@@ -270,7 +298,7 @@ def _build(
             bucket_elements=config.engine.bucket_elements,
             compile_model=config.engine.compile,
         )
-    return Fit(
+    fit = Fit(
         config=config,
         identity=identity,
         shards=shards,
@@ -282,6 +310,34 @@ def _build(
         ranks=peers,
         journal=Journal(config.output.run, writes=peers.is_first),
         stop=stop,
+    )
+    return fit, facts
+
+
+def _main_model(config: TrainConfig, found: "Manifest") -> "WaveClassifier":
+    from mgc_dist.model import build_main
+
+    return build_main(
+        config.main.model,
+        found.genres,
+        freeze=config.main.freeze,
+        frozen_layers=config.main.frozen_layers,
+        activation_checkpointing=config.main.activation_checkpointing,
+        seed=config.output.seed,
+        segment_samples=found.segment_samples,
+        sample_rate=found.sample_rate,
+        learns_gain=config.objective.learns_gain,
+        cache=config.data.cache,
+        spec_augment=config.main.spec_augment,
+    )
+
+
+def _takes_bf16(config: TrainConfig, peers: "Ranks") -> bool:
+    import torch
+
+    precision, on_gpu = config.engine.precision, peers.device.type == "cuda"
+    return precision == "bf16" or (
+        precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     )
 
 
@@ -356,6 +412,7 @@ def _identity(
         "positions (--epochs)": plan.total,
         "--model": str(Path(model).resolve()) if Path(model).exists() else model,
         "--freeze": config.main.freeze,
+        "--spec-augment": config.main.spec_augment,
         "--lr": optim.lr,
         "--head-lr": optim.head_lr,
         "--weight-decay": optim.weight_decay,

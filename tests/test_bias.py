@@ -23,7 +23,7 @@ from conftest import (
 )
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-from mgc_dist import bias, cli, hidden, logits, manifest, shard
+from mgc_dist import bias, cli, hidden, logits, manifest, rowfile, shard
 from mgc_dist.backbone import HiddenMean, LogMel
 from mgc_dist.config import BiasConfig
 from mgc_dist.data import ShardSet
@@ -161,11 +161,12 @@ def dying(whole, count: int):
     return call
 
 
-def die_at(name: str, config: BiasConfig, world: int, count: int = 0) -> None:
+def die_at(module, name: str, config: BiasConfig, world: int, count: int = 0) -> None:
     """Run the command on real processes; rank 0 is killed (SIGKILL) in its call number `count`.
 
     Args:
-        name: of the function in `hidden` that is the place of the kill.
+        module: that has the function.
+        name: of the function that is the place of the kill.
         config: of the command.
         world: number of ranks.
         count: calls that still succeed.
@@ -177,7 +178,7 @@ def die_at(name: str, config: BiasConfig, world: int, count: int = 0) -> None:
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             os.environ.update({key: str(value) for key, value in numbers.items()})
             os.environ["MASTER_ADDR"] = "127.0.0.1"
-            setattr(hidden, name, dying(getattr(hidden, name), count))
+            setattr(module, name, dying(getattr(module, name), count))
             try:
                 bias.run(config)
             finally:
@@ -198,7 +199,7 @@ def test_several_layers_are_given_as_words_or_in_a_preset(tmp_path: Path) -> Non
 
 def killed_after(batches: int, config: BiasConfig, world: int = 1) -> None:
     """A pass that is killed when the next batch is in the file, and not in the ledger."""
-    die_at("note", config, world, batches)
+    die_at(rowfile, "note", config, world, batches)
 
 
 @pytest.mark.parametrize(("world", "batches"), [(1, 0), (1, 12), (2, 20)])
@@ -233,7 +234,7 @@ def test_killed_between_the_last_renames(shards: Path, table: Path, tmp_path: Pa
     folder = tmp_path / "bias"
     config = bias_config(shards, bias_table=folder)
 
-    die_at("replace_text", config, world=1)
+    die_at(hidden, "replace_text", config, world=1)
     assert (folder / hidden.STATES).exists()
     assert run_ranks(1, counted, config)[0][0] == 0
     assert (folder / logits.TABLE).read_bytes() == (table / logits.TABLE).read_bytes()

@@ -12,9 +12,10 @@ from test_slow import LARGE
 from test_train import config
 
 from mgc_dist import forecast as module
-from mgc_dist import ranks, train
+from mgc_dist import ranks, train, trunk
 from mgc_dist.data import ShardSet
 from mgc_dist.engine import Engine
+from mgc_dist.errors import UserError
 from mgc_dist.forecast import Forecast, activation_bytes, checkpoint_bytes, count_parts, forecast
 from mgc_dist.model import describe_main
 from mgc_dist.plan import Plan, lay_out
@@ -127,6 +128,70 @@ def test_the_large_model_needs_no_weights(tmp_path: Path) -> None:
     assert trained < every
     assert found.memory[2].all < found.memory[1].all < found.memory[0].all
     assert found.memory[0].weights == 4 * every
+
+
+@pytest.mark.parametrize(
+    ("knobs", "shape", "gain"),
+    [
+        # GFLOP of a forward pass: 14.72 of the CNN, 63.48 up to layer 12, 109.64 in all
+        ({"freeze": "feature_encoder", "cache": "cnn"}, (149, 512), 1.0517),
+        ({"freeze": "layers:12", "cache": "cnn"}, (149, 512), 1.0786),
+        ({"freeze": "layers:12", "cache": "trunk"}, (149, 1024), 1.4583),
+    ],
+)
+def test_a_cache_of_the_large_model_is_worked_out(
+    knobs: dict[str, Any], shape: tuple[int, int], gain: float, tmp_path: Path
+) -> None:
+    file = tmp_path / "large.json"
+    file.write_text(json.dumps({"model_type": "wav2vec2", **LARGE}))
+    settings = config(tmp_path, file, tmp_path / "run", spec_augment=False, **knobs)
+    words: dict[str, Any] = {"plan": PLAN, "genres": list("0123456789"), "sample_rate": 16_000}
+    found = forecast(settings, world=1, segment_samples=48_000, cached_rows=18_060, **words)
+    assert found.cached is not None
+    assert found.cached.shape == shape
+    assert found.cached.bytes == 18_060 * 4 * shape[0] * shape[1]
+    assert found.cached.gain == pytest.approx(gain, abs=1e-3)
+    masked = config(tmp_path, file, tmp_path / "run", **knobs)
+    if knobs["cache"] == "trunk":
+        with pytest.raises(UserError, match="--no-spec-augment"):
+            forecast(masked, world=1, segment_samples=48_000, **words)
+
+
+def test_the_backward_pass_counts_twice_for_what_is_trained() -> None:
+    assert trunk.cache_gain(3.0, 0.0, 0.0) == 1.0
+    assert trunk.cache_gain(4.0, 2.0, 1.0) == pytest.approx((4 + 2 * 2) / (3 + 2 * 2))
+
+
+def test_a_cache_that_does_not_fit_the_disk(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root, usage = tmp_path / "caches", shutil.disk_usage(tmp_path)
+    knobs: dict[str, Any] = {"freeze": "layers:1", "cache": "trunk", "cache_dir": root}
+    rows, size = 10**9, 10**9 * 24 * 32 * 4
+
+    def told(**changes: Any) -> tuple[str, ...]:
+        settings = config(tmp_path, tiny_model, tmp_path / "run", **(knobs | changes))
+        words: dict[str, Any] = {"genres": list("abc"), "sample_rate": 16_000, "plan": PLAN}
+        found = forecast(settings, world=2, segment_samples=8000, cached_rows=rows, **words)
+        module.show(found)
+        return found.problems
+
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    (problem,) = told()
+    assert "2861.02 GiB of cache do not fit" in problem
+    assert f"free at {root}: name another --cache-dir" in problem
+    assert told(cache_dtype="bf16") == ()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "cache at layers:1: 24 frames of 32 values a segment, 2861.02 GiB in fp32 (half" in said
+    assert "a step then takes 1/" in said
+    (root / "abc").mkdir(parents=True)
+    with (root / "abc" / "features.npy").open("wb") as sparse:
+        sparse.truncate(size + 128)
+    assert told() == (), "it is there already"
+    assert "one of that size is there" in capsys.readouterr().out
 
 
 def test_problems_and_notes(

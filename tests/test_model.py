@@ -238,6 +238,15 @@ def test_relatives_of_wav2vec2_train_and_freeze(kind: str, tmp_path: Path) -> No
             assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
 
 
+def test_the_norm_is_frozen_by_where_it_stands_not_by_what_the_config_says(tmp_path: Path) -> None:
+    extra = {"model_type": "data2vec-audio", "conv_pos_kernel_size": 3}
+    classifier = build(
+        write_model(tmp_path / "x.json", **extra), freeze="layers:1", frozen_layers=1
+    )
+    assert classifier.net.config.do_stable_layer_norm, "which its encoder does not look at"
+    assert not classifier.net.base_model.encoder.layer_norm.weight.requires_grad
+
+
 def test_bias_backbones_pool_every_layer_over_time(checkpoint: Path) -> None:
     logmel = build_bias("logmel", sample_rate=RATE)
     assert logmel(waves()).shape == (4, logmel.layers, logmel.width) == (4, 1, 40)

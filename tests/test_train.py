@@ -54,14 +54,28 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "final_lr_fraction": 0.02,
         "change": (),
         "validate_every_epochs": 1.0,
+        "cache": "none",
+        "cache_dtype": "auto",
+        "cache_dir": None,
+        "activation_checkpointing": False,
+        "spec_augment": True,
+        "compile": False,
     } | changes
     return TrainConfig(
         data=DataConfig(
             shards=shards,
             window_shards=knobs["window_shards"],
             reader_threads=knobs["reader_threads"],
+            cache=knobs["cache"],
+            cache_dtype=knobs["cache_dtype"],
+            cache_dir=knobs["cache_dir"],
         ),
-        main=ModelConfig(model=str(model), freeze=knobs["freeze"]),
+        main=ModelConfig(
+            model=str(model),
+            freeze=knobs["freeze"],
+            activation_checkpointing=knobs["activation_checkpointing"],
+            spec_augment=knobs["spec_augment"],
+        ),
         objective=LossConfig(loss=knobs["loss"]),
         optim=OptimConfig(
             epochs=knobs["epochs"],
@@ -78,6 +92,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
             micro_batch=knobs["micro_batch"],
             precision=knobs["precision"],
             device="cpu",
+            compile=knobs["compile"],
             hang_timeout_s=knobs["hang_timeout_s"],
             max_refused_steps=knobs["max_refused_steps"],
         ),
