@@ -268,6 +268,15 @@ def part_of(name: str) -> str:
     return "cnn" if ".cnn." in name else "head"
 
 
+def norms_first(net: PreTrainedModel) -> bool:
+    """Whether each layer begins with its norm, and the encoder's own norm follows the layers.
+
+    data2vec-audio has the other flavour only, whatever its configuration says.
+    """
+    kind, config = net.config.model_type, net.config
+    return kind != "data2vec-audio" and bool(getattr(config, "do_stable_layer_norm", False))
+
+
 def frozen_fingerprint(model: WaveClassifier) -> str:
     """xxh3_128 of the weights that training does not change; "none" if it changes all.
 
@@ -371,7 +380,7 @@ def _freeze(net: PreTrainedModel, freeze: str, frozen_layers: int | None) -> lis
         )
     parts = [base.feature_extractor, base.feature_projection, encoder.pos_conv_embed]
     parts += [encoder.dropout, *encoder.layers[:frozen_layers]]
-    if not getattr(net.config, "do_stable_layer_norm", False):
+    if not norms_first(net):
         parts.append(encoder.layer_norm)  # stands before the layers in the post-norm flavour
     for part in parts:
         part.requires_grad_(False)

@@ -188,6 +188,7 @@ def _build(
 
     from mgc_dist.engine import Engine
     from mgc_dist.fit import Fit
+    from mgc_dist.flops import count
     from mgc_dist.journal import Journal
     from mgc_dist.model import build_main, frozen_fingerprint
     from mgc_dist.objective import Objective
@@ -215,6 +216,7 @@ def _build(
         "frozen weights of --model": frozen_fingerprint(model),
         "shapes of --model": _shapes(model),
     }
+    flops = count(model, found.segment_samples)  # before ZeRO-3 leaves nothing in place
     precision, on_gpu = config.engine.precision, peers.device.type == "cuda"
     bf16 = precision == "bf16" or (
         precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -240,6 +242,7 @@ def _build(
         objective=Objective(config.objective, plan, shards, table),
         plan=plan,
         layout=layout,
+        flops=flops,
         model=model,
         engine=engine,
         ranks=peers,

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +128,8 @@ def test_the_large_model_needs_no_weights(tmp_path: Path) -> None:
     assert trained < every
     assert found.memory[2].all < found.memory[1].all < found.memory[0].all
     assert found.memory[0].weights == 4 * every
+    assert found.flops is not None
+    assert found.flops.training / found.flops.forward == pytest.approx(2.7, abs=0.3)
 
 
 def test_problems_and_notes(
@@ -138,6 +141,35 @@ def test_problems_and_notes(
     (problem,) = of(tiny_model, tmp_path).problems
     assert "lower --keep-checkpoints" in problem
     assert "padding" in of(tiny_model, tmp_path, global_batch=9, world=4).notes[0]
+    sew = {"model_type": "sew", "conv_stride": [2] * 7, "conv_kernel": [3] * 7}
+    other = of(write_model(tmp_path / "sew.json", **sew), tmp_path)
+    assert other.flops is None
+    assert other.notes[1:] == ("layers of sew are of a kind that is not counted",)
+    module.show(other)
+
+
+def test_the_micro_batch_that_a_gpu_has_room_for(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a batch fits by the same arithmetic, and one of a tenth more does not."""
+    total = 2**26
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    about = SimpleNamespace(total_memory=total)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: about)
+    (note,) = of(tiny_model, tmp_path, micro_batch=2, global_batch=16).notes
+    assert note.startswith("the GPU's 64.0 MiB have room for about --micro-batch ")
+    most = int(note.split("--micro-batch ")[1].split()[0])
+    knobs = {"world": 1, "zero_stage": 2}
+    fits = of(tiny_model, tmp_path, micro_batch=most, global_batch=most, **knobs)
+    more = most + most // 10
+    full = of(tiny_model, tmp_path, micro_batch=more, global_batch=more, **knobs)
+    assert fits.memory[2].all + fits.activation_bytes <= 0.9 * total
+    assert full.memory[2].all + full.activation_bytes > 0.9 * total
+    crowded = SimpleNamespace(total_memory=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: crowded)
+    found = of(tiny_model, tmp_path)
+    assert not any("room" in note for note in found.notes)
+    assert "lower --micro-batch" in found.problems[0]
 
 
 def test_the_command(
@@ -150,7 +182,17 @@ def test_the_command(
     with ShardSet(shards):
         assert run_ranks(1, train.run, dry) == [0]
     assert not (tmp_path / "run").exists()
-    module.show(of(tiny_model, tmp_path, freeze="layers:1"))
+    found = of(tiny_model, tmp_path, freeze="layers:1")
+    module.show(found)
+    work = found.flops
+    assert work is not None
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("2 ranks x micro batch", "layers 1 to 1 of the encoder", "frozen", "-> 2"):
+    for words in (
+        "2 ranks x micro batch",
+        "layers 1 to 1 of the encoder",
+        "frozen",
+        "-> 2",
+        f"a segment takes {work.forward / 1e9:.5g} GFLOP forward and {work.training / 1e9:.5g} in "
+        f"training, {100 * work.frozen / work.training:.0f} % of it in the frozen part",
+    ):
         assert words in said
