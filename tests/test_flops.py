@@ -171,7 +171,10 @@ def test_a_batch_on_the_cpu_costs_its_rows(tiny_model: Path) -> None:
     assert forward == 3 * found(model, 8000).forward
 
 
-def test_a_frozen_prefix_costs_its_forward_only(tiny_model: Path) -> None:
+@pytest.mark.parametrize("kind", ["wav2vec2", "data2vec-audio"])
+def test_a_frozen_prefix_costs_its_forward_only(kind: str, tmp_path: Path) -> None:
+    """data2vec-audio too, which has one flavour and does not read `do_stable_layer_norm`."""
+    tiny_model = write_model(tmp_path / "m.json", model_type=kind, conv_pos_kernel_size=3)
     own = found(empty(tiny_model, "layers:1", 8000), 8000)
     silent = {name for name, part in own.parts.items() if not part.backward}
     assert silent == {
