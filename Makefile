@@ -5,7 +5,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Tests wait for processes more than they compute: three at a time keep two cores busy.
 PYTEST := python -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test test-slow test-slurm soak check bench shortcut clean
+.PHONY: demo test test-slow test-slurm soak check bench speed shortcut clean
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -45,6 +45,10 @@ bench: .venv/installed  ## packing, reading, memory against the peers, freezing,
 	$(RUN) python benchmarks/memory.py --json benchmarks/results/memory.json
 	$(RUN) python benchmarks/freezing.py --json benchmarks/results/freezing.json
 	$(RUN) python benchmarks/cache.py --json benchmarks/results/cache.json
+
+speed: .venv/installed  ## a training step against the original's and Hugging Face's Trainer, small model; 10 minutes
+	$(RUN) python benchmarks/step.py --json benchmarks/results/step.json
+	$(RUN) python benchmarks/step.py --render benchmarks/results/step.json
 
 shortcut: .venv/installed  ## ten losses on a planted shortcut, five seeds, and their table; 30 minutes
 	$(RUN) python benchmarks/shortcut.py --work runs/shortcut --json benchmarks/results/shortcut.json

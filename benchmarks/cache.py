@@ -23,7 +23,7 @@ import torch
 from freezing import SIZES
 from measure import machine
 
-from mgc_dist import features, files, trunk
+from mgc_dist import features, files, flops
 from mgc_dist.features import Facts, Features
 from mgc_dist.model import build_main
 from mgc_dist.rowfile import RowFile
@@ -65,9 +65,10 @@ def measure(way: str, size: str, runs: int) -> tuple[list[float], float, float]:
         ).train()
     wave, gain = torch.randint(-9000, 9000, (1, LENGTH), dtype=torch.int16), 1.0
     if model.boundary is not None:
-        bounds = (trunk.boundary("trunk", freeze), model.boundary)
+        work = flops.count(model, LENGTH)
+        assert work is not None
+        gain = work.training / work.above(model.boundary).training
         with torch.no_grad():
-            gain = trunk.cache_gain(*trunk.forward_flops(model.net, bounds, wave.float()))
             wave = model(wave, only_below=True)
     seconds = []
     for _ in range(runs + 1):

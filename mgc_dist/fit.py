@@ -25,6 +25,7 @@ from mgc_dist.engine import Engine, lr_factor
 from mgc_dist.errors import EXIT_IO, EXIT_NON_FINITE, RunFailed
 from mgc_dist.exported import save_exported
 from mgc_dist.features import Features
+from mgc_dist.flops import SegmentFlops, peak_tflop_per_s
 from mgc_dist.journal import Journal, RowLedger
 from mgc_dist.lease import Lease
 from mgc_dist.model import WaveClassifier
@@ -71,6 +72,7 @@ class Fit:
         shards: the data.
         objective: the loss, with the bias table in it.
         plan, layout: the order of rows, and how a step's rows lie over ranks.
+        flops: of a segment, but what a cache holds; None where the model's kind is not counted.
         model, engine: the main model, and DeepSpeed around it.
         ranks, journal, stop: peers, metrics.jsonl, and what asks for a stop.
         features: read in place of waves, once they are there; None without a cache.
@@ -82,6 +84,7 @@ class Fit:
     objective: Objective
     plan: Plan
     layout: Layout
+    flops: SegmentFlops | None
     model: WaveClassifier
     engine: Engine
     ranks: Ranks
@@ -146,7 +149,7 @@ class Fit:
                 "training", self.plan.steps, unit="steps", shown=self.ranks.is_first, lines=False
             ) as bar,
         ):
-            tally, meter = Tally(self.ranks), Meter(reader, state.samples_seen)
+            tally, meter = Tally(self.ranks), Meter(reader, state.samples_seen, first)
             self._stepped_at_s = time.monotonic()
             for batch in reader:
                 step = batch.plan.step
@@ -280,13 +283,15 @@ class Fit:
 
     def _log(self, step: int, state: State, loss: float, meter: Meter) -> None:
         factor, optim = self._lr_factor(step), self.config.optim
-        rate, wait, own_s = meter.read(state.samples_seen)
-        slow = self._laggards.all_look(own_s, self.ranks)
+        window = meter.read(state.samples_seen, step + 1)
+        rate, wait = window.segments_per_s, window.wait_share
+        slow = self._laggards.all_look(window.own_s, self.ranks)
         if slow and self.ranks.is_first:
             log.warning("%s", slow)
         norm = self.engine.grad_norm()
         epoch = (state.samples_seen - 1) / self.plan.rows
         left_s = (self.plan.total - state.samples_seen) / rate if rate else math.nan
+        computed = self._computed(rate)
         self.journal.write(
             "step",
             step=step + 1,
@@ -297,17 +302,29 @@ class Fit:
             head_lr=optim.head_lr * factor,
             grad_norm=norm,
             **self._bias_strength(step),
+            step_s=round(window.step_s, 5),
             segments_per_s=round(rate, 2),
+            **computed,
             data_wait_share=round(wait, 5),
             peak_memory_gib=round(_peak_memory_gib(self.ranks.device), 3),
         )
         log.info(
-            "step %d/%d epoch %.2f loss %.4f lr %.2e grad %s %.1f segments/s wait %.1f %% "
+            "step %d/%d epoch %.2f loss %.4f lr %.2e grad %s %.1f segments/s %swait %.1f %% "
             "memory %.2f GiB left %s",
             *(step + 1, self.plan.steps, epoch, loss, optim.lr * factor),
-            *("-" if norm is None else f"{norm:.3f}", rate, 100 * wait),
+            *("-" if norm is None else f"{norm:.3f}", rate),
+            *(f"MFU {100 * computed['mfu']:.1f} % " if "mfu" in computed else "", 100 * wait),
             *(_peak_memory_gib(self.ranks.device), _clock(left_s)),
         )
+
+    def _computed(self, segments_per_s: float) -> dict[str, float]:
+        """TFLOP/s that the model needed on each rank, and its share of the device's peak."""
+        if self.flops is None:
+            return {}
+        reached = self.flops.training * segments_per_s / self.ranks.world / 1e12
+        peak = peak_tflop_per_s(self.ranks.device)
+        found = {"model_tflop_per_s": float(f"{reached:.5g}")}
+        return found | ({} if peak is None else {"mfu": round(reached / peak, 5)})
 
     def _bias_strength(self, step: int) -> dict[str, float]:
         """How much the bias counts: beta, or the mean gain of rank 0's last micro batch."""

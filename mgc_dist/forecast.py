@@ -16,15 +16,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mgc_dist import trunk
+from mgc_dist import flops
 from mgc_dist.config import TrainConfig
 from mgc_dist.features import FEATURES
+from mgc_dist.flops import SegmentFlops
 from mgc_dist.model import WaveClassifier, describe_main, part_of
 from mgc_dist.plan import Layout, Plan, lay_out
 
 STAGES = (0, 1, 2, 3)
 GIB = 2**30
 _DTYPES = {"fp32": "fp32", "bf16": "bf16", "auto": "fp32 (half if the run has bf16 there)"}
+_USABLE = 0.9
+"""Share of a GPU that is counted on; kernels, NCCL and the allocator take the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ class Cached:
         bytes: of all rows, in float32 unless bf16 is asked for.
         free_bytes: where it will be.
         is_there: a cache of that size lies there already.
-        gain: factor by which steps need fewer FLOPs.
+        gain: factor by which steps need fewer FLOPs, where they are counted.
     """
 
     boundary: str
@@ -68,7 +71,7 @@ class Cached:
     bytes: int
     free_bytes: int
     is_there: bool
-    gain: float
+    gain: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,7 @@ class Forecast:
         layout: of the global batch.
         plan: of the rows.
         parts: part of the model -> (parameters, trained ones).
+        flops: of a segment, by part; None where the model's kind is not counted.
         memory: by ZeRO stage.
         activation_bytes: of one micro batch, in float32.
         checkpoint_bytes: of one checkpoint.
@@ -93,6 +97,7 @@ class Forecast:
     layout: Layout
     plan: Plan
     parts: dict[str, tuple[int, int]]
+    flops: SegmentFlops | None
     memory: dict[int, Memory]
     activation_bytes: int
     checkpoint_bytes: int
@@ -149,7 +154,9 @@ def forecast(
     every, trained = (sum(counts) for counts in zip(*parts.values(), strict=True))
     bucket = min(config.engine.bucket_elements, trained)
     memory = {s: memory_of(s, every, trained, world, bucket) for s in STAGES}
+    counted = flops.count(model, segment_samples)
     activations = activation_bytes(model, layout.micro_batch, segment_samples)
+    states = memory[stage].all
     checkpoint = checkpoint_bytes(every, trained)
     disk = (config.output.keep_checkpoints + 1) * checkpoint + 2 * 4 * every
     run = config.output.run.resolve()
@@ -161,6 +168,7 @@ def forecast(
         layout=layout,
         plan=plan,
         parts=parts,
+        flops=counted,
         memory=memory,
         activation_bytes=activations,
         checkpoint_bytes=checkpoint,
@@ -169,10 +177,14 @@ def forecast(
         stage=stage,
         cached=cached,
         problems=tuple(
-            _problems(run, disk, free, memory[stage].all + activations)
+            _problems(run, disk, free, states + activations)
             + _cache_problems(config.data.caches, cached)
         ),
-        notes=tuple(_notes(layout, plan, segment_samples / sample_rate)),
+        notes=(
+            *_notes(layout, plan, segment_samples / sample_rate),
+            *_room(layout, states, activations),
+            *([] if counted else [flops.uncounted(model)]),
+        ),
     )
 
 
@@ -249,8 +261,7 @@ def _cached(config: TrainConfig, model: WaveClassifier, rows: int, samples: int)
     wave = torch.zeros((1, samples), dtype=torch.int16, device="meta")
     with torch.no_grad():
         features = model(wave, only_below=True)  # [1, F, D]
-        frozen = trunk.boundary("trunk", config.main.freeze)
-        shares = trunk.forward_flops(model.net, (frozen, model.boundary), wave.float())
+    work = flops.count(model, samples)
     value = 2 if config.data.cache_dtype == "bf16" else 4
     size = rows * value * features[0].numel()
     return Cached(
@@ -260,7 +271,7 @@ def _cached(config: TrainConfig, model: WaveClassifier, rows: int, samples: int)
         bytes=size,
         free_bytes=_free_bytes(root),
         is_there=any(path.stat().st_size >= size for path in root.glob(f"*/{FEATURES}")),
-        gain=trunk.cache_gain(*shares),
+        gain=work.training / work.above(model.boundary).training if work else None,
     )
 
 
@@ -310,6 +321,22 @@ def _notes(layout: Layout, plan: Plan, seconds: float) -> list[str]:
     return notes
 
 
+def _room(layout: Layout, states: int, activations: int) -> list[str]:
+    """The micro batch that the GPU has room for; nothing to say without one."""
+    if not torch.cuda.is_available():
+        return []
+    total = torch.cuda.get_device_properties(0).total_memory
+    a_row = activations / layout.micro_batch
+    most = int((_USABLE * total - states) / a_row)
+    if most < 1:
+        return []
+    return [
+        f"the GPU's {_size(total)} have room for about --micro-batch {most} of float32 "
+        f"activations ({_size(round(a_row))} a segment), and for more under bf16 autocast; "
+        f"{layout.micro_batch} is planned"
+    ]
+
+
 def show(found: Forecast) -> None:
     """Print it."""
     console = Console(highlight=False, soft_wrap=True)
@@ -320,12 +347,19 @@ def show(found: Forecast) -> None:
         f"{100 * layout.waste:.0f} % padding)\n"
         f"{plan.rows:,} training rows, {plan.total:,} positions, {plan.steps:,} optimizer steps"
     )
-    table = Table(title="Parameters")
-    for column in ("part", "all", "trained"):
+    table = Table(title="Parameters, and GFLOP of a segment")
+    for column in ("part", "all", "trained", "forward", "training"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    for part, (every, trained) in _grouped(found.parts).items():
-        table.add_row(part, f"{every:,}", f"{trained:,}" if trained else "frozen")
+    for part, (every, trained, *work) in _grouped(_with_work(found)).items():
+        shown = [f"{flop / 1e9:.3f}" if flop else "" for flop in work]
+        table.add_row(part, f"{every:,}", f"{trained:,}" if trained else "frozen", *shown)
     console.print(table)
+    if found.flops:
+        console.print(
+            f"a segment takes {found.flops.forward / 1e9:.5g} GFLOP forward and "
+            f"{found.flops.training / 1e9:.5g} in training, "
+            f"{100 * found.flops.frozen / found.flops.training:.0f} % of it in the frozen part"
+        )
     table = Table(title="Memory of a rank, estimated")
     for column in ("ZeRO", "weights", "gradients", "optimizer", "buckets", "activations", "all"):
         table.add_column(column, justify="right")
@@ -354,20 +388,30 @@ def _show_cached(cached: Cached) -> None:
         f"cache at {cached.boundary}: {frames} frames of {width} values a segment, "
         f"{_size(cached.bytes)} in {cached.dtype}, {_size(cached.free_bytes)} free"
         + (", one of that size is there" if cached.is_there else "")
-        + f"; a step then takes 1/{cached.gain:.2f} of the FLOPs"
+        + (f"; a step then takes 1/{cached.gain:.2f} of the FLOPs" if cached.gain else "")
     )
 
 
-def _grouped(parts: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+def _with_work(found: Forecast) -> dict[str, tuple[int, ...]]:
+    """Part -> parameters, trained ones, FLOP forward, FLOP of a training step (0: none)."""
+    rows: dict[str, tuple[int, ...]] = {}
+    for part, counts in found.parts.items():
+        work = found.flops.parts.get(part) if found.flops else None
+        rows[part] = (
+            (*counts, work.forward, work.forward + work.backward) if work else (*counts, 0, 0)
+        )
+    return rows
+
+
+def _grouped(parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Neighbouring layers that are all trained, or all frozen, in one line."""
-    grouped: dict[str, tuple[int, int]] = {}
+    grouped: dict[str, tuple[int, ...]] = {}
     for trains in (False, True):
         layers = {p: c for p, c in parts.items() if p.startswith("layer ") and bool(c[1]) == trains}
         if layers:
             numbers = sorted(int(part.split()[1]) for part in layers)
             title = f"layers {numbers[0] + 1} to {numbers[-1] + 1} of the encoder"
-            every, trained = (sum(counts) for counts in zip(*layers.values(), strict=True))
-            grouped[title] = (every, trained)
+            grouped[title] = tuple(sum(counts) for counts in zip(*layers.values(), strict=True))
     rest = {part: counts for part, counts in parts.items() if not part.startswith("layer ")}
     head = {part: rest.pop(part) for part in ("head",) if part in rest}
     return rest | grouped | head

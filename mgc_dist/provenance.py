@@ -258,10 +258,15 @@ def cost(found: Dossier) -> Html:
         return section("What it cost", note("metrics.jsonl tells of no try."))
     names = Counter(e.get("event") for e in found.events)
     pairs = [("wall time", _hours(sum(span.ended_at_s - span.started_at_s for span in spans)))]
-    rates = _numbers(steps, "segments_per_s")
-    if rates:
-        told = f"{statistics.median(rates):.4g} (median), {min(rates):.4g} to {max(rates):.4g}"
-        pairs.append(("segments/s", told))
+    for title, key, unit in (
+        ("segments/s", "segments_per_s", 1.0),
+        ("seconds a step", "step_s", 1.0),
+        ("TFLOP/s of a rank", "model_tflop_per_s", 1.0),
+        ("of its bf16 peak (MFU), %", "mfu", 100.0),
+    ):
+        if values := [unit * value for value in _numbers(steps, key)]:
+            low, middle, high = min(values), statistics.median(values), max(values)
+            pairs.append((title, f"{middle:.4g} (median), {low:.4g} to {high:.4g}"))
     waits = _numbers(steps, "data_wait_share")
     if waits:
         pairs.append(("waiting for data", f"{100 * statistics.fmean(waits):.2f} % of the time"))

@@ -88,17 +88,35 @@ class Tally:
         self._stopping = flag > 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The speed between two log lines.
+
+    Attributes:
+        segments_per_s: of all ranks, padding not counted.
+        step_s: mean seconds of an optimizer step.
+        wait_share: of the time this rank waited for data, 0 to 1.
+        own_s: seconds in which this rank waited for no other.
+    """
+
+    segments_per_s: float
+    step_s: float
+    wait_share: float
+    own_s: float
+
+
 class Meter:
-    """Segments per second and share of waiting for data, with the clock stopped in pauses.
+    """The speed of steps, with the clock stopped in pauses.
 
     Args:
         reader: whose waiting counts.
         samples_seen: at the start.
+        step: optimizer steps taken at the start.
     """
 
-    def __init__(self, reader: Reader, samples_seen: int) -> None:
+    def __init__(self, reader: Reader, samples_seen: int, step: int) -> None:
         self._reader = reader
-        self._samples_seen = samples_seen
+        self._samples_seen, self._step = samples_seen, step
         self._since = time.perf_counter()
         self._wait_s = self._own_s = 0.0
 
@@ -120,16 +138,25 @@ class Meter:
         finally:
             self._own_s += time.perf_counter() - started
 
-    def read(self, samples_seen: int) -> tuple[float, float, float]:
-        """Since the last reading: segments/s, waiting share, own seconds; starts a new window."""
+    def read(self, samples_seen: int, step: int) -> Window:
+        """The speed since the last reading; starts a new window.
+
+        Args:
+            samples_seen: now.
+            step: optimizer steps taken by now.
+        """
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
-        rate = (samples_seen - self._samples_seen) / seconds
         waited_s = self._reader.wait_s - self._wait_s
-        own_s = self._own_s + waited_s
-        self._since, self._samples_seen, self._wait_s = now, samples_seen, self._reader.wait_s
-        self._own_s = 0.0
-        return rate, min(waited_s / seconds, 1.0), own_s
+        window = Window(
+            segments_per_s=(samples_seen - self._samples_seen) / seconds,
+            step_s=seconds / max(1, step - self._step),
+            wait_share=min(waited_s / seconds, 1.0),
+            own_s=self._own_s + waited_s,
+        )
+        self._since, self._samples_seen, self._step = now, samples_seen, step
+        self._wait_s, self._own_s = self._reader.wait_s, 0.0
+        return window
 
 
 class Laggards:

@@ -262,6 +262,7 @@ def _build(
     from mgc_dist import cache
     from mgc_dist.engine import Engine
     from mgc_dist.fit import Fit
+    from mgc_dist.flops import count
     from mgc_dist.journal import Journal
     from mgc_dist.model import frozen_fingerprint
     from mgc_dist.objective import Objective
@@ -284,6 +285,9 @@ def _build(
         "shapes of --model": _shapes(model),
         "--cache": facts.description if facts else "none",
     }
+    flops = count(model, shards.manifest.segment_samples)  # before ZeRO-3 leaves nothing in place
+    if flops and model.boundary is not None:
+        flops = flops.above(model.boundary)
     with start_limit(peers.rank, config.engine.group_timeout_s):
         engine = Engine(
             model,
@@ -305,6 +309,7 @@ def _build(
         objective=Objective(config.objective, plan, shards, table),
         plan=plan,
         layout=layout,
+        flops=flops,
         model=model,
         engine=engine,
         ranks=peers,

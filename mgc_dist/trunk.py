@@ -11,13 +11,11 @@ above the boundary draws the same numbers with a cache and without one.
 import fnmatch
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 import xxhash
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from mgc_dist.errors import UserError
@@ -109,7 +107,7 @@ def below(net: PreTrainedModel, at: str, x: Tensor) -> Tensor:
     if not norms_last(net):
         hidden = encoder.layer_norm(hidden)
     hidden = encoder.dropout(hidden)
-    for layer in encoder.layers[: _layers(at)]:
+    for layer in encoder.layers[: layers_below(at)]:
         hidden = layer(hidden, attention_mask=None)
     return hidden
 
@@ -121,45 +119,13 @@ def above(net: PreTrainedModel, at: str, hidden: Tensor) -> Tensor:
         return logits
     encoder = net.base_model.encoder
     if at != "backbone":
-        for layer in encoder.layers[_layers(at) :]:
+        for layer in encoder.layers[layers_below(at) :]:
             hidden = layer(hidden, attention_mask=None)
         if norms_last(net):
             hidden = encoder.layer_norm(hidden)
     pooled = net.projector(hidden).mean(dim=1)  # [B, D]
     logits = net.classifier(pooled)  # [B, K]
     return logits
-
-
-def forward_flops(net: PreTrainedModel, boundaries: Sequence[str], x: Tensor) -> tuple[float, ...]:
-    """FLOPs of the whole forward pass, then of the part below each boundary.
-
-    Args:
-        net: the model; on torch's meta device nothing is computed.
-        boundaries: to count up to.
-        x: float32 waves [B, T], on the same device.
-    """
-
-    def count(act: Callable[[Tensor], object]) -> float:
-        with FlopCounterMode(display=False) as counter:
-            act(x)
-        return float(counter.get_total_flops())
-
-    return (count(net), *(count(partial(below, net, at)) for at in boundaries))
-
-
-def cache_gain(every: float, frozen: float, cached: float) -> float:
-    """By which factor a training step needs fewer FLOPs with a cache.
-
-    The backward pass of the trained part costs twice its forward pass (gradients of its inputs and
-    of its weights), that of the frozen part nothing.
-
-    Args:
-        every: FLOPs of the whole forward pass, in any unit.
-        frozen: of the part of it that is frozen.
-        cached: of the part of it that the cache holds, at most the frozen one.
-    """
-    step = every + 2 * (every - frozen)
-    return step / (step - cached)
 
 
 def fingerprint(net: PreTrainedModel, at: str, *settings: object) -> str:
@@ -191,14 +157,15 @@ def _weights(net: PreTrainedModel, at: str) -> Iterator[tuple[str, Tensor]]:
     if at.startswith("layers:"):
         encoder = base.encoder
         parts |= {"projection": base.feature_projection, "positions": encoder.pos_conv_embed}
-        parts |= {f"layer {n}": layer for n, layer in enumerate(encoder.layers[: _layers(at)])}
+        parts |= {f"layer {n}": layer for n, layer in enumerate(encoder.layers[: layers_below(at)])}
         parts |= {} if norms_last(net) else {"norm": encoder.layer_norm}
     for part, module in parts.items():
         for name, tensor in sorted(module.state_dict().items()):
             yield f"{part} {name}", tensor
 
 
-def _layers(at: str) -> int:
+def layers_below(at: str) -> int:
+    """N of the boundary `layers:N`."""
     return int(at.removeprefix("layers:"))
 
 

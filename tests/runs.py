@@ -68,7 +68,10 @@ def _write_metrics(run: Path, genres: list[str]) -> None:
                 lr=2e-5 * factor,
                 head_lr=1e-3 * factor,
                 grad_norm=None if step % 9 == 0 else float(1 + random.random()),
+                step_s=0.125,
                 segments_per_s=round(100 + 5 * random.normal(), 2),
+                model_tflop_per_s=395.76,
+                mfu=0.4,
                 data_wait_share=0.002,
                 peak_memory_gib=1.25,
             )

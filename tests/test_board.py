@@ -35,6 +35,7 @@ def test_the_journals_numbers_over_samples_seen(tmp_path: Path) -> None:
             loss=0.5 * step,
             grad_norm=None if step == 1 else 2.0,
             data_wait_share=0.25,
+            mfu=0.5,
             note="text",
         )
     journal.write("step", step=3, samples_seen=30, loss=float("nan"), by_kind={"poe": 0.5})
@@ -49,6 +50,7 @@ def test_the_journals_numbers_over_samples_seen(tmp_path: Path) -> None:
         "train/data_wait_share",
         "train/grad_norm",
         "train/loss",
+        "train/mfu",
         "validation/track_accuracy",
     ]
     assert points(found, "train/loss") == [(10, 0.5), (20, 1.0)]

@@ -103,6 +103,9 @@ def test_cost_and_tries(run: Path) -> None:
     assert f"wall time {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} h" in shown
     assert "tries 2 (1 done, 1 without a last word)" in shown
     assert "0.20 % of the time" in shown
+    assert "seconds a step 0.125 (median), 0.125 to 0.125" in shown
+    assert "TFLOP/s of a rank 395.8 (median)" in shown
+    assert "of its bf16 peak (MFU), % 40 (median), 40 to 40" in shown
     assert "1.25 GiB" in shown
     assert "tells of no try" in words(provenance.cost(Dossier(run / "none")))
 

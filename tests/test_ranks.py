@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -123,3 +124,32 @@ def left_in_order(alone: bool) -> int:
 def test_a_rank_that_fails_alone_does_not_wait_for_its_peers() -> None:
     assert run_ranks(2, left_in_order, True) == [0, 0], "NCCL's farewell waits for all ranks"
     assert run_ranks(2, left_in_order, False) == [1, 1], "all ranks have met it"
+
+
+def new_pages_of_steps(count: int) -> list[int]:
+    """Pages that each pass over an encoder's first layers takes from the kernel."""
+    layers = torch.nn.Sequential(
+        torch.nn.Conv1d(1, 64, 10, 5),
+        torch.nn.GELU(),
+        torch.nn.Conv1d(64, 64, 3, 2),
+        torch.nn.GELU(),
+        torch.nn.Conv1d(64, 64, 3, 2),
+    )
+    wave, found = torch.zeros(8, 1, 48_000), []
+    for _ in range(count):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        layers(wave).sum().backward()
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return found
+
+
+def pages_before_and_after_joining() -> tuple[list[int], list[int]]:
+    before = new_pages_of_steps(4)
+    with ranks.join("cpu"):
+        return before, new_pages_of_steps(8)
+
+
+def test_memory_is_kept_from_step_to_step_on_a_cpu() -> None:
+    ((before, after),) = run_ranks(1, pages_before_and_after_joining)
+    assert min(before) > 5000
+    assert max(after[-4:]) < 0.1 * min(before), (before, after)

@@ -63,15 +63,17 @@ def test_meter_leaves_pauses_out() -> None:
         wait_s = 0.0
 
     reader = Waiting()
-    meter = Meter(reader, samples_seen=100)  # type: ignore[arg-type]
+    meter = Meter(reader, samples_seen=100, step=7)  # type: ignore[arg-type]
     time.sleep(0.1)
     reader.wait_s = 0.05
     with meter.paused():
         time.sleep(0.3)
-    rate, wait, own_s = meter.read(110)
-    assert own_s == pytest.approx(0.05)
-    assert rate == pytest.approx(100, rel=0.3)
-    assert wait == pytest.approx(0.5, rel=0.3)
+    window = meter.read(110, 9)
+    assert window.own_s == pytest.approx(0.05)
+    assert window.segments_per_s == pytest.approx(100, rel=0.3)
+    assert window.step_s == pytest.approx(0.05, rel=0.3)
+    assert window.wait_share == pytest.approx(0.5, rel=0.3)
+    assert meter.read(110, 9).segments_per_s == 0  # a new window; nothing has been done in it
 
 
 def test_stop_records_and_survives_repetition() -> None:

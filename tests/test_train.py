@@ -11,7 +11,7 @@ import pytest
 from conftest import NOISY, build_tiny, run_ranks, write_model
 from harness import slow, weights_hash
 
-from mgc_dist import checkpoint, train
+from mgc_dist import checkpoint, flops, train
 from mgc_dist import fit as fit_module
 from mgc_dist.config import (
     DataConfig,
@@ -140,6 +140,34 @@ def test_trajectories_agree_over_stages_and_ranks(
     train_on(world, config(shards, tiny_model, tmp_path / "run", zero_stage=stage))
     assert losses(tmp_path / "run") == pytest.approx(reference, abs=1e-5)
     assert read_status(tmp_path / "run")["state"] == "done"
+
+
+@pytest.mark.parametrize("peak", [None, 0.01])
+def test_speed_is_told_in_the_models_own_work(
+    peak: float | None,
+    shards: Path,
+    table: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if peak:  # a CPU has none in the table
+        monkeypatch.setattr(fit_module, "peak_tflop_per_s", lambda device: peak)
+    run = tmp_path / "run"
+    knobs = {"zero_stage": 3, "epochs": 0.6, "freeze": "layers:1"}
+    train_on(2, config(shards, tiny_model, run, **knobs))
+    of_segment = flops.count(build_tiny(tiny_model, freeze="layers:1", frozen_layers=1), 8000)
+    assert of_segment is not None
+    steps = read_metrics(run, "step")
+    assert len(steps) == 4
+    for step in steps:
+        reached = of_segment.training * step["segments_per_s"] / 2 / 1e12
+        assert step["model_tflop_per_s"] == pytest.approx(reached, rel=1e-2)
+        assert step["step_s"] * step["segments_per_s"] == pytest.approx(10, rel=1e-2)
+        assert ("mfu" in step) == bool(peak)
+        if peak:
+            assert step["mfu"] == pytest.approx(reached / peak, abs=1e-4)
+    assert ("segments/s MFU " in (run / "train.log").read_text()) == bool(peak)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
