@@ -18,7 +18,7 @@ demo: .venv/installed  ## the whole way on synthetic music, two ranks on the CPU
 test: .venv/installed  ## everything but the slow tests and the cluster's
 	$(RUN) $(PYTEST) -m "not slow and not slurm"
 
-test-slow: .venv/installed  ## the real size with random weights: 13 GB of memory, 10 GB of disk
+test-slow: .venv/installed  ## the real size with random weights: 16 GB of memory, 10 GB of disk
 	$(RUN) $(PYTEST) -m "slow and not slurm"
 
 # One test at a time: they time signals, and share a cluster. It installs slurm-wlm where it is missing.

@@ -66,16 +66,19 @@ def spread(work: Callable[[T], R], items: Iterable[T], jobs: int) -> Iterator[R]
         pool.shutdown(cancel_futures=True)
 
 
-def keep_memory() -> None:
+def keep_memory(largest: int = 1 << 30) -> None:
     """Let malloc keep what is freed: a new page costs 1 to 4 us, and buffers here are large.
 
     Packing took a third more CPU with glibc's defaults, which give every array of a track back
     to the kernel (docs/design.md). Nothing happens where the C library is another one.
+
+    Args:
+        largest: bytes of a block from which on it is given back.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         for parameter, value in (
-            (_M_MMAP_THRESHOLD, 1 << 30),
+            (_M_MMAP_THRESHOLD, largest),
             (_M_TRIM_THRESHOLD, 1 << 30),
             (_M_TOP_PAD, 1 << 26),
         ):
