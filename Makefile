@@ -49,6 +49,7 @@ bench: .venv/installed  ## packing, reading, memory against the peers, freezing,
 speed: .venv/installed  ## a training step against the original's and Hugging Face's Trainer, small model; 10 minutes
 	$(RUN) python benchmarks/step.py --json benchmarks/results/step.json
 	$(RUN) python benchmarks/step.py --render benchmarks/results/step.json
+	$(RUN) python benchmarks/dataplane.py --json benchmarks/results/dataplane.json
 
 shortcut: .venv/installed  ## ten losses on a planted shortcut, five seeds, and their table; 30 minutes
 	$(RUN) python benchmarks/shortcut.py --work runs/shortcut --json benchmarks/results/shortcut.json
