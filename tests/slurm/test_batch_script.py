@@ -116,10 +116,23 @@ def test_failures_from_one_checkpoint_are_counted(tmp_path: Path) -> None:
         assert submit(tmp_path, f"failed {number} 0 {5 + number}")[1] == "requeue 7"
     code, asked, said = submit(tmp_path, "failed x 0 9")
     assert (code, asked) == (137, "")
-    assert "failed again after 3 requeues" in said
+    assert "again after 3 requeues" in said
     assert submit(tmp_path, "failed y 0 10", RETRIES="9")[1] == "requeue 7"
     got = submit(tmp_path, "saved 00000010; failed z 0 10")  # a new checkpoint: counted anew
     assert got[1] == "requeue 7"
+
+
+def test_a_task_that_slurm_did_not_launch(tmp_path: Path) -> None:
+    """As "Job credential revoked" on a node that was cut off: the run has not begun, nor failed."""
+    (tmp_path / "run").mkdir()
+    one = "touch $RUN/logs/7-try0-rank0.log; exit 137"
+    for _ in range(3):
+        assert submit(tmp_path, one, SLURM_NTASKS="2")[1] == "requeue 7"
+    code, asked, said = submit(tmp_path, one, SLURM_NTASKS="2")
+    assert (code, asked) == (137, "")
+    assert "did not launch all tasks again after 3 requeues" in said
+    both = "touch $RUN/logs/7-try0-rank1.log; exit 2"
+    assert submit(tmp_path, both, SLURM_NTASKS="2")[:2] == (2, ""), "a refusal of the trainer's"
 
 
 def test_stops_on_request_do_not_count(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class Job:
     def batch_log(self) -> str:
         return "".join(file.read_text() for file in self.cluster.folder.glob("mgc-train-*.out"))
 
-    def check(self, whole: str, *, restarts: int, said: str = "") -> None:
+    def check(self, whole: str, *, restarts: int, said: str = "", all_logs: bool = True) -> None:
         """It completed, with the weights that it would have had without the fault."""
         ended = self.ended()
         assert ended == Ended("COMPLETED", "0:0", restarts), self.cluster.said()
@@ -82,7 +82,8 @@ class Job:
         assert weights_hash(self.run) == whole
         logs = {file.name for file in (self.run / "logs").glob("*.log")}
         tries = range(restarts + 1)
-        assert logs == {f"{self.id}-try{n}-rank{rank}.log" for n in tries for rank in (0, 1)}
+        expected = {f"{self.id}-try{n}-rank{rank}.log" for n in tries for rank in (0, 1)}
+        assert logs == expected if all_logs else logs <= expected
 
 
 @pytest.fixture
@@ -160,10 +161,12 @@ def test_a_cable_is_cut(job: Any, whole: str) -> None:
     time.sleep(45)
     going.cluster.do("plug", "n2")
     until(lambda: going.cluster.facts(going.id)["JobState"] == "COMPLETED", 240)
-    # Slurm may deliver the TERM that n2 has missed to the try that runs there now: it stops, saved
+    # n2 may act on what it has missed when the next try is there: its TERM stops that one, saved,
+    # or its launch is refused ("Job credential revoked")
     late = going.batch_log().count("saved and stopped on request")
-    assert late <= 1
-    going.check(whole, restarts=1 + late)
+    late += going.batch_log().count("did not launch all tasks")
+    assert late <= 2
+    going.check(whole, restarts=1 + late, all_logs=late == 0)
 
 
 def test_scancel(job: Any, whole: str) -> None:
