@@ -120,12 +120,12 @@ def _deal(config: BiasConfig, found: "Manifest") -> dict[str, int]:
 
 def _take(config: BiasConfig, held: ExitStack) -> None:
     """Have the folder alone until the command ends (rank 0)."""
-    from mgc_dist.files import locked
+    from mgc_dist.files import locked, nearest
 
     folder = config.table
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(nearest, os.W_OK):  # known before the pass, not after it
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+    there = nearest(folder)
+    if not os.access(there, os.W_OK):  # known before the pass, not after it
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
     if folder.is_file():
         raise UserError(
             f"--bias-table {folder}",

@@ -157,8 +157,10 @@ def _begin(
     """Take the folder, unless nothing is left to do (rank 0): batches of each split."""
     if features.is_whole(folder, facts):
         return None
-    nearest, part = next(p for p in (folder, *folder.parents) if p.exists()), folder / PARTIAL
-    free = shutil.disk_usage(nearest).free + (part.stat().st_size if part.exists() else 0)
+    part = folder / PARTIAL
+    free = shutil.disk_usage(files.nearest(folder)).free + (
+        part.stat().st_size if part.exists() else 0
+    )
     if free < facts.bytes:
         raise UserError(
             f"--cache-dir {folder.parent}",

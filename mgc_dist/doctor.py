@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, NoReturn, cast
 from mgc_dist import cli
 from mgc_dist.config import DoctorConfig
 from mgc_dist.errors import EXIT_BAD_INPUT, UserError
+from mgc_dist.files import nearest
 from mgc_dist.lease import SEEN_WITHIN_S
+from mgc_dist.place import some_of
 from mgc_dist.preflight import Finding, Verdict
 
 if TYPE_CHECKING:
@@ -70,12 +72,11 @@ def _merge(said: list[list[list[str]]]) -> list[Finding]:
     merged = []
     for question, given in answers.items():
         for (verdict, sentence), who in given.items():
-            names = ", ".join(map(str, who[:8])) + (" and others" if len(who) > 8 else "")
             merged.append(
                 Finding(
                     question=question,
                     verdict=cast(Verdict, verdict),
-                    sentence=sentence if len(given) == 1 else f"rank {names}: {sentence}",
+                    sentence=sentence if len(given) == 1 else f"rank {some_of(who)}: {sentence}",
                 )
             )
     return merged
@@ -128,8 +129,7 @@ def _shared(run: Path, meeting: "Meeting") -> Iterator[Finding]:
     if meeting.place.world == 1:
         return
     if meeting.place.rank == 0:
-        folder = next(path for path in (run.resolve(), *run.resolve().parents) if path.exists())
-        sign = folder / f".doctor-{secrets.token_hex(8)}"
+        sign = nearest(run.resolve()) / f".doctor-{secrets.token_hex(8)}"
         sign.touch()
         meeting.store.set("sign", str(sign))
     sign = Path(meeting.store.get("sign").decode())

@@ -64,6 +64,11 @@ def stamp_of(path: Path) -> str:
     return f"{path.resolve()} {facts.st_ino} {facts.st_size} {times}"
 
 
+def nearest(path: Path) -> Path:
+    """A path, or the nearest folder above it that is there already."""
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mgc_dist import flops
 from mgc_dist.config import TrainConfig
 from mgc_dist.features import FEATURES
+from mgc_dist.files import nearest
 from mgc_dist.flops import SegmentFlops
 from mgc_dist.model import WaveClassifier, describe_main, part_of
 from mgc_dist.plan import Layout, Plan, lay_out
@@ -277,8 +278,7 @@ def _cached(config: TrainConfig, model: WaveClassifier, rows: int, samples: int)
 
 def _free_bytes(folder: Path) -> int:
     """Free space where a folder is, or will be."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(nearest(folder)).free
 
 
 def _cache_problems(root: Path, cached: Cached | None) -> list[str]:

@@ -6,6 +6,7 @@ Ranks come from the deepspeed or torchrun launcher (RANK, WORLD_SIZE, ...), from
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mgc_dist.errors import UserError
@@ -92,6 +93,11 @@ def place() -> Place:
         address=os.environ.get("MASTER_ADDR"),
         port=int(port),
     )
+
+
+def some_of(ranks: Sequence[int]) -> str:
+    """Ranks for a message: all of a few, the first of many."""
+    return ", ".join(map(str, ranks[:8])) + (" and others" if len(ranks) > 8 else "")
 
 
 def _tasks_here() -> int:

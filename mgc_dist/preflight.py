@@ -19,7 +19,7 @@ from typing import Literal
 
 from mgc_dist import display
 from mgc_dist.errors import UserError
-from mgc_dist.files import json_lines
+from mgc_dist.files import json_lines, nearest
 from mgc_dist.journal import METRICS
 from mgc_dist.lease import holder_of
 from mgc_dist.place import Place, place
@@ -253,7 +253,7 @@ def _locks() -> Iterator[Finding]:
 
 def _disk(run: Path) -> Iterator[Finding]:
     """Does another checkpoint fit?"""
-    existing = next(path for path in (run.resolve(), *run.resolve().parents) if path.exists())
+    existing = nearest(run.resolve())
     free, saved = shutil.disk_usage(existing).free, _size_of_newest(run)
     room = f"{free / 2**30:.1f} GiB free at {existing}"
     if saved and free < 1.2 * saved:

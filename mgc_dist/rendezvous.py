@@ -28,7 +28,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from mgc_dist.errors import EXIT_TEMPORARY, PeerLost, UserError
-from mgc_dist.place import Place, place
+from mgc_dist.place import Place, place, some_of
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Meeting:
             if self.store.check(["failed"]):
                 failed: dict[str, Any] = json.loads(self.store.get("failed"))
                 return failed
-            names = ", ".join(map(str, silent[:8])) + (" and others" if len(silent) > 8 else "")
+            names = some_of(silent)
             if waited_s > self.wait_s:
                 return {
                     "lost": f"of {self.place.world} ranks, {names} told nothing about their "
