@@ -5,7 +5,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Tests wait for processes more than they compute: three at a time keep two cores busy.
 PYTEST := python -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test test-slow test-slurm soak check bench speed shortcut clean
+.PHONY: demo test test-slow test-slurm soak check bench speed gpu shortcut clean
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -46,10 +46,16 @@ bench: .venv/installed  ## packing, reading, memory against the peers, freezing,
 	$(RUN) python benchmarks/freezing.py --json benchmarks/results/freezing.json
 	$(RUN) python benchmarks/cache.py --json benchmarks/results/cache.json
 
-speed: .venv/installed  ## a training step against the original's and Hugging Face's Trainer, small model; 10 minutes
+speed: .venv/installed  ## a step against the original's and Hugging Face's Trainer, scaling, start-up; 20 minutes
 	$(RUN) python benchmarks/step.py --json benchmarks/results/step.json
-	$(RUN) python benchmarks/step.py --render benchmarks/results/step.json
+	$(RUN) python benchmarks/scaling.py --json benchmarks/results/scaling.json
+	$(RUN) python benchmarks/startup.py --json benchmarks/results/startup.json
+	for name in step scaling startup; do \
+	  $(RUN) python benchmarks/$$name.py --render benchmarks/results/$$name.json || exit 1; done
 	$(RUN) python benchmarks/dataplane.py --json benchmarks/results/dataplane.json
+
+gpu: .venv/installed  ## training, bias pass and reader on one GPU: a table in 8 minutes
+	$(RUN) python benchmarks/gpu.py --json benchmarks/results/gpu.json
 
 shortcut: .venv/installed  ## ten losses on a planted shortcut, five seeds, and their table; 30 minutes
 	$(RUN) python benchmarks/shortcut.py --work runs/shortcut --json benchmarks/results/shortcut.json

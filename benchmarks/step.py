@@ -24,10 +24,10 @@ they do not, or if DeepSpeed was not configured alike. Ours logs every step, as 
 Start-up, making the table or the cache, the first steps and what comes after the last are not
 timed; what the bias pass costs is told.
 
-Each case is a process of its own. With `--lockstep` (the small model's default; the large one's
-processes do not fit 24 GiB together) all cases of a freeze mode are started, and then take one
-step each in turn while the others sleep, so that a machine that grows slower for a while does so
-for all. Without, whole processes take turns.
+Each case is a process of its own. With `--lockstep` (the small model's default) all cases of a
+freeze mode are started, and then take one step each in turn while the others sleep, so that a
+machine that grows slower for a while does so for all. The large model's processes do not fit 24
+GiB together: there each case does so with `table` alone, in pairs.
 """
 
 import argparse
@@ -105,7 +105,7 @@ class Size:
         return self.warm + self.timed
 
 
-def _sized(hidden: int, layers: int, heads: int, channels: int) -> dict[str, Any]:
+def sized_net(hidden: int, layers: int, heads: int, channels: int) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -117,8 +117,8 @@ def _sized(hidden: int, layers: int, heads: int, channels: int) -> dict[str, Any
 
 SIZES = {
     "small": Size(
-        main=CALM | LAYER_NORM | _sized(256, 8, 4, 128),
-        bias=CALM | _sized(192, 4, 4, 96),
+        main=CALM | LAYER_NORM | sized_net(256, 8, 4, 128),
+        bias=CALM | sized_net(192, 4, 4, 96),
         global_batch=16,
         micro_batch=8,
         rounds=2,
@@ -127,13 +127,13 @@ SIZES = {
         lockstep=True,
     ),
     "large": Size(  # facebook/wav2vec2-large-960h-lv60-self and facebook/wav2vec2-base
-        main=CALM | LAYER_NORM | _sized(1024, 24, 16, 512),
-        bias=CALM | _sized(768, 12, 12, 512),
+        main=CALM | LAYER_NORM | sized_net(1024, 24, 16, 512),
+        bias=CALM | sized_net(768, 12, 12, 512),
         global_batch=16,
         micro_batch=2,
-        rounds=2,
+        rounds=1,
         warm=1,
-        timed=3,
+        timed=2,
         lockstep=False,
     ),
 }
@@ -151,8 +151,8 @@ RATIOS = {  # times as many segments/s: of the first, against the second
     "cache over table": ("cache", "table", {"half": 1.3}),
 }
 FREEZES = ("feature_encoder", "half")
-Runs = dict[str, dict[str, list[dict[str, Any]]]]
-"""Freeze mode -> case -> what its processes have handed back."""
+Turns = list[dict[str, dict[str, Any]]]
+"""Of those that took their steps in turn: case -> what its process has handed back."""
 NOT_THERE = "not there"
 SAME = 2e-4
 """How far the losses of the same step may be apart: rounding that a few steps have grown."""
@@ -658,16 +658,17 @@ def measure(model: str, words: argparse.Namespace, folder: Path) -> dict[str, An
     load = os.getloadavg()[0]
     made = Process(first, words.threads).result()
     cases = [case for case in words.cases if case != "cache" or has_cache()]
-    groups = [cases] if size.lockstep else [[case] for case in cases]
-    found: Runs = {freeze: {case: [] for case in cases} for freeze in words.freezes}
+    found: dict[str, Turns] = {freeze: [] for freeze in words.freezes}
     for number in range(size.rounds):
         for freeze in words.freezes:
-            for group in groups:
+            for group in groups_of(cases, together=size.lockstep):
                 jobs = [replace(first, case=case, freeze=freeze) for case in group]
-                for case, result in zip(group, take_turns(jobs, words.threads), strict=True):
-                    found[freeze][case].append(result)
+                turn = dict(zip(group, take_turns(jobs, words.threads), strict=True))
+                found[freeze].append(turn)
+                for case, result in turn.items():
                     tell(number + 1, freeze, case, result, size)
-    check(found)
+    for freeze, turns in found.items():
+        check(freeze, turns)
     return {
         "date": str(date.today()),
         "global_batch": size.global_batch,
@@ -680,10 +681,18 @@ def measure(model: str, words: argparse.Namespace, folder: Path) -> dict[str, An
         "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
         "bias_pass": {"rows": made["rows"], "s_per_segment": made["seconds"] / made["rows"]},
         "freezes": {
-            freeze: summarise(of_freeze, replace(first, freeze=freeze), words)
-            for freeze, of_freeze in found.items()
+            freeze: summarise(turns, replace(first, freeze=freeze), words)
+            for freeze, turns in found.items()
         },
     }
+
+
+def groups_of(cases: Sequence[str], *, together: bool) -> list[list[str]]:
+    """Cases that take their steps in turn: all, or `table` with one of the others."""
+    others = [case for case in cases if case != "table"]
+    if together or "table" not in cases or not others:
+        return [list(cases)] if together else [[case] for case in cases]
+    return [["table", other] for other in others]
 
 
 def tell(number: int, freeze: str, case: str, result: dict[str, Any], size: Size) -> None:
@@ -715,35 +724,33 @@ def has_cache() -> bool:
     return True
 
 
-def check(found: Runs) -> None:
+def check(freeze: str, turns: Turns) -> None:
     """The comparison is one of equals: losses of every step, and DeepSpeed's settings."""
-    for freeze, cases in found.items():
-        ours = cases.get("table", [])
+    settings = []
+    for turn in turns:
+        settings += [run["deepspeed"] for run in turn.values() if "deepspeed" in run]
         for other in ("trainer-poe", "cache"):
-            for mine, theirs in zip(ours, cases.get(other, []), strict=False):
-                pairs = zip(mine["losses"], theirs["losses"], strict=True)
-                far = [abs(a - b) for a, b in pairs]
-                if not all(apart < SAME for apart in far):  # nor where one is not a number
-                    sys.exit(f"{freeze}: table and {other} lose differently, by {far}")
-        settings = [
-            run["deepspeed"] for runs in cases.values() for run in runs if "deepspeed" in run
-        ]
-        if any(other != settings[0] for other in settings):
-            sys.exit(f"{freeze}: DeepSpeed was not configured alike: {settings}")
+            if "table" not in turn or other not in turn:
+                continue
+            pairs = zip(turn["table"]["losses"], turn[other]["losses"], strict=True)
+            far = [abs(a - b) for a, b in pairs]
+            if not all(apart < SAME for apart in far):  # nor where one is not a number
+                sys.exit(f"{freeze}: table and {other} lose differently, by {far}")
+    if any(other != settings[0] for other in settings):
+        sys.exit(f"{freeze}: DeepSpeed was not configured alike: {settings}")
 
 
-def summarise(
-    cases: dict[str, list[dict[str, Any]]], job: Job, words: argparse.Namespace
-) -> dict[str, Any]:
+def summarise(turns: Turns, job: Job, words: argparse.Namespace) -> dict[str, Any]:
     """Spreads over all timed steps, the ratios, and what arithmetic expects of them."""
-    results: dict[str, Any] = {case: NOT_THERE for case in words.cases}
-    for case, runs in cases.items():
-        results[case] = of_case(runs, job.size)
+    results: dict[str, Any] = {}
+    for case in words.cases:
+        runs = [turn[case] for turn in turns if case in turn]
+        results[case] = of_case(runs, job.size) if runs else NOT_THERE
     ratios = {}
     for name, (above, below, targets) in RATIOS.items():
-        if above in cases and below in cases:
-            ratios[name] = ratio(cases[above], cases[below], job.size)
-            ratios[name] |= {"target": targets.get(job.freeze)}
+        pairs = [(turn[above], turn[below]) for turn in turns if above in turn and below in turn]
+        if pairs:
+            ratios[name] = ratio(pairs, job.size) | {"target": targets.get(job.freeze)}
     return {"cases": results, "ratios": ratios, "gflop": work(job)}
 
 
@@ -768,25 +775,21 @@ def of_case(runs: list[dict[str, Any]], size: Size) -> dict[str, Any]:
     return figures | ({"data_wait_share": spread(waits)} if waits else {})
 
 
-def ratio(
-    above: list[dict[str, Any]], below: list[dict[str, Any]], size: Size
-) -> dict[str, float | None]:
-    """How many times the segments/s, and how many times less CPU: medians over pairs.
+def ratio(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], size: Size) -> dict[str, Any]:
+    """How many times the segments/s, and how many times less CPU, the first of each pair has.
 
-    In lockstep a pair is two steps of one turn; otherwise it is the medians of a round's processes.
+    Medians over pairs of steps that were taken one after the other.
     """
 
-    def taken(runs: list[dict[str, Any]], key: str) -> list[float]:
-        of_runs = [[step[key] for step in run["steps"][size.warm :]] for run in runs]
-        if size.lockstep:
-            return [value for values in of_runs for value in values]
-        return [statistics.median(values) for values in of_runs]
+    def of_steps(key: str) -> dict[str, float]:
+        steps = [
+            (ours[key], theirs[key])
+            for above, below in pairs
+            for ours, theirs in list(zip(above["steps"], below["steps"], strict=True))[size.warm :]
+        ]
+        return spread([theirs / ours for ours, theirs in steps])
 
-    def pairs(key: str) -> list[float]:
-        both = zip(taken(above, key), taken(below, key), strict=True)
-        return [theirs / ours for ours, theirs in both]
-
-    return {"speed": spread(pairs("s")), "cpu": spread(pairs("cpu_s"))}
+    return {"speed": of_steps("s"), "cpu": of_steps("cpu_s")}
 
 
 def work(job: Job) -> dict[str, float]:
@@ -876,8 +879,9 @@ def render(results: dict[str, Any], page: str) -> str:
         told = (
             f"{content['date']}, {where['cores']} cores ({where['cpu']}), "
             f"{content['threads']} threads, float32, global batch {content['global_batch']}, micro "
-            f"batch {content['micro_batch']}, {content['timed_steps']} timed steps a case"
-            f"{' in lockstep' if content['lockstep'] else ''}; load of the machine before: "
+            f"batch {content['micro_batch']}, {content['timed_steps']} timed steps a case, "
+            f"{'all' if content['lockstep'] else 'each with `table`'} in lockstep; load of the "
+            "machine before: "
             f"{content['load_before']:g}. The bias pass, once: "
             f"{content['bias_pass']['s_per_segment']:.2f} s a segment."
         )
@@ -916,7 +920,7 @@ def main() -> None:
     parser.add_argument("--timed", type=int, help="timed steps of a process")
     parser.add_argument("--global-batch", type=int, help="16; a multiple of the micro batch")
     parser.add_argument(
-        "--lockstep", action=argparse.BooleanOptionalAction, help="step by step, all at once"
+        "--lockstep", action=argparse.BooleanOptionalAction, help="all cases at once, not in pairs"
     )
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument("--folder", type=Path, help="keep the data here, or find it here")

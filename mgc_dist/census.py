@@ -4,7 +4,7 @@ Some combinations of model, ZeRO stage and compiler lose gradients without a wor
 looks right: ZeRO-3 with torch.compile lost 103 of 105 (docs/design.md).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -37,17 +37,20 @@ class Census:
         """Whether gradients are still wanted."""
         return bool(self._missing) and self._steps < STEPS
 
-    def add(self, grads: Mapping[str, Tensor]) -> None:
-        """Look at the gradients of a step, which were finite.
+    def add(self, grads: Iterable[tuple[str, Tensor]]) -> None:
+        """Look at the gradients of a step; one that is not finite makes it a step that counts not.
 
         Args:
-            grads: of the whole global batch, by parameter name.
+            grads: of the whole global batch, by parameter name; all are taken.
 
         Raises:
             UserError: after STEPS steps a trained parameter has had none, or a frozen one has.
         """
+        found = {name: (bool(grad.isfinite().all()), bool(grad.any())) for name, grad in grads}
+        if not all(finite for finite, _ in found.values()):
+            return
         self._steps += 1
-        self._missing -= {name for name, grad in grads.items() if bool(grad.any())}
+        self._missing -= {name for name, (_, learns) in found.items() if learns}
         if self._missing and self._steps == STEPS:
             self._refuse(
                 f"no gradient for {len(self._missing)}, such as {min(self._missing)}",

@@ -45,6 +45,7 @@ _SAME = frozenset(
         "cache",
         "cache_dir",
         "micro_batch",
+        "eval_batch",
         "device",
         "bucket_elements",
         "hang_timeout_s",

@@ -19,7 +19,7 @@ SplitName = Literal["train", "validation", "test"]
 SplitRule = Literal["auto", "fault-filtered", "stratified", "kfold", "table"]
 LossName = Literal["ce", "poe", "learned-mixin", "learned-mixin-h", "reweight", "dfl", "mixture"]
 Aggregate = Literal["mean-prob", "mean-logit", "vote"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
 ChangeName = Literal[
     "lr",
     "head-lr",
@@ -568,12 +568,15 @@ class EngineConfig:
     """What ZeRO shards: 1 optimizer states, 2 gradients too, 3 parameters too."""
     micro_batch: int = 8
     """Largest batch of one rank that fits its memory; accumulation follows from it."""
+    eval_batch: int = 32
+    """Segments in a batch of validation, which keeps nothing for a backward pass."""
     precision: Precision = "auto"
-    """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it."""
+    """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it. `bf16-weights`
+    leaves fp32 ones to the optimizer: less memory, coarser gradients."""
     device: Device = "auto"
     """Where the ranks compute."""
     bucket_elements: int = 50_000_000
-    """Elements of a ZeRO communication bucket; the default overlaps on models of 300 M."""
+    """Elements of a ZeRO communication bucket: memory against the number of collectives."""
     compile: bool = False
     """Compile the model (torch.compile): slower to start, faster steps on a GPU; not at stage 3."""
     hang_timeout_s: float = 600.0
@@ -593,12 +596,20 @@ class EngineConfig:
         _require(
             "--micro-batch", self.micro_batch >= 1, self.micro_batch, "at least 1", "8 is usual"
         )
+        _require("--eval-batch", self.eval_batch >= 1, self.eval_batch, "at least 1", "32 is usual")
         _require(
             "--compile with --zero-stage 3",
             not (self.compile and self.zero_stage == 3),
             "both",
             "a compiled model at stage 0, 1 or 2",
             "ZeRO-3 loses nearly all gradients of a compiled model, silently; use --zero-stage 2",
+        )
+        _require(
+            f"--precision bf16-weights with --zero-stage {self.zero_stage}",
+            self.precision != "bf16-weights" or self.zero_stage >= 2,
+            "both",
+            "--zero-stage 2 or 3",
+            "stage 0 would begin with an update of 0.744 times the first one; or use bf16",
         )
         _require(
             "--hang-timeout-s",
@@ -696,6 +707,15 @@ class TrainConfig:
             "a frozen part, whose output is a constant",
             "use --freeze feature_encoder or layers:N, or --cache none",
         )
+        if self.engine.precision == "bf16-weights":
+            plain = self.data.cache == "none" and self.main.model != "logmel-cnn"
+            _require(
+                "--precision bf16-weights",
+                plain,
+                f"--cache {self.data.cache}, --model {self.main.model}",
+                "a transformers model without a cache",
+                "use --precision bf16",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,8 @@ class Engine:
         ranks: who takes part; the process group must be joined.
         zero_stage: 0 to 3.
         bf16: autocast to bfloat16 over float32 weights.
+        bf16_weights: bfloat16 weights, frozen ones too, with float32 copies of the trained ones in
+            the optimizer; gradients add up in float32. Stages 2 and 3 only.
         lr: peak learning rate of the backbone.
         head_lr: peak learning rate of the head.
         weight_decay: of AdamW.
@@ -62,6 +64,7 @@ class Engine:
         weight_decay: float,
         clip_norm: float,
         bucket_elements: int,
+        bf16_weights: bool = False,
         compile_model: bool = False,
     ) -> None:
         deepspeed = _import_deepspeed(ranks)
@@ -70,7 +73,8 @@ class Engine:
         self._peak_lrs = [peak for params, peak in groups if params]
         self.ranks = ranks
         self.zero_stage = zero_stage
-        self.bf16 = bf16
+        self.precision = _precision(bf16, bf16_weights)
+        self._bf16_weights = bf16_weights
         self._deepspeed = deepspeed
         self.config: dict[str, Any] = {
             "train_batch_size": layout.slots,
@@ -94,6 +98,12 @@ class Engine:
             },
             "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
         }
+        if bf16_weights:
+            assert zero_stage >= 2
+            self.config |= {
+                "bf16": {"enabled": True, "check_grad_overflow": True},
+                "data_types": {"grad_accum_dtype": "fp32"},
+            }
         self._scale = layout.world * layout.accumulation
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -190,22 +200,24 @@ class Engine:
         norm = None if self._norm is None else float(self._norm)
         return norm if norm is not None and math.isfinite(norm) else None
 
-    def all_grads(self) -> dict[str, Tensor]:
-        """Full gradients of the trainable parameters (a collective at each of them).
+    def all_grads(self) -> Iterator[tuple[str, Tensor]]:
+        """Full gradients of the trained parameters that have one (a collective at each of them).
 
-        Between the last `backward` of a step and its `step`: {name: gradient in the
-        parameter's shape}; for the census and for tests, it is slow.
+        Between the last `backward` of a step and its `step`, for the census and for tests, because
+        it is slow. Every rank must go through all of them.
+
+        Yields:
+            Name, and gradient in the parameter's shape; one at a time, because together they take
+            as much memory as the weights.
         """
         from deepspeed.utils import safe_get_full_grad
 
-        grads: dict[str, Tensor] = {}
         for name, parameter in self._engine.module.named_parameters():
             if not parameter.requires_grad:
                 continue
             grad = parameter.grad if self.zero_stage == 0 else safe_get_full_grad(parameter)
             if grad is not None:
-                grads[name] = grad
-        return grads
+                yield name, grad
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> list[Path]:
         """Write this rank's part of a checkpoint (a collective).
@@ -296,6 +308,11 @@ class Engine:
         module: nn.Module = self._engine.module
         weights: dict[str, Tensor] = {}
         for name, parameter in module.named_parameters():
+            if self._bf16_weights and parameter.requires_grad:
+                full = self._in_optimizer(parameter)
+                if self.ranks.is_first:
+                    weights[name] = full.cpu().clone()
+                continue
             with self._gathered([parameter]):
                 if self.ranks.is_first:
                     weights[name] = parameter.detach().float().cpu().clone()
@@ -306,11 +323,25 @@ class Engine:
                     weights[name] = buffer.detach().cpu().clone()
         return weights
 
+    def _in_optimizer(self, parameter: nn.Parameter) -> Tensor:
+        """The optimizer's float32 copy of a trained weight (a collective)."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full: Tensor = safe_get_full_fp32_param(parameter)
+        return full
+
     def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         gathered: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(
             parameters, enabled=self.zero_stage == 3
         )
         return gathered
+
+
+def _precision(bf16: bool, bf16_weights: bool) -> str:
+    """In words, for people."""
+    if bf16_weights:
+        return "bf16 weights"
+    return "bf16 autocast" if bf16 else "fp32"
 
 
 def lr_factor(samples_seen: int, total: int, *, warmup: float, final: float) -> float:

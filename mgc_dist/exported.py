@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -83,9 +84,10 @@ def save_exported(
     if isinstance(config, CnnConfig):
         fresh = CnnForAudioClassification(config)
     else:
-        fresh = AutoModelForAudioClassification.from_config(config)
+        with torch.device("meta"):  # random weights of 300 M elements would take seconds
+            fresh = AutoModelForAudioClassification.from_config(config)
     of_net = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
-    fresh.float().load_state_dict(of_net, strict=True)
+    fresh.load_state_dict(of_net, strict=True, assign=True)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

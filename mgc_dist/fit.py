@@ -194,9 +194,7 @@ class Fit:
 
     def _take_census(self) -> None:
         if self._census.is_open:
-            grads = self.engine.all_grads()
-            if all(bool(grad.isfinite().all()) for grad in grads.values()):
-                self._census.add(grads)
+            self._census.add(self.engine.all_grads())
 
     def _note_refusal(self, step: int, state: State, applied: bool) -> None:
         """Count steps whose gradient was not finite, name their rows, end after too many.
@@ -340,13 +338,12 @@ class Fit:
 
         started = time.perf_counter()
         self.engine.train(False)
-        size = self.config.engine.micro_batch
         result = all_score(
             self.engine,
             self.shards,
             "validation",
             self.ranks,
-            batch=size,
+            batch=self.config.engine.eval_batch,
             progress=watched,
             features=self.features,
         )

@@ -154,7 +154,8 @@ def forecast(
     parts = count_parts(model)
     every, trained = (sum(counts) for counts in zip(*parts.values(), strict=True))
     bucket = min(config.engine.bucket_elements, trained)
-    memory = {s: memory_of(s, every, trained, world, bucket) for s in STAGES}
+    each = 2 if config.engine.precision == "bf16-weights" else 4
+    memory = {s: memory_of(s, every, trained, world, bucket, weight_bytes=each) for s in STAGES}
     counted = flops.count(model, segment_samples)
     activations = activation_bytes(model, layout.micro_batch, segment_samples)
     states = memory[stage].all
@@ -199,7 +200,9 @@ def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {part: (every[part], trained[part]) for part in every}
 
 
-def memory_of(stage: int, every: int, trained: int, world: int, bucket: int) -> Memory:
+def memory_of(
+    stage: int, every: int, trained: int, world: int, bucket: int, *, weight_bytes: int = 4
+) -> Memory:
     """Bytes of a rank, activations apart.
 
     Args:
@@ -208,6 +211,7 @@ def memory_of(stage: int, every: int, trained: int, world: int, bucket: int) -> 
         trained: parameters.
         world: ranks.
         bucket: elements of a communication bucket.
+        weight_bytes: of an element of the weights that are computed with, 4 or 2.
 
     Source: Rajbhandari et al., "ZeRO", SC 2020, section 5, for float32 weights; stages 1 to 3
     of DeepSpeed 0.19 keep a float32 copy of the trained weights in the optimizer.
@@ -215,7 +219,7 @@ def memory_of(stage: int, every: int, trained: int, world: int, bucket: int) -> 
     share = -(-trained // world)
     copy = 4 * share if stage else 0
     return Memory(
-        weights=4 * (-(-every // world) if stage == 3 else every) + copy,
+        weights=weight_bytes * (-(-every // world) if stage == 3 else every) + copy,
         gradients=4 * (share if stage >= 2 else trained),
         optimizer=8 * (share if stage else trained),
         buckets=4 * bucket * (2 if stage else 1) if world > 1 else 0,

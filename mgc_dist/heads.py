@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from sklearn.linear_model import LogisticRegression
 
 from mgc_dist.errors import UserError
 
@@ -63,6 +62,8 @@ def fit_head(hidden: NDArray[np.float32], label: NDArray[np.int64], genres: int,
     if len(present) == 1:
         intercept[present] = 0.0
         return Head(mean=mean, scale=scale, weight=weight, intercept=intercept)
+    from sklearn.linear_model import LogisticRegression  # a second that training does not need
+
     model = LogisticRegression(C=c, max_iter=2000, tol=1e-6)
     model.fit((hidden - mean) / scale, label)
     if len(present) == 2:  # scikit-learn folds two classes into one row of weights

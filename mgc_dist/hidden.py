@@ -10,7 +10,8 @@ Rank 0 writes for all, so that the folder may be on a disk of its own.
 import json
 import logging
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -154,8 +155,7 @@ def all_pass(
             return _todo(files[0], shards.manifest, batch)
 
         todo = peers.all_decide(begin)
-        # "float32" is what the header says: cuDNN would take TF32 for the convolutions
-        stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        stack.enter_context(_float32())  # as the header says
         for split, numbers in todo.items():
             steps = math.ceil(len(numbers) / peers.world)
             shown = peers.is_first and bool(numbers)
@@ -173,6 +173,21 @@ def all_pass(
                 for group in groups:
                     peers.all_decide(partial(_put, files, split, group))
         peers.all_decide(lambda: _finish(files[0], folder, facts))
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Without TF32: cuDNN takes it for convolutions, and products where a variable allows it.
+
+    Images of NVIDIA set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _open(folder: Path, facts: Facts, batch: int, peers: Ranks) -> RowFile:

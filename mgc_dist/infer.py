@@ -54,7 +54,7 @@ def all_rows(
         shards: the data set.
         split: train, validation or test.
         ranks: who takes part.
-        batch: B.
+        batch: B, but no more than the split has rows.
         width: of the outputs (K).
         progress: wraps the stream of batches, to show how far it is.
         features: given to `forward` in place of waves.
@@ -66,6 +66,7 @@ def all_rows(
         RuntimeError: a row was not visited exactly once.
     """
     first, stop = shards.rows_of(split)
+    batch = min(batch, stop - first)
     outputs = np.empty((stop - first, width), np.float32)
     numbers = range(math.ceil((stop - first) / batch))
     for group in all_batches(

@@ -131,6 +131,7 @@ class WaveClassifier(nn.Module):
             logits = trunk.above(self.net, self.boundary, wave.to(self.boundary_dtype))  # [B, K]
         else:
             x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
+            x = x.to(self.net.dtype)
             if only_below:
                 assert self.boundary is not None
                 return trunk.below(self.net, self.boundary, x)  # [B, F, D]

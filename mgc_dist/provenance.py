@@ -68,7 +68,7 @@ def training(found: Dossier) -> Html:
     if config is None:
         return section(title, note("config.yaml is not there, or of another version."))
     precision: str = config.engine.precision
-    if "torch_autocast" in found.engine:
+    if precision == "auto" and "torch_autocast" in found.engine:
         precision += ", bf16 autocast" if found.engine["torch_autocast"]["enabled"] else ", fp32"
     device = f"{env.get('world', '?')} on {env.get('device', '?')}"
     frozen = "nothing" if config.main.freeze == "none" else config.main.freeze

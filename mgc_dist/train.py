@@ -85,7 +85,12 @@ def _run(config: TrainConfig, stop: Stop, meeting: "Meeting") -> int:
                 if peers.is_first:
                     print(f"{config.output.run} is already complete.")
                 return 0
-            fit, cached = _build(config, identity, shards, table, plan, peers, stop)
+            try:
+                fit, cached = _build(config, identity, shards, table, plan, peers, stop)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_short_of_memory(error):
+                    raise
+                raise _no_room(config, error) from error
             return _train(fit, cached)
 
 
@@ -197,22 +202,47 @@ def _bring_features(fit: "Fit", facts: "Facts", watch: "Watch") -> bool:
 
 def _in_words(fit: "Fit", watch: "Watch", error: BaseException) -> BaseException:
     """What an error of torch means here: a rank was lost, or memory is short; else itself."""
-    import torch
-
     if fit.ranks.is_broken(error):
         return watch.lost(error)
-    short = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and short
-    ):
-        return UserError(
-            f"--micro-batch {fit.config.engine.micro_batch}",
-            got=" ".join(str(error).split())[:200],
-            expected="a batch that fits the memory of a rank",
-            cure="lower it: --global-batch stays as it is; or --activation-checkpointing",
-            this_rank_only=True,
-        )
-    return error
+    return _too_large(fit, error) if _is_short_of_memory(error) else error
+
+
+_SHORT = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+"""In the words of CUDA and torch, of torch on a CPU, and of cuBLAS and cuDNN."""
+
+
+def _is_short_of_memory(error: BaseException) -> bool:
+    short = isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT)
+    return short or isinstance(error, MemoryError)
+
+
+def _too_large(fit: "Fit", error: BaseException) -> UserError:
+    """Which batch is too large: validation's, or that of training and of the cache."""
+    engine, makes_cache = fit.config.engine, fit.model.boundary is not None and not fit.features
+    if fit.model.training or makes_cache:
+        batch = f"--micro-batch {engine.micro_batch}"
+        cure = "lower it: --global-batch stays as it is; or --activation-checkpointing"
+    else:
+        batch = f"--eval-batch {engine.eval_batch}"
+        cure = "lower it: figures stay the same but for rounding; --resume auto goes on"
+    return UserError(
+        batch,
+        got=" ".join(str(error).split())[:200],
+        expected="a batch that fits the memory of a rank",
+        cure=cure,
+        this_rank_only=True,
+    )
+
+
+def _no_room(config: TrainConfig, error: BaseException) -> UserError:
+    """The weights and the optimizer alone are too large."""
+    return UserError(
+        f"--model {config.main.model} at --zero-stage {config.engine.zero_stage}",
+        got=" ".join(str(error).split())[:200],
+        expected="weights and optimizer that fit the memory of a rank",
+        cure="look at --dry-run; freeze more, or spread them: --zero-stage 2 or 3 on more ranks",
+        this_rank_only=True,
+    )
 
 
 def _forecast(config: TrainConfig, shards: "ShardSet", plan: "Plan", peers: "Ranks") -> int:
@@ -284,6 +314,9 @@ def _build(
         "frozen weights of --model": frozen_fingerprint(model),
         "shapes of --model": _shapes(model),
         "--cache": facts.description if facts else "none",
+        "--precision of the weights": "bf16"
+        if config.engine.precision == "bf16-weights"
+        else "fp32",
     }
     flops = count(model, shards.manifest.segment_samples)  # before ZeRO-3 leaves nothing in place
     if flops and model.boundary is not None:
@@ -300,6 +333,7 @@ def _build(
             weight_decay=optim.weight_decay,
             clip_norm=optim.clip_norm,
             bucket_elements=config.engine.bucket_elements,
+            bf16_weights=config.engine.precision == "bf16-weights",
             compile_model=config.engine.compile,
         )
     fit = Fit(
@@ -378,7 +412,7 @@ def _say_arithmetic(fit: "Fit", state: "State") -> None:
     )
     log.info(
         "ZeRO-%d, %s, loss %s",
-        *(config.engine.zero_stage, "bf16 autocast" if fit.engine.bf16 else "fp32"),
+        *(config.engine.zero_stage, fit.engine.precision),
         config.objective.description,
     )
     log.info("starting at samples_seen %d of %d", state.samples_seen, plan.total)

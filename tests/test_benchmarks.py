@@ -1,8 +1,10 @@
-"""The benchmark of a step: what it compares, what it refuses, and, slowly, that it runs."""
+"""The benchmarks of speed: what they compare, what they refuse, and, slowly, that they run."""
 
+import argparse
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
+import scaling  # noqa: E402
+import startup  # noqa: E402
 import step  # noqa: E402
 
 SIZE = replace(step.SIZES["small"], warm=1, timed=2, rounds=2, lockstep=True)
@@ -38,28 +43,57 @@ def test_a_pair_is_of_one_turn_and_warming_up_does_not_count() -> None:
     """The machine gets ten times as slow in the second round: the ratio does not see it."""
     fast = [process([1.0, 2.0]), process([10.0, 20.0])]
     slow = [process([2.0, 4.0]), process([20.0, 60.0])]
-    assert step.ratio(fast, slow, SIZE)["speed"] == {"min": 2.0, "median": 2.0, "max": 3.0}
-    by_process = step.ratio(fast, slow, replace(SIZE, lockstep=False))
-    assert by_process["cpu"] == {"min": 2.0, "median": 2.333, "max": 2.667}
+    found = step.ratio(list(zip(fast, slow, strict=True)), SIZE)
+    assert found["speed"] == found["cpu"] == {"min": 2.0, "median": 2.0, "max": 3.0}
     figures = step.of_case(fast, SIZE)
     assert figures["step_s"] == {"min": 1.0, "median": 6.0, "max": 20.0}
     assert figures["segments_per_s"]["max"] == SIZE.global_batch
     assert figures["optimizer_share"]["median"] == 0.25
 
 
+def test_cases_take_turns_together_or_each_with_ours() -> None:
+    assert step.groups_of(["original", "table", "cache"], together=True) == [
+        ["original", "table", "cache"]
+    ]
+    assert step.groups_of(["original", "table", "cache"], together=False) == [
+        ["table", "original"],
+        ["table", "cache"],
+    ]
+    assert step.groups_of(["original", "cache"], together=False) == [["original"], ["cache"]]
+    assert step.groups_of(["table"], together=False) == [["table"]]
+
+
+def test_pairs_make_the_cases_figures_and_ratios(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    for name in ("main", "bias"):
+        (tmp_path / "small" / f"{name}.json").write_text(json.dumps(getattr(SIZE, name)))
+    words = argparse.Namespace(cases=["original", "table", "trainer-ce", "cache"])
+    turns = [
+        {"table": process([1.0, 1.0]), "original": process([3.0, 3.0])},
+        {"table": process([5.0, 5.0]), "trainer-ce": process([4.0, 4.0])},
+    ]
+    found = step.summarise(turns, replace(job("table"), folder=tmp_path), words)
+    assert found["cases"]["table"]["step_s"] == {"min": 1.0, "median": 3.0, "max": 5.0}
+    assert found["cases"]["cache"] == step.NOT_THERE
+    assert {name: of["speed"]["median"] for name, of in found["ratios"].items()} == {
+        "table over original": 3.0,
+        "table over trainer-ce": 0.8,
+    }
+
+
 def test_unequal_work_ends_it() -> None:
-    equal = {"table": [process([1.0])], "trainer-poe": [process([2.0])]}
-    step.check({"half": equal})
-    other = {"table": equal["table"], "trainer-poe": [process([2.0], [2.0, 1.5, 1.26])]}
+    equal = {"table": process([1.0]), "trainer-poe": process([2.0])}
+    step.check("half", [equal])
+    other = {"table": equal["table"], "trainer-poe": process([2.0], [2.0, 1.5, 1.26])}
     with pytest.raises(SystemExit, match=r"half: table and trainer-poe lose .* 0\.01"):
-        step.check({"half": other})
-    nan = {"table": equal["table"], "trainer-poe": [process([2.0], [2.0, float("nan"), 1.25])]}
+        step.check("half", [equal, other])
+    nan = {"table": equal["table"], "trainer-poe": process([2.0], [2.0, float("nan"), 1.25])}
     with pytest.raises(SystemExit, match=r"lose differently, .* nan"):
-        step.check({"half": nan})
+        step.check("half", [nan])
     odd = copy.deepcopy(equal)
-    odd["trainer-poe"][0]["deepspeed"]["zero_optimization"]["stage"] = 1
+    odd["trainer-poe"]["deepspeed"]["zero_optimization"]["stage"] = 1
     with pytest.raises(SystemExit, match="not configured alike"):
-        step.check({"half": odd})
+        step.check("half", [equal, odd])
 
 
 def test_the_page_shows_the_results() -> None:
@@ -93,3 +127,156 @@ def test_all_cases_start_alike_and_lose_alike(tmp_path: Path) -> None:
             assert cases[case]["losses"][0] == pytest.approx(first[0], abs=0.02)
             assert cases[case]["losses"] != pytest.approx(first, abs=1e-5)
         assert found["ratios"]["table over original"]["cpu"]["median"] > 1
+
+
+LINKS = {
+    "all_reduce": scaling.Link(bytes_per_s=1e9, latency_s=1e-3),
+    "all_gather": scaling.Link(bytes_per_s=2e9, latency_s=1e-3),
+    "reduce_scatter": scaling.Link(bytes_per_s=4e9, latency_s=1e-3),
+}
+WEIGHTS = scaling.Weights(every=300, trained=200, kept=40, wide=220, wide_trained=150)
+
+
+def test_the_traffic_of_each_stage() -> None:
+    moved = {stage: scaling.traffic(stage, WEIGHTS, 3, bf16=False) for stage in scaling.STAGES}
+    assert moved[0] == {"all_reduce": 800}
+    assert moved[1] == {"all_reduce": 800, "all_gather": 800}
+    assert moved[2] == {"all_reduce": 2400, "all_gather": 800}
+    assert moved[3] == {"all_gather": 3 * 4 * 260 + 160, "reduce_scatter": 2400}
+    halved = 4 * 50 + 2 * 150
+    assert scaling.traffic(2, WEIGHTS, 1, bf16=True) == {"all_reduce": halved, "all_gather": 800}
+    halves = {"all_gather": 4 * 40 + 2 * 220 + 160, "reduce_scatter": halved}
+    assert scaling.traffic(3, WEIGHTS, 1, bf16=True) == halves
+
+
+def test_the_model_of_a_step() -> None:
+    knobs = {"compute_s": 2.0, "optimizer_s": 4.0, "weights": WEIGHTS, "links": LINKS}
+    knobs |= {"bf16": False, "bucket_bytes": 400.0}
+    assert scaling.predict(2, 1, 3, **knobs) == 10.0, "one rank talks to nobody"
+    # two buckets of each; 3/4 of the bytes twice, or once
+    talk = 2 * 0.75 * 800 / 1e9 + 2e-3 + 0.75 * 800 / 2e9 + 2e-3
+    assert scaling.predict(1, 4, 3, **knobs) == pytest.approx(6.0 + 1.0 + talk)
+    assert scaling.predict(0, 4, 3, **knobs) == pytest.approx(10.0 + 1.2e-6 + 2e-3)
+
+
+def test_the_page_shows_the_scaling_and_the_way_to_a_model() -> None:
+    page = step.PAGE.read_text(encoding="utf-8")
+    for benchmark in (scaling, startup):
+        results = ROOT / "benchmarks" / "results" / f"{benchmark.__name__}.json"
+        assert benchmark.render(json.loads(results.read_text()), page) == page, results.name
+
+
+def test_a_training_command_in_parts(tmp_path: Path) -> None:
+    events = [("start", 110.0), ("step", 111.0), ("step", 120.0), ("checkpoint", 121.5)]
+    events += [("validation", 124.0), ("done", 124.5)]
+    lines = [json.dumps({"event": name, "time_s": at}) for name, at in events]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    parts = startup.timeline(tmp_path, 100.0, 126.0)
+    assert list(parts.values()) == [10.0, 10.0, 1.5, 2.5, 2.0]
+    assert sum(parts.values()) == 26.0
+
+
+def gpu_result() -> dict[str, Any]:
+    def case(speed: float, loss: float) -> dict[str, Any]:
+        figures = {"segments_per_s": speed, "model_tflop_per_s": speed / 4, "mfu": speed / 4000}
+        return figures | {"micro_batch": 32, "peak_gib": 20.0, "losses": [loss, 2.0]}
+
+    training = {"none": case(1200.0, 2.1), "layers:12": case(2000.0, 2.2)}
+    training |= {"layers:12, cache": case(2800.0, 2.2), "layers:12, compile": case(2200.0, 2.21)}
+    return {
+        "date": "2026-11-25",
+        "seconds": 300,
+        "left_out": ["reader (no time)"],
+        "rates": {"name": "A GPU", "bf16_tflop_per_s": 1000.0, "fp32_tflop_per_s": 50.0},
+        "checks": {"main fp32": 1e-6},
+        "training": training,
+        "bias pass": {"segments_per_s": 500.0, "model_tflop_per_s": 20.0},
+        "reader": None,
+    }
+
+
+def test_the_table_of_a_gpu() -> None:
+    found = gpu_result()
+    table = gpu.table(found)
+    assert "left out: reader (no time)" in table
+    assert "| none | 1200 | 300 | 30.0 % | 30.0 % | 32 | 20.0 |" in table
+    assert "| bias pass, float32 | 500 | 20 | 40.0 % |" in table
+    assert table.endswith("the goal of 40.0 % of the measured product is missed by none 30.0 %")
+    found["reader"] = {"segments_per_s": 28_000.0}
+    assert "10.0 times the fastest case" in gpu.table(found)
+
+
+def test_what_goes_wrong_on_a_gpu_is_told_below_the_figures() -> None:
+    found = gpu_result()
+    training = found["training"]
+    assert gpu.failures(found) == []
+    training["layers:12, cache"]["losses"][0] = 2.203
+    (told,) = gpu.failures(found)
+    assert told == "layers:12, cache loses 2.203, layers:12 2.2"
+    training["layers:12, cache"]["losses"][0] = None  # as the journal has what is not finite
+    assert gpu.failures(found) == ["layers:12, cache loses None, layers:12 2.2"]
+    training["layers:12"] = {"out_of_memory": "CUDA out of memory"}
+    training["layers:12, compile"] = {"failed": "ended with 1: no Python.h"}
+    found["bias pass"] = {"failed": "ended with 1: no model"}
+    assert gpu.failures(found) == [
+        "layers:12, compile ended with 1: no Python.h",
+        "bias pass ended with 1: no model",
+    ]
+    table = gpu.table(found)
+    assert "| layers:12 | out of memory |" in table
+    assert "| layers:12, compile | failed |" in table
+    assert "ended with 1: no model\n" in table
+    found["rates"] = {"failed": "ended with 1"}
+    assert gpu.table(found).endswith(
+        "nothing to hold against the goal of 40.0 % of the measured product"
+    )
+
+
+def call(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_script_for_a_gpu_runs(tmp_path: Path) -> None:
+    """All of it on the CPU: every part has a figure, the table comes last."""
+    result = tmp_path / "gpu.json"
+    done = call("benchmarks/gpu.py", "--device", "cpu", "--quick", "--json", str(result))
+    found = json.loads(result.read_text())
+    compiled = shutil.which("g++") is not None
+    names = ["none", "feature_encoder", "layers:2", "layers:2, cache"]
+    names += ["layers:2, compile"] * compiled + ["layers:2, bf16 weights"]
+    assert list(found["training"]) == names
+    assert all(case["segments_per_s"] > 0 for case in found["training"].values())
+    assert found["reader"]["segments_per_s"] > 100
+    assert found["checks"]["main fp32"] < 1e-3 < found["checks"]["main bf16"]
+    assert done.stdout.endswith(f"{gpu.table(found)}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_send_what_the_model_of_scaling_says(tmp_path: Path) -> None:
+    result = tmp_path / "scaling.json"
+    quick = ["--rounds", "1", "--warm", "1", "--timed", "1", "--json", str(result)]
+    call("benchmarks/scaling.py", "--stages", "2", "3", *quick)
+    found = json.loads(result.read_text())
+    for stage in found["stages"].values():
+        assert set(stage["counted_bytes"]) == set(stage["modelled_bytes"])
+        for name, counted in stage["counted_bytes"].items():
+            assert counted == pytest.approx(stage["modelled_bytes"][name], rel=0.03), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_way_to_a_model_is_timed(tmp_path: Path) -> None:
+    result = tmp_path / "startup.json"
+    call("benchmarks/startup.py", "--parts", "small", "--tracks", "30", "--json", str(result))
+    parts = json.loads(result.read_text())["parts"]["small"]
+    assert len(parts) == 8
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert parts["train: the steps"] > 0

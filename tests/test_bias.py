@@ -77,6 +77,29 @@ def test_the_table_is_the_same_on_two_ranks(shards: Path, table: Path, tmp_path:
     assert {path.name for path in (tmp_path / "two").iterdir()} == set(FILES)
 
 
+def modes_of(config: BiasConfig) -> list[tuple[str, bool]]:
+    """Whether TF32 is allowed in products and convolutions: in each batch, and afterwards."""
+    modes, forward = [], LogMel.forward
+
+    def mode() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    def noting(self: LogMel, wave: torch.Tensor) -> torch.Tensor:
+        modes.append(mode())
+        return forward(self, wave)
+
+    LogMel.forward = noting
+    torch.set_float32_matmul_precision("high")  # as a variable of some containers does
+    bias.run(config)
+    return [*modes, mode()]
+
+
+def test_the_pass_is_in_float32_whatever_else_is_allowed(shards: Path, tmp_path: Path) -> None:
+    ((*during, after),) = run_ranks(1, modes_of, bias_config(shards, bias_table=tmp_path / "table"))
+    assert during == [("highest", False)] * BATCHES
+    assert after == ("high", True)
+
+
 def test_one_pass_keeps_the_time_mean_of_every_layer(
     shards: Path, backbone: Path, deep: Path
 ) -> None:

@@ -159,6 +159,18 @@ def _plain() -> dict[str, dict[str, object]]:
         (lambda: BiasConfig(folds=1), "--folds"),
         (lambda: RunConfig(keep_checkpoints=0), "--keep-checkpoints"),
         (lambda: config.EngineConfig(micro_batch=0), "--micro-batch"),
+        (lambda: config.EngineConfig(eval_batch=0), "--eval-batch"),
+        (
+            lambda: config.EngineConfig(precision="bf16-weights", zero_stage=1),
+            "bf16-weights with --zero-stage 1",
+        ),
+        (
+            lambda: config.TrainConfig(
+                main=config.ModelConfig(model="logmel-cnn"),
+                engine=config.EngineConfig(precision="bf16-weights"),
+            ),
+            "--model logmel-cnn",
+        ),
         (lambda: config.ShardConfig(test_fraction=0.9, validation_fraction=0.2), "below 1"),
         (lambda: config.ShardConfig(segment_s=0.001), "--segment-s"),
         (lambda: config.ShardConfig(hop_s=0), "--hop-s"),

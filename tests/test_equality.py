@@ -114,9 +114,7 @@ def trajectory(model: WaveClassifier, peers: ranks.Ranks, stage: int, bf16: bool
         losses[micro.step] += share.item()
         if micro.micro_step == layout.accumulation - 1:
             if micro.step == 0:
-                first = {
-                    n: g.detach().float().numpy().copy() for n, g in engine.all_grads().items()
-                }
+                first = {n: g.detach().float().numpy().copy() for n, g in engine.all_grads()}
             assert engine.step()
             norms.append(engine.grad_norm() or 0.0)
         else:
@@ -245,8 +243,10 @@ def grads_of(model: WaveClassifier) -> Iterator[tuple[str, Tensor]]:
 def test_the_census_is_silent_when_all_learn(tiny_model: Path) -> None:
     model = build(tiny_model, "feature_encoder", False)
     census = Census(model)
-    grads = dict(grads_of(model))
-    grads = {n: torch.zeros_like(g) if n.endswith("k_proj.bias") else g for n, g in grads.items()}
+    grads = [
+        (name, torch.zeros_like(grad) if name.endswith("k_proj.bias") else grad)
+        for name, grad in grads_of(model)
+    ]
     census.add(grads)
     assert not census.is_open
 
@@ -254,7 +254,7 @@ def test_the_census_is_silent_when_all_learn(tiny_model: Path) -> None:
 def test_the_census_names_what_gets_no_gradient(tiny_model: Path) -> None:
     model = build(tiny_model, "none", False)
     model.net.forgotten = nn.Linear(3, 3)
-    census, grads = Census(model), dict(grads_of(model))
+    census, grads = Census(model), list(grads_of(model))
     for _ in range(STEPS - 1):
         census.add(grads)
     assert census.is_open
@@ -262,9 +262,21 @@ def test_the_census_names_what_gets_no_gradient(tiny_model: Path) -> None:
         census.add(grads)
 
 
+def test_a_step_that_is_not_finite_tells_the_census_nothing(tiny_model: Path) -> None:
+    model = build(tiny_model, "none", False)
+    model.net.forgotten = nn.Linear(3, 3)
+    census, grads = Census(model), list(grads_of(model))
+    for _ in range(2 * STEPS):
+        census.add([*grads[:-1], (grads[-1][0], grads[-1][1] / 0)])
+    for _ in range(STEPS - 1):
+        census.add(grads)
+    with pytest.raises(UserError, match="no gradient for 2"):
+        census.add(grads)
+
+
 def test_the_census_refuses_gradients_of_frozen_parameters(tiny_model: Path) -> None:
     model = build(tiny_model, "none", False)
-    census, grads = Census(model), dict(grads_of(model))
+    census, grads = Census(model), list(grads_of(model))
     next(model.parameters()).requires_grad_(False)
     with pytest.raises(UserError, match="a gradient for the frozen net"):
         census.add(grads)

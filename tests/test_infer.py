@@ -96,3 +96,20 @@ def test_a_walk_over_some_batches_gives_the_whole_walks_digits(
         assert sorted(found) == [0, 3, 4, 7, 8]
         for number, digits in found.items():
             assert digits == whole[8 * number : 8 * number + 8].tobytes()
+
+
+def sizes_of_batches(shards: Path) -> set[int]:
+    seen = set()
+
+    def forward(wave: torch.Tensor) -> torch.Tensor:
+        seen.add(len(wave))
+        return normalise(wave)[:, :3]
+
+    with ShardSet(shards) as data, ranks.join("cpu") as peers:
+        infer.all_rows(forward, data, "test", peers, batch=1000, width=3)
+    return seen
+
+
+def test_a_batch_is_never_larger_than_the_split(shards: Path) -> None:
+    """Padding would be computed like rows: 32 rows of a large model where there are six."""
+    assert run_ranks(1, sizes_of_batches, shards) == [{66}]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import NOISY, build_tiny, run_ranks, write_model
 from harness import slow, weights_hash
 
@@ -23,6 +24,7 @@ from mgc_dist.config import (
     TrainConfig,
 )
 from mgc_dist.errors import PeerLost, UserError
+from mgc_dist.exported import load_exported
 from mgc_dist.journal import read_metrics, read_status
 
 
@@ -35,6 +37,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "epochs": 128 / 66,
         "freeze": "none",
         "micro_batch": 3,
+        "eval_batch": 32,
         "global_batch": 10,
         "checkpoint_every_epochs": 0.5,
         "seed": 0,
@@ -90,6 +93,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         engine=EngineConfig(
             zero_stage=knobs["zero_stage"],
             micro_batch=knobs["micro_batch"],
+            eval_batch=knobs["eval_batch"],
             precision=knobs["precision"],
             device="cpu",
             compile=knobs["compile"],
@@ -183,6 +187,48 @@ def test_bf16_autocast_follows_and_keeps_float32_weights(
     weights = load_file(run / "best" / "model.safetensors")
     assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
     assert "bf16 autocast" in (run / "train.log").read_text()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_weights_follow_resume_to_the_bit_and_export_the_optimizers(
+    stage: int, reference: list[float], shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    knobs: dict[str, Any] = {"zero_stage": stage, "precision": "bf16-weights"}
+    train_on(2, config(shards, tiny_model, whole, **knobs))
+    assert losses(whole) == pytest.approx(reference, abs=0.04)
+    assert "bf16 weights" in (whole / "train.log").read_text()
+
+    assert run_ranks(2, train_until, 2, config(shards, tiny_model, parts, **knobs)) == [0, 0]
+    plain = config(shards, tiny_model, parts, zero_stage=stage, resume="auto")
+    with pytest.raises(UserError, match=r"--precision of the weights: got fp32, expected bf16"):
+        run_ranks(2, train.run, plain)
+    train_on(2, config(shards, tiny_model, parts, resume="auto", **knobs))
+    assert losses(parts) == losses(whole)
+    assert weights_hash(parts, stage) == weights_hash(whole, stage)
+
+    weights = load_file(whole / "best" / "model.safetensors")
+    assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
+    moved = weights["wav2vec2.encoder.layers.1.feed_forward.output_dense.weight"]
+    assert not moved.equal(moved.bfloat16().float()), "what the optimizer has, not its rounding"
+
+
+def test_bf16_weights_keep_frozen_ones_and_go_on_elsewhere(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    knobs: dict[str, Any] = {"precision": "bf16-weights", "freeze": "layers:1"}
+    assert run_ranks(2, train_until, 2, config(shards, tiny_model, run, **knobs)) == [0, 0]
+    train_on(1, config(shards, tiny_model, run, resume="auto", **knobs))
+    other = tmp_path / "other"
+    train_on(1, config(shards, tiny_model, other, **knobs))
+    assert losses(run) == pytest.approx(losses(other), abs=0.02)
+    states = [load_exported(path / "best").state_dict() for path in (run, other)]
+    name = "net.wav2vec2.encoder.layers.0.feed_forward.output_dense.weight"
+    assert states[0][name].equal(states[1][name])
+    assert states[0][name].equal(states[0][name].bfloat16().float())
 
 
 def stop_after(step: int) -> None:
@@ -398,6 +444,58 @@ def test_a_validation_that_fails_costs_no_training(
     assert figures[0] == figures[1], "the one that was owed has been made up for"
     best = (run / "best" / "model.safetensors").read_bytes()
     assert best == (whole / "best" / "model.safetensors").read_bytes()
+
+
+def run_out_of_memory(settings: TrainConfig, batch: int) -> int:
+    """Let batches of so many rows ask for more memory than there is."""
+    forward = fit_module.Engine.__call__
+
+    def hungry(self: Any, wave: torch.Tensor) -> torch.Tensor:
+        if len(wave) == batch:
+            torch.empty(1 << 50)
+        return forward(self, wave)
+
+    fit_module.Engine.__call__ = hungry  # type: ignore[method-assign]
+    return train.run(settings)
+
+
+def test_the_batch_that_memory_is_too_short_for_is_named(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for batch, named in ((4, "--micro-batch 4"), (9, "--eval-batch 9")):
+        settings = config(shards, tiny_model, tmp_path / str(batch), micro_batch=4, eval_batch=9)
+        with pytest.raises(UserError, match=f"(?s){named}: got .*memory.* lower it"):
+            run_ranks(1, run_out_of_memory, settings, batch)
+
+
+def build_without_memory(settings: TrainConfig) -> int:
+    def hungry(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    fit_module.Engine.__init__ = hungry  # type: ignore[method-assign]
+    return train.run(settings)
+
+
+def test_a_model_that_does_not_fit_is_told_before_the_first_step(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    told = r"(?s)tiny.json at --zero-stage 2: got CUDA out of memory.* look at --dry-run"
+    with pytest.raises(UserError, match=told):
+        run_ranks(1, build_without_memory, config(shards, tiny_model, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_does_not_depend_on_the_micro_batch(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The same frozen-at-nothing weights, judged to the same digits."""
+    figures = []
+    for micro, size in ((3, 7), (10, 7), (10, 5)):
+        run = tmp_path / f"{micro}-{size}"
+        knobs = {"lr": 0.0, "head_lr": 0.0, "weight_decay": 0.0, "epochs": 0.5}
+        train_on(1, config(shards, tiny_model, run, micro_batch=micro, eval_batch=size, **knobs))
+        figures.append(read_metrics(run, "validation")[-1]["track_nll"])
+    assert figures[0] == figures[1] == pytest.approx(figures[2], rel=1e-5)
 
 
 def test_a_stop_saves_at_once_and_validates_when_it_goes_on(
