@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine
+from measure import machine, write
 from step import CALM, LAYER_NORM, PACKAGES, SIZES, Enough, free_port, sized_net
 
 from mgc_dist.config import (
@@ -572,8 +572,7 @@ def main() -> None:
         found = measure(words, Path(temporary).resolve())
     print(json.dumps(found))
     if words.json:
-        words.json.parent.mkdir(parents=True, exist_ok=True)
-        words.json.write_text(json.dumps(found, indent=1) + "\n")
+        write(words.json, found)
     print(f"\n{table(found)}")
     if failures(found):
         sys.exit(1)

@@ -59,8 +59,7 @@ def main(
     line = json.dumps(content)
     print(line)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(options.json, content)
     _print_table(results)
 
 
@@ -158,6 +157,20 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Keep a result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def between_marks(page: str, name: str, script: str, text: str) -> str:
+    """A page of docs with new text between the marks of that name."""
+    begin, end = f"<!-- {name}: made by benchmarks/{script}.py -->", f"<!-- end of {name} -->"
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:

@@ -40,7 +40,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from measure import machine
+from measure import between_marks, machine, write
 from step import (
     PACKAGES,
     PAGE,
@@ -57,7 +57,6 @@ from step import (
 )
 
 STAGES = (0, 1, 2, 3)
-MARKS = ("<!-- scaling: made by benchmarks/scaling.py -->", "<!-- end of scaling -->")
 FREEZE = "feature_encoder"
 MICRO_BATCH = 4
 GPUS = (1, 8, 64, 512)
@@ -573,9 +572,7 @@ def predicted_table(predicted: Sequence[dict[str, Any]]) -> list[str]:
 
 def render(content: dict[str, Any], page: str) -> str:
     """The page with the tables between their marks."""
-    before, rest = page.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    return f"{before}{MARKS[0]}\n{table(content)}\n{MARKS[1]}{after}"
+    return between_marks(page, "scaling", "scaling", table(content))
 
 
 def main() -> None:
@@ -608,8 +605,7 @@ def main() -> None:
         content = measure(words, (words.folder or Path(temporary)).resolve())
     print(json.dumps(content))
     if words.json:
-        words.json.parent.mkdir(parents=True, exist_ok=True)
-        words.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(words.json, content)
     print(f"\n{table(content)}")
 
 

@@ -29,10 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu import TINY
-from measure import machine, tracks
+from measure import between_marks, machine, tracks, write
 from step import PACKAGES, PAGE, ROOT, SIZES, free_port, prepare
-
-MARKS = ("<!-- startup: made by benchmarks/startup.py -->", "<!-- end of startup -->")
 
 
 def command(words: Sequence[str | Path]) -> tuple[float, float]:
@@ -140,9 +138,7 @@ def table(content: dict[str, Any]) -> str:
 
 def render(content: dict[str, Any], page: str) -> str:
     """The page with the table between its marks."""
-    before, rest = page.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    return f"{before}{MARKS[0]}\n{table(content)}\n{MARKS[1]}{after}"
+    return between_marks(page, "startup", "startup", table(content))
 
 
 def main() -> None:
@@ -182,8 +178,7 @@ def main() -> None:
     }
     print(json.dumps(content))
     if words.json:
-        words.json.parent.mkdir(parents=True, exist_ok=True)
-        words.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(words.json, content)
     print(f"\n{table(content)}")
 
 

@@ -49,7 +49,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from measure import machine
+from measure import between_marks, machine, write
 
 from mgc_dist.config import (
     DataConfig,
@@ -872,9 +872,6 @@ def case_line(case: str, figures: dict[str, Any] | str) -> str:
 def render(results: dict[str, Any], page: str) -> str:
     """The page with the tables of a result between its marks."""
     for model, content in results["models"].items():
-        begin, end = f"<!-- {model}: made by benchmarks/step.py -->", f"<!-- end of {model} -->"
-        before, rest = page.split(begin)
-        _, after = rest.split(end)
         where = content["machine"]
         told = (
             f"{content['date']}, {where['cores']} cores ({where['cpu']}), "
@@ -885,16 +882,14 @@ def render(results: dict[str, Any], page: str) -> str:
             f"{content['load_before']:g}. The bias pass, once: "
             f"{content['bias_pass']['s_per_segment']:.2f} s a segment."
         )
-        page = f"{before}{begin}\n{told}\n\n{table(content)}\n{end}{after}"
+        page = between_marks(page, model, "step", f"{told}\n\n{table(content)}")
     return page
 
 
-def write(path: Path, model: str, content: dict[str, Any]) -> None:
+def add(path: Path, model: str, content: dict[str, Any]) -> None:
     """Put the result of a model beside that of the others."""
     models = json.loads(path.read_text())["models"] if path.is_file() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    both = {"benchmark": "step", "models": models | {model: content}}
-    path.write_text(json.dumps(both, indent=1) + "\n")
+    write(path, {"benchmark": "step", "models": models | {model: content}})
 
 
 def only(words: argparse.Namespace) -> None:
@@ -940,7 +935,7 @@ def main() -> None:
         content = measure(words.model, words, (words.folder or Path(temporary)).resolve())
     print(json.dumps({"benchmark": "step", "model": words.model} | content))
     if words.json:
-        write(words.json, words.model, content)
+        add(words.json, words.model, content)
     print(f"\n{table(content)}")
 
 
