@@ -24,6 +24,7 @@ from freezing import SIZES
 from measure import machine
 
 from mgc_dist import features, files, flops
+from mgc_dist.config import ModelConfig
 from mgc_dist.features import Facts, Features
 from mgc_dist.model import build_main
 from mgc_dist.rowfile import RowFile
@@ -55,7 +56,7 @@ def measure(way: str, size: str, runs: int) -> tuple[list[float], float, float]:
             str(file),
             [str(genre) for genre in range(10)],
             freeze=freeze,
-            frozen_layers=int(freeze[7:]) if freeze.startswith("layers") else None,
+            frozen_layers=ModelConfig(freeze=freeze).frozen_layers,
             activation_checkpointing=False,
             seed=0,
             segment_samples=LENGTH,

@@ -56,6 +56,8 @@ from step import (
     spread,
 )
 
+from mgc_dist.config import ModelConfig
+
 STAGES = (0, 1, 2, 3)
 FREEZE = "feature_encoder"
 MICRO_BATCH = 4
@@ -416,7 +418,7 @@ def describe(path: str, freeze: str) -> Any:
         path,
         [str(number) for number in range(10)],
         freeze=freeze,
-        frozen_layers=int(freeze[7:]) if freeze.startswith("layers:") else None,
+        frozen_layers=ModelConfig(freeze=freeze).frozen_layers,
         activation_checkpointing=False,
         segment_samples=round(SEGMENT_S * RATE),
     )
@@ -476,27 +478,28 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
         assert counted is not None
         row_s = counted.training / (1e12 * GPU_TFLOP_PER_S * GPU_SHARE)
         weights = weights_of(str(path), freeze)
+        optimizer_s = 28 * weights.trained / GPU_ADAM_BYTES_PER_S
         for world, stage in itertools.product(GPUS, (1, 2, 3)):
             link = Link(
                 bytes_per_s=NVLINK_BYTES_PER_S if world <= 8 else speed,
                 latency_s=LATENCY_S[world],
             )
+            strong_rows = 1024 // max(2, world)
             step_s = {
                 rows: predict(
                     stage,
                     world,
                     1,
                     compute_s=rows * row_s,
-                    optimizer_s=28 * weights.trained / GPU_ADAM_BYTES_PER_S,
+                    optimizer_s=optimizer_s,
                     weights=weights,
                     links=dict.fromkeys(FACTOR, link),
                     bf16=True,
                     bucket_bytes=GPU_BUCKET_BYTES,
                 )
-                for rows in (32, 1024 // max(2, world))
+                for rows in (32, strong_rows)
             }
-            alone_s = 32 * row_s + 28 * weights.trained / GPU_ADAM_BYTES_PER_S
-            rows = 1024 // max(2, world)
+            alone_s = 32 * row_s + optimizer_s
             found.append(
                 {
                     "freeze": freeze,
@@ -505,8 +508,8 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
                     "stage": stage,
                     "weak_efficiency": round(alone_s / step_s[32], 3),
                     "weak_segments_per_s": round(32 * world / step_s[32]),
-                    "rows_a_rank_at_1024": rows,
-                    "strong_segments_per_s": round(rows * world / step_s[rows]),
+                    "rows_a_rank_at_1024": strong_rows,
+                    "strong_segments_per_s": round(strong_rows * world / step_s[strong_rows]),
                 }
             )
     return found

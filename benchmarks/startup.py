@@ -32,6 +32,9 @@ from gpu import TINY
 from measure import between_marks, machine, tracks, write
 from step import PACKAGES, PAGE, ROOT, SIZES, free_port, prepare
 
+from mgc_dist.files import json_lines
+from mgc_dist.journal import METRICS
+
 
 def command(words: Sequence[str | Path]) -> tuple[float, float]:
     """Run a command to its end; when it began, and when it ended, in seconds since 1970."""
@@ -59,8 +62,7 @@ def launched(script: str, ranks: int) -> list[str]:
 def timeline(run: Path, began: float, ended: float) -> dict[str, float]:
     """The parts of a training command, from its metrics."""
     at: dict[str, float] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        event = json.loads(line)
+    for event in json_lines(run / METRICS):
         at[event["event"]] = event["time_s"]  # the last of its kind
     marks = {
         "train: launcher, imports, model, engine": ("", "start"),
@@ -127,8 +129,7 @@ def table(content: dict[str, Any]) -> str:
         "| seconds | " + " | ".join(parts) + " |",
         "|---|" + "---|" * len(parts),
     ]
-    names = [name for name in parts["small"]] if "small" in parts else [*parts["large"]]
-    for name in names:
+    for name in parts.get("small", parts.get("large", {})):
         cells = [f"{found[name]:.1f}" if name in found else "" for found in parts.values()]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     totals = [f"{sum(found.values()):.1f}" for found in parts.values()]

@@ -155,7 +155,7 @@ def all_pass(
             return _todo(files[0], shards.manifest, batch)
 
         todo = peers.all_decide(begin)
-        stack.enter_context(_float32())  # as the header says
+        stack.enter_context(float32())  # as the header says
         for split, numbers in todo.items():
             steps = math.ceil(len(numbers) / peers.world)
             shown = peers.is_first and bool(numbers)
@@ -176,7 +176,7 @@ def all_pass(
 
 
 @contextmanager
-def _float32() -> Iterator[None]:
+def float32() -> Iterator[None]:
     """Without TF32: cuDNN takes it for convolutions, and products where a variable allows it.
 
     Images of NVIDIA set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
