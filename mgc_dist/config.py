@@ -20,6 +20,7 @@ SplitRule = Literal["auto", "fault-filtered", "stratified", "kfold", "table"]
 LossName = Literal["ce", "poe", "learned-mixin", "learned-mixin-h", "reweight", "dfl", "mixture"]
 Aggregate = Literal["mean-prob", "mean-logit", "vote"]
 Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
+Select = Literal["nll", "macro-f1", "last"]
 ChangeName = Literal[
     "lr",
     "head-lr",
@@ -639,6 +640,9 @@ class RunConfig:
     """Seed of the order, the new weights, dropout and masking."""
     validate_every_epochs: float = 1.0
     """Epochs between validations; the last step is always validated."""
+    select: Select = "nll"
+    """Which validation the best model is from: the one with the least NLL over tracks, the largest
+    macro-F1, or the last one; a tie goes to the later one."""
     checkpoint_every_epochs: float = 1.0
     """Epochs between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2

@@ -24,6 +24,7 @@ classify({{"array": wave, "sampling_rate": {sample_rate}}})
 
 A track's genre is the mean of its segments' probabilities; `python -m mgc_dist.predict` does that.
 
+- probabilities: {calibration}
 - genres: {genres}
 - loss: {loss}; main model: {model}
 - data set: {dataset_id}
@@ -58,13 +59,20 @@ def run(config: ExportConfig) -> None:
         )
     trained = cli.parse("train", TrainConfig, ["--config", str(settings)])
     environment = json.loads((config.run / "env.json").read_text())
-    shutil.copytree(source, config.out, dirs_exist_ok=True)
     sample_rate = exported.sample_rate_of(source)
+    if classifier.temperature is None:
+        shutil.copytree(source, config.out, dirs_exist_ok=True)
+    else:
+        exported.save_calibrated(classifier, config.out, sample_rate)
     card = CARD.format(
         name=config.out.name,
         seconds=classifier.segment_samples / sample_rate,
         sample_rate=sample_rate,
         folder=config.out,
+        calibration="as trained"
+        if classifier.temperature is None
+        else f"the last layer is divided by {classifier.temperature:.3f}, a temperature fitted on "
+        "validation tracks",
         genres=", ".join(classifier.genres),
         loss=trained.objective.description,
         model=trained.main.model,

@@ -77,7 +77,7 @@ def save_exported(
             gain of the learned mixins is left out.
         folder: replaced if it exists, under a temporary name until whole.
         sample_rate: in Hz.
-        temperature: fitted on validation tracks, for `WaveClassifier.temperature`.
+        temperature: accepted on validation tracks, for `WaveClassifier.temperature`.
     """
     config = copy.deepcopy(model.net.config)  # from_config would share it with the live model
     setattr(config, TEMPERATURE, temperature)
@@ -111,6 +111,21 @@ def save_exported(
         temporary.rename(folder)
 
 
+def save_calibrated(model: WaveClassifier, folder: Path, sample_rate: int) -> None:
+    """Write a loaded model with the temperature in its last layer, as plain transformers needs it.
+
+    Args:
+        model: from `load_exported`, with a temperature.
+        folder: new or empty.
+        sample_rate: in Hz.
+    """
+    assert model.temperature is not None
+    weights = dict(model.state_dict())
+    for name in ("net.classifier.weight", "net.classifier.bias"):
+        weights[name] = weights[name] / model.temperature
+    save_exported(model, weights, folder, sample_rate)
+
+
 def _class_of(folder: Path) -> type:
     """What loads a folder: transformers, but for our own small model."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -122,6 +137,6 @@ def _class_of(folder: Path) -> type:
 
 def _saved_extractor(folder: Path) -> Wav2Vec2FeatureExtractor:
     try:
-        return AutoFeatureExtractor.from_pretrained(str(folder))
+        return AutoFeatureExtractor.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise hub.not_found(str(folder), error) from error

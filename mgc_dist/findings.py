@@ -4,6 +4,7 @@ from mgc_dist import svg
 from mgc_dist.dossier import Decider, Dossier, Json
 from mgc_dist.markup import Html, bullets, figure, join, note, section, table, tag
 from mgc_dist.svg import Bar, Line
+from mgc_dist.tables import by_unit
 
 MOST_WRONG = 8
 """Mistakes that are shown."""
@@ -58,18 +59,25 @@ def _tile(value: str, name: str, below: str) -> Html:
 def _chosen(found: Dossier) -> str:
     if found.best is None:
         return "Which epoch the model is from is not known: the run folder has no validation."
-    return (
-        f"The model is that of epoch {found.best['epoch']:.2f}, chosen by macro-F1 on the "
-        f"validation split ({found.best['track_macro_f1']:.3f})."
-    )
+    best = found.best
+    nll, macro_f1 = (_cell(best.get(name)) for name in ("track_nll", "track_macro_f1"))
+    by = {  # runs of version 0.1.0 chose by macro-F1, and did not write so
+        "nll": f"for the least NLL over tracks of the validation split ({nll})",
+        "macro-f1": f"by macro-F1 on the validation split ({macro_f1})",
+        "last": "because it was the last one that was validated",
+    }[best.get("select", "macro-f1")]
+    return f"The model is that of epoch {best['epoch']:.2f}, chosen {by}."
 
 
 def _interval(figures: Json, name: str) -> str:
-    intervals = figures.get("intervals") or {}
-    bounds = (intervals.get("tracks") or {}).get(name)
-    if not bounds:
+    intervals = figures.get("intervals")
+    if not intervals:
         return ""
-    return f"{100 * intervals.get('level', 0.95):.0f} % interval {bounds[0]:.3f} to {bounds[1]:.3f}"
+    unit, bounds = by_unit(intervals)[0]
+    if name not in bounds:
+        return ""
+    level = f"{100 * intervals.get('level', 0.95):.0f} %"
+    return f"{level} interval {bounds[name][0]:.3f} to {bounds[name][1]:.3f} {unit}"
 
 
 def _majority(figures: Json) -> str:
@@ -96,14 +104,14 @@ def details(found: Dossier) -> Html | None:
         ),
         table("all figures", columns, rows),
     ]
-    groups = (figures.get("intervals") or {}).get("groups")
-    if groups:
-        known = figures["intervals"].get("known_groups")
+    intervals: Json = figures.get("intervals") or {}
+    for unit, bounds in by_unit(intervals) if intervals else ():
         told = ", ".join(
             f"{key.replace('_', ' ')} {low:.3f} to {high:.3f}"
-            for key, (low, high) in groups.items()
+            for key, (low, high) in bounds.items()
         )
-        parts.append(tag("p", f"Intervals when whole groups are drawn ({known} known): {told}."))
+        known = f" ({intervals.get('known_groups')} known)" if unit == "over artists" else ""
+        parts.append(tag("p", f"Intervals {unit}{known}: {told}."))
     others = [item for item in found.evaluations.items() if item[0] != name]
     if others:
         parts.append(_others(others))
@@ -188,14 +196,14 @@ def calibration(found: Dossier) -> Html | None:
     if found.main is None or not bins:
         return None
     _, figures = found.main
-    before = figures["track"].get("ece")
-    told = f"Expected calibration error {_cell(before)}"
-    fitted = figures.get("temperature")
-    if fitted:
+    track, fitted = figures["track"], figures.get("temperature")
+    told = f"Expected calibration error {_cell(track.get('ece'))}"
+    if fitted and "without" in fitted:  # version 0.1.0 did not report with the temperature
+        without = fitted["without"]
         told += (
-            f", {fitted['ece']:.3f} after dividing the logits by {fitted['value']:.2f}, a "
-            f"temperature fitted on the {fitted.get('fitted_on', 'validation')} split "
-            f"(NLL {_cell(figures['track'].get('nll'))} and {_cell(fitted.get('nll'))})"
+            f" with the logits divided by {fitted['value']:.2f}, a temperature fitted on the "
+            f"{fitted.get('fitted_on', 'validation')} split (NLL {_cell(track.get('nll'))}); "
+            f"{_cell(without['ece'])} without it (NLL {_cell(without['nll'])})"
         )
     filled = [
         (sure, right, count)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mgc_dist import checkpoint, record
 from mgc_dist.census import Census
-from mgc_dist.config import TrainConfig
+from mgc_dist.config import Select, TrainConfig
 from mgc_dist.data import Batch, Reader, ShardSet
 from mgc_dist.display import Bar, progress
 from mgc_dist.engine import Engine, lr_factor
@@ -49,17 +49,32 @@ class State:
 
     Attributes:
         samples_seen: positions consumed; the only state of the order.
-        best_macro_f1: best validation macro-F1 over tracks so far, -1 before the first.
-        best_samples_seen: when it was reached; a tie keeps the earlier one.
+        best_by: the `--select` that the best validation was chosen by.
+        best_loss: what it was chosen by, the smaller the better; None before the first.
+        best_samples_seen: when it was reached; a tie goes to the later one.
         refused_in_a_row: steps up to now whose gradient was not finite.
         owes_validation: a validation of these weights is due and has not been made.
     """
 
     samples_seen: int = 0
-    best_macro_f1: float = -1.0
+    best_by: Select = "nll"
+    best_loss: float | None = None
     best_samples_seen: int = 0
     refused_in_a_row: int = 0
     owes_validation: bool = False
+
+    @classmethod
+    def restored(cls, values: dict[str, Any]) -> "State":
+        """From a checkpoint; version 0.1.0 wrote the best macro-F1, -1 before the first."""
+        values = dict(values)
+        macro_f1 = values.pop("best_macro_f1", None)
+        if macro_f1 is not None:
+            values |= {"best_by": "macro-f1", "best_loss": None if macro_f1 < 0 else -macro_f1}
+        return cls(**values)
+
+    def forget_best(self, select: Select) -> None:
+        """Seek the best model among the validations to come."""
+        self.best_by, self.best_loss, self.best_samples_seen = select, None, 0
 
 
 @dataclass(kw_only=True)
@@ -348,11 +363,21 @@ class Fit:
             features=self.features,
         )
         self.engine.train(True)
-        better = result.track.macro_f1 > state.best_macro_f1
+        select, broken = self.config.output.select, result.rows_not_finite
+        loss, least = result.loss_by(select), state.best_loss
+        better = not broken and (least is None or loss <= least)
         exported = better and self._export(step, self.run / "best", result)
+        if broken and self.ranks.is_first:
+            log.warning(
+                "the logits of %d of %d validation segments are not finite: this model is not kept",
+                *(broken, len(result.logits)),
+            )
         self.journal.write(
             "validation",
             exported=exported,
+            select=select,
+            select_loss=loss,
+            segments_not_finite=broken,
             samples_seen=state.samples_seen,
             epoch=round(state.samples_seen / self.plan.rows, 4),
             track_accuracy=result.track.accuracy,
@@ -362,12 +387,13 @@ class Fit:
             confusion=result.track.confusion.tolist(),
         )
         log.info(
-            "validation after epoch %.2f: track accuracy %.3f macro-F1 %.3f, segments %.3f%s",
-            *(state.samples_seen / self.plan.rows, result.track.accuracy, result.track.macro_f1),
-            *(result.segment.accuracy, " (best)" if better else ""),
+            "validation after epoch %.2f: track NLL %.4f accuracy %.3f macro-F1 %.3f, "
+            "segment accuracy %.3f%s",
+            *(state.samples_seen / self.plan.rows, result.track.nll, result.track.accuracy),
+            *(result.track.macro_f1, result.segment.accuracy, " (best)" if better else ""),
         )
         if exported:
-            state.best_macro_f1 = result.track.macro_f1
+            state.best_by, state.best_loss = select, loss
             state.best_samples_seen = state.samples_seen
         state.owes_validation = False
         self._validate_s = max(self._validate_s, time.perf_counter() - started)
@@ -378,8 +404,10 @@ class Fit:
         weights = self.engine.all_weights()
 
         def write() -> str:
+            tracks = self.shards.manifest.tracks
             temperature = fit_temperature(
-                validation.logits, validation.row_label, validation.row_track
+                *(validation.logits, validation.row_label, validation.row_track),
+                [tracks[place].group for place in validation.tracks],
             )
             rate = self.shards.manifest.sample_rate
             try:

@@ -259,9 +259,9 @@ def _count_cnn(model: WaveClassifier, samples: int) -> SegmentFlops:
 
 
 def _count_top(walk: _Walk, model: WaveClassifier) -> None:
-    """The classifier, and beside it the gain of the learned mixins."""
+    """The classifier, and beside it the gain of the learned mixins, whose input is detached."""
     before = walk.live
-    for module in (model.gain, model.net.classifier):
-        walk.live = before
+    for module, live in ((model.gain, False), (model.net.classifier, before)):
+        walk.live = live
         if module is not None:
             walk.linear(module, 1)

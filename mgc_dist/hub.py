@@ -49,6 +49,7 @@ def load(kind: type, name: str, **settings: object) -> tuple[PreTrainedModel, se
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
             **settings,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -71,7 +72,7 @@ def feature_extractor(name: str, sample_rate: int) -> Wav2Vec2FeatureExtractor:
     has_own = Path(name, "preprocessor_config.json").is_file()
     if has_own or not (Path(name).exists() or name.endswith(".json")):
         try:
-            extractor = AutoFeatureExtractor.from_pretrained(name)
+            extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise not_found(name, error) from error
     if extractor.sampling_rate != sample_rate:
@@ -100,7 +101,14 @@ def refuse_no_encoder(flag: str, net: PreTrainedModel) -> None:
 
 
 def not_found(name: str, error: Exception) -> UserError:
-    """What to say when transformers cannot find or read a model."""
+    """What to say when transformers cannot find or read a model, or would run code for it."""
+    if "trust_remote_code" in str(error):  # "... contains custom code which must be executed ..."
+        return UserError(
+            f"model {name}",
+            got="a model with custom code (`auto_map` in its config.json)",
+            expected="a model whose code is in transformers: custom code is not supported yet",
+            cure="choose wav2vec2, hubert, wavlm, data2vec-audio or the like",
+        )
     lines = [line for line in str(error).splitlines() if line.strip()]
     return UserError(
         f"model {name}",

@@ -134,10 +134,12 @@ def learned_mixin(
         log_p: float32 [B, K], log-probabilities of the main model.
         label: int64 [B].
         bias: float32 [B, K], log-probabilities of the bias model.
-        gain: [B], g = softplus(w h + c), 0 or more.
+        gain: [B], g = softplus(w h + c), 0 or more; h without a gradient.
         entropy_weight: w of the entropy term; 0 leaves it out.
 
-    Source: Clark et al. 2019, "Learned-Mixin" and "Learned-Mixin +H": there g is softplus too.
+    Source: Clark et al. 2019, "Learned-Mixin" and "Learned-Mixin +H": there g is softplus too. One
+    thing differs: Clark's code lets the gradient of g into h as well. It then trains the shared
+    features to serve the product, and the main model alone gets worse (docs/log.md).
     """
     scaled = gain.float()[:, None] * bias  # [B, K]
     losses = F.cross_entropy(log_p + scaled, label, reduction="none")

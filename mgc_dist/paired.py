@@ -72,10 +72,11 @@ def compare(a: Result, b: Result, name: str, *, resamples: int, seed: int) -> Re
 
 def draw(path: Path, found: Report) -> None:
     """A picture of the differences: overall, each genre, each subgroup."""
-    unit = found["unit"]
+    unit = "artists" if found["unit"] == "groups" else "tracks"
     names = (("accuracy", "accuracy"), ("macro_f1", "macro-F1"))
     rows = [
-        (shown, found[name]["difference"], found["intervals"][unit][name]) for name, shown in names
+        (shown, found[name]["difference"], found["intervals"][found["unit"]][name])
+        for name, shown in names
     ]
     parts = [(found["per_genre"], "support"), (found["subgroups"] or {}, "count")]
     for part, count in parts:

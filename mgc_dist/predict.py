@@ -123,7 +123,8 @@ def _predict(
     with torch.inference_mode():
         for first in range(0, len(windows), config.batch):
             batch = torch.from_numpy(np.array(windows[first : first + config.batch]))
-            parts.append(classifier(batch.to(device)).double().cpu().numpy())  # [B, K]
+            logits = classifier.calibrated(batch.to(device))  # [B, K]
+            parts.append(logits.double().cpu().numpy())
     starts_s = [segment * hop / sample_rate for segment in range(len(windows))]
     return starts_s, softmax(np.concatenate(parts), axis=1), length / sample_rate
 

@@ -36,8 +36,7 @@ def data(found: Dossier) -> Html:
     known = sum(track.group is not None for track in of.tracks)
     seconds, hop_s = of.segment_samples / of.sample_rate, int(of.settings["hop_samples"])
     lines = [
-        f"No track is in two splits, and no artist of the {known} tracks whose artist is known: "
-        "checked when packing and at each loading.",
+        f"Checked when packing and at each loading: {card.kept_apart(known)}.",
         *(f"Not controlled: {limit}" for limit in limits),
         *(f"Left out: {line}" for line in card.left_out(of)),
     ]

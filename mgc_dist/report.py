@@ -33,7 +33,7 @@ class Subject:
         genres: in label order.
         track_ids: of the split's tracks, ascending as in `SplitScores`.
         groups: of the same tracks, None where unknown.
-        temperature: of the model, None if none was fitted.
+        temperature: that the logits of the result are divided by, None if by none.
         aligned: bool [M], whether the bias model is right; None without its table.
         subgroups: of tracks and rows; None without.
     """
@@ -192,17 +192,16 @@ def _bins(found: Reliability) -> dict[str, list[float]]:
 
 
 def _tempered(subject: Subject, result: SplitScores) -> Report | None:
-    """Figures of the mean probability after the temperature, which was fitted for that mean."""
+    """The temperature of all figures, and what the mean probability would be without it."""
     if subject.temperature is None:
         return None
-    mean, guess = mean_probability(result.logits, result.row_track, subject.temperature)
+    mean, guess = mean_probability(result.logits, result.row_track, 1 / subject.temperature)
     found = scores(mean, result.labels, guess)
     return {
         "value": subject.temperature,
         "fitted_on": "validation",
         "aggregate": "mean-prob",
-        "nll": found.nll,
-        "ece": found.ece,
+        "without": {"accuracy": found.accuracy, "nll": found.nll, "ece": found.ece},
     }
 
 

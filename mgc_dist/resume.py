@@ -162,11 +162,23 @@ def refuse_position(changes: Changes, plan: Plan, samples_seen: int) -> None:
             )
 
 
-def holds_best(run: Path, samples_seen: int, macro_f1: float) -> bool:
-    """Whether RUN/best is the model of a validation: not one of a way that was gone back from."""
+def holds_best(run: Path, samples_seen: int, loss: float | None) -> bool:
+    """Whether RUN/best is the model of a validation: not one of a way that was gone back from.
+
+    Args:
+        run: the run folder.
+        samples_seen: at that validation.
+        loss: what the model was chosen by, as in `State.best_loss`.
+    """
     exports = [line for line in read_metrics(run, "validation") if line.get("exported")]
-    last = (exports[-1]["samples_seen"], exports[-1]["track_macro_f1"]) if exports else None
-    return last == (samples_seen, macro_f1)
+    if not exports:
+        return False
+    last = exports[-1]
+    # version 0.1.0 chose by macro-F1, and did not write so
+    return (last["samples_seen"], last.get("select_loss", -last["track_macro_f1"])) == (
+        samples_seen,
+        loss,
+    )
 
 
 def set_aside(run: Path) -> None:

@@ -6,7 +6,7 @@ segments that each genre wins, a tie going to the genre of the higher mean proba
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,17 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from torch import Tensor
 
-from mgc_dist.config import Aggregate
+from mgc_dist.config import Aggregate, Select
 from mgc_dist.data import Batch, ShardSet
 from mgc_dist.features import Features
 from mgc_dist.heads import best_temperature, is_at_bound
 from mgc_dist.infer import all_rows
+from mgc_dist.intervals import clusters_of
 from mgc_dist.metrics import Scores, scores, track_labels, track_means
 from mgc_dist.ranks import Ranks
+
+TEMPERATURE_FOLDS = 5
+"""Parts of the validation groups, each of which is left out once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,16 @@ class SplitScores:
     def track(self) -> Scores:
         """Over tracks, the unit that counts, in the chosen way."""
         return self.aggregates[self.aggregate]
+
+    @property
+    def rows_not_finite(self) -> int:
+        """Segments with a logit that is no number, or infinite: a model that has diverged."""
+        return int((~np.isfinite(self.logits)).any(axis=1).sum())
+
+    def loss_by(self, select: Select) -> float:
+        """What `--select` compares models by: the smaller, the better."""
+        by = {"nll": self.track.nll, "macro-f1": -self.track.macro_f1, "last": 0.0}
+        return by[select]
 
 
 def all_score(
@@ -171,33 +185,54 @@ def _vote(
 
 
 def fit_temperature(
-    logits: NDArray[np.float32], label: NDArray[np.int64], track: NDArray[np.int64]
+    logits: NDArray[np.float32],
+    label: NDArray[np.int64],
+    track: NDArray[np.int64],
+    groups: Sequence[str | None],
 ) -> float | None:
-    """The scalar T with the best likelihood of the tracks.
+    """The scalar T with the best likelihood of the tracks, if it also helps tracks it has not seen.
 
     It minimises the mean over tracks of the negative log of the truth's mean probability,
-    the mean over the track's segments of softmax(logits / T).
+    the mean over the track's segments of softmax(logits / T). To be accepted, temperatures that
+    were fitted without some of the groups must give those groups a better likelihood than T = 1.
 
     Args:
         logits: float32 [rows, K] of the validation split.
         label: int64 [rows].
         track: int64 [rows].
+        groups: of the tracks, ascending; None where unknown: the track is then its own group.
 
     Returns:
-        T between 0.05 and 20; None where there is no best one: if all tracks are right, the
-        likelihood grows as T falls (at 0.05 a test accuracy of 0.85 had an NLL of 13 instead of
-        0.95), and at a bound the logits tell nothing.
+        T between 0.05 and 20; None where T = 1 is better. That is so where all tracks are right:
+        the likelihood then grows as T falls (at 0.05 a test accuracy of 0.85 had an NLL of 13
+        instead of 0.95). At a bound the logits tell nothing.
 
     Source: Guo et al., ICML 2017, section 4.2, with tracks in the place of images.
     """
     truth = track_labels(label, track)
+    _, cluster = np.unique(clusters_of(groups), return_inverse=True)
+    fold = cluster % TEMPERATURE_FOLDS  # [M]
 
-    def nll(temperature: float) -> float:
+    def losses(temperature: float) -> NDArray[np.float64]:
         mean, _ = mean_probability(logits, track, temperature)
-        given = np.maximum(mean[np.arange(len(truth)), truth], np.finfo(np.float64).tiny)
-        return float(-np.log(given).mean())
+        given = mean[np.arange(len(truth)), truth]
+        return -np.log(np.maximum(given, np.finfo(np.float64).tiny))  # [M]
 
-    if bool((mean_probability(logits, track)[1] == truth).all()):
+    right = mean_probability(logits, track)[1] == truth
+
+    def fitted(seen: NDArray[np.bool_]) -> float | None:
+        if right[seen].all():
+            return None
+        temperature = best_temperature(lambda t: float(losses(t)[seen].mean()))
+        return None if is_at_bound(temperature) else temperature
+
+    whole = fitted(np.ones(len(truth), bool))
+    if whole is None or cluster.max() == 0:
         return None
-    temperature = best_temperature(nll)
-    return None if is_at_bound(temperature) else temperature
+    plain = losses(1.0)
+    unseen = plain.copy()
+    for k in np.unique(fold):
+        without = fitted(fold != k)
+        if without is not None:
+            unseen[fold == k] = losses(without)[fold == k]
+    return whole if unseen.mean() < plain.mean() else None

@@ -280,7 +280,7 @@ def _print_plan(plan: "PackPlan", rule: str) -> None:
     from rich.table import Table
 
     from mgc_dist import record
-    from mgc_dist.card import not_controlled
+    from mgc_dist.card import kept_apart, not_controlled
 
     table = Table(title=f"{len(plan.tracks)} tracks, {len(plan.genres)} genres, split {rule}")
     for column in ("split", "tracks", "artists", "segments"):
@@ -298,8 +298,8 @@ def _print_plan(plan: "PackPlan", rule: str) -> None:
         ids = [id_ for id_, why in plan.excluded.items() if why == reason]
         named = ", ".join(ids) if count <= 5 else f"{count} tracks such as {ids[0]}"
         console.print(f"left out: {named}: {reason}")
-    console.print("leak check: no track and no known artist is in two splits")
     unknown = sum(track.group is None for track in plan.tracks)
+    console.print(f"leak check: {kept_apart(len(plan.tracks) - unknown)}")
     if note := not_controlled(rule, unknown, len(plan.tracks)):
         console.print(f"not controlled: {note}")
 

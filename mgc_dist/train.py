@@ -512,7 +512,7 @@ def _resume(fit: "Fit") -> tuple["State", "Changes"]:
     folder = resume.all_choose(config, peers)
     changes: Changes = {}
     if folder is None:
-        state = State()
+        state = State(best_by=config.select)
     else:
         facts = checkpoint.facts(folder)
         changes = resume.refuse_change(
@@ -520,11 +520,9 @@ def _resume(fit: "Fit") -> tuple["State", "Changes"]:
         )
         stage = fit.engine.zero_stage
         reshape = resume.must_reshape(folder, world=peers.world, zero_stage=stage)
-        state = State(**fit.engine.all_load(folder, reshape=reshape))
+        state = State.restored(fit.engine.all_load(folder, reshape=reshape))
         resume.refuse_position(changes, fit.plan, state.samples_seen)
-        best = (state.best_samples_seen, state.best_macro_f1)
-        if not peers.all_decide(lambda: resume.holds_best(config.run, *best)):
-            state.best_samples_seen, state.best_macro_f1 = 0, -1.0  # the next validation exports
+        _keep_best(fit, state)
         log.info("resuming from %s", folder)
         if reshape:
             log.info(
@@ -540,6 +538,25 @@ def _resume(fit: "Fit") -> tuple["State", "Changes"]:
             cure=f"{config.run / 'train.log'} says what happened; then raise --max-tries once",
         )
     return state, changes
+
+
+def _keep_best(fit: "Fit", state: "State") -> None:
+    """Forget a best model that RUN/best does not hold, or that was chosen in another way.
+
+    The next validation is then the best. A collective.
+    """
+    from mgc_dist import resume
+
+    output = fit.config.output
+    best = (state.best_samples_seen, state.best_loss)
+    held = fit.ranks.all_decide(lambda: resume.holds_best(output.run, *best))
+    if held and state.best_by != output.select and fit.ranks.is_first:
+        log.warning(
+            "--select is %s, and was %s: the best model is sought anew, from here on",
+            *(output.select, state.best_by),
+        )
+    if not held or state.best_by != output.select:
+        state.forget_best(output.select)
 
 
 def _open_run(fit: "Fit", held: "Lease", state: "State", changes: "Changes") -> None:
@@ -605,10 +622,13 @@ def _close_run(fit: "Fit", held: "Lease", state: "State", outcome: str) -> None:
     held.check()
     (fit.run / (DONE if outcome == "done" else REQUEUE)).touch()
     fit.journal.status(outcome, samples_seen=state.samples_seen, total=fit.plan.total, exit_code=0)
-    if outcome == "done":
+    if outcome == "done" and state.best_loss is None:
+        log.warning("done; no validation gave finite logits, so there is no best model")
+    elif outcome == "done":
+        epoch = state.best_samples_seen / fit.plan.rows
         log.info(
-            "done; best validation track macro-F1 %.3f after epoch %.2f is in %s",
-            *(state.best_macro_f1, state.best_samples_seen / fit.plan.rows, fit.run / "best"),
+            "done; the best model (--select %s) is that of epoch %.2f: %s",
+            *(state.best_by, epoch, fit.run / "best"),
         )
         log.info("next: deepspeed launch/evaluate.py %s", fit.run)
 

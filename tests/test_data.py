@@ -189,9 +189,11 @@ with ShardSet(Path(sys.argv[1])) as data:
                 for batch in reader:
                     pass
     walk(10)
-    bound = (4 + 2) * 8 * 2 * 8000 + (16 << 20)  # (read_ahead + 2) batches, two thread stacks
+    # (read_ahead + 2) batches; stacks of threads, 8 MiB each, of which glibc keeps up to 40 MiB
+    # when they have ended, while the next ones start; 16 heaps of malloc, one a thread
+    bound = (4 + 2) * 8 * 2 * 8000 + (40 << 20) + 4 * (8 << 20) + 16 * (2 << 20)
     resource.setrlimit(resource.RLIMIT_DATA, (used() + bound,) * 2)
-    walk(300)  # 320 MB through that
+    walk(600)  # six times as much through that
     try:
         kept = [bytearray(1 << 20) for _ in range(128)]
     except MemoryError:

@@ -33,15 +33,36 @@ def words(text: Html | None) -> str:
 
 def test_the_verdict(run: Path) -> None:
     figures = json.loads((run / "evaluation" / "test.json").read_text())
-    track, (low, high) = figures["track"], figures["intervals"]["tracks"]["accuracy"]
+    track, (low, high) = figures["track"], figures["intervals"]["groups"]["accuracy"]
     shown = words(findings.verdict(Dossier(run)))
-    assert f"{track['accuracy']:.3f} track accuracy 95 % interval {low:.3f} to {high:.3f}" in shown
+    told = f"95 % interval {low:.3f} to {high:.3f} over artists"
+    assert f"{track['accuracy']:.3f} track accuracy {told}" in shown
     assert f"{track['macro_f1']:.3f} macro-F1" in shown
     assert "6 tracks of the test split" in shown
     assert "0.333 chance, 3 genres naming the largest genre: 0.333" in shown
     best = Dossier(run).best
     assert best is not None
-    assert f"that of epoch {best['epoch']:.2f}, chosen by macro-F1" in shown
+    assert f"that of epoch {best['epoch']:.2f}, chosen for the least NLL" in shown
+    figures["intervals"] |= {"groups": None, "known_groups": 0}
+    edit(run, intervals=figures["intervals"])
+    assert "by track; artists unknown, so too narrow" in words(findings.verdict(Dossier(run)))
+
+
+def test_how_the_model_was_chosen_is_told(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for select, told in (
+        ("nll", "for the least NLL over tracks"),
+        ("macro-f1", "by macro-F1 on the validation split"),
+        ("last", "because it was the last one that was validated"),
+        (None, "by macro-F1 on the validation split"),  # version 0.1.0 did not write it
+    ):
+        for line in lines:
+            if line["event"] == "validation":
+                line.pop("select", None)
+                line |= {} if select is None else {"select": select}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert told in words(findings.verdict(Dossier(run)))
 
 
 def test_before_an_evaluation_validation_is_shown_as_what_it_is(
@@ -69,15 +90,17 @@ def test_all_figures_groups_and_other_evaluations(run: Path, shards: Path) -> No
     edit(run, aggregates=None, intervals=None)
     shown = words(findings.details(Dossier(run)))
     assert "tracks 6 " in shown
-    assert "Intervals when" not in shown
+    assert "Intervals" not in shown
 
 
 def test_calibration_tells_before_and_after(run: Path) -> None:
     shown = words(findings.calibration(Dossier(run)))
-    assert "error 0.125, 0.062 after dividing the logits by 1.40" in shown
+    assert "error 0.125 with the logits divided by 1.40" in shown
     assert "fitted on the validation split" in shown
-    edit(run, temperature=None)
-    assert "after dividing" not in words(findings.calibration(Dossier(run)))
+    assert "0.062 without it (NLL 1.125)" in shown
+    for other in (None, {"value": 1.4, "nll": 1.125, "ece": 0.0625}):  # as version 0.1.0 wrote it
+        edit(run, temperature=other)
+        assert "divided" not in words(findings.calibration(Dossier(run)))
 
 
 def test_groups_and_the_worst_of_them(run: Path) -> None:

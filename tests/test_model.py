@@ -1,5 +1,6 @@
 """Both flavours of wav2vec2, checkpoints of other tasks, freezing, export, refusals."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import (
     pipeline,
 )
 
-from mgc_dist import exported, model
+from mgc_dist import exported, hub, model
 from mgc_dist.backbone import build_bias, fingerprint
 from mgc_dist.errors import UserError
 from mgc_dist.hub import normalise
@@ -283,3 +284,55 @@ def test_fingerprint_sees_weights_and_settings_but_not_the_path(
     assert fingerprint(backbone, "pass float32") != first
     rates = {fingerprint(build_bias("logmel", sample_rate=r)) for r in (8000, RATE)}
     assert len(rates) == 2
+
+
+def write_custom_code(folder: Path, mark: Path) -> Path:
+    """A model folder whose own code writes a file when it runs."""
+    folder.mkdir()
+    settings = {
+        "model_type": "music-of-theirs",
+        "architectures": ["Theirs"],
+        "auto_map": {
+            "AutoConfig": "theirs.TheirConfig",
+            "AutoModel": "theirs.Theirs",
+            "AutoModelForAudioClassification": "theirs.Theirs",
+            "AutoFeatureExtractor": "theirs.TheirExtractor",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    code = f"""open({str(mark)!r}, "w").close()
+from transformers import PretrainedConfig
+class TheirConfig(PretrainedConfig):
+    model_type = "music-of-theirs"
+"""
+    (folder / "theirs.py").write_text(code)
+    return folder
+
+
+def test_custom_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal it used to ask, and to run the folder's code after a "y"."""
+    asked, mark = [], tmp_path / "ran"
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    folder = str(write_custom_code(tmp_path / "theirs", mark))
+    loads = (
+        lambda: build(folder),
+        lambda: model.describe_main(
+            folder,
+            GENRES,
+            freeze="none",
+            frozen_layers=None,
+            activation_checkpointing=False,
+            segment_samples=8000,
+        ),
+        lambda: build_bias(folder, sample_rate=RATE),
+        lambda: hub.feature_extractor(folder, RATE),
+        lambda: exported.load_exported(Path(folder)),
+    )
+    for load in loads:
+        with pytest.raises(UserError, match="custom code is not supported yet") as error:
+            load()
+        assert "a model with custom code (`auto_map` in its config.json)" in str(error.value)
+        assert "hf download" not in str(error.value)
+    assert not asked
+    assert not mark.exists()

@@ -72,12 +72,14 @@ def test_groups_are_drawn_only_where_they_are_known() -> None:
     assert alone["tracks"]["accuracy"][0] <= 2 / 3 <= alone["tracks"]["accuracy"][1]
 
 
-def test_figures_after_the_temperature_stand_beside_the_raw_ones() -> None:
+def test_figures_without_the_temperature_stand_beside_those_with_it() -> None:
     found = told(*measured())
-    rows = np.array([[0.9, 0.1], [0.3, 0.7], [0.6, 0.4], [0.7, 0.3]]) ** 0.5
+    rows = np.array([[0.9, 0.1], [0.3, 0.7], [0.6, 0.4], [0.7, 0.3]]) ** 2.0
     rows /= rows.sum(1, keepdims=True)
     truth = np.array([rows[0, 0], rows[1, 1], rows[2:, 1].mean()])
-    assert found["temperature"]["nll"] == pytest.approx(-np.log(truth).mean(), rel=1e-5)
+    without = found["temperature"]["without"]
+    assert without["nll"] == pytest.approx(-np.log(truth).mean(), rel=1e-5)
+    assert without["accuracy"] == pytest.approx(2 / 3)
     assert found["temperature"]["fitted_on"] == "validation"
     assert found["track"]["nll"] == pytest.approx(-np.log([0.9, 0.7, 0.35]).mean(), rel=1e-5)
     assert told(*measured(temperature=None))["temperature"] is None

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -94,10 +94,15 @@ def test_what_best_holds_is_known(tmp_path: Path) -> None:
     journal = Journal(tmp_path, writes=True)
     for seen, figure, exported in ((10, 0.4, True), (20, 0.5, True), (30, 0.3, False)):
         journal.write("validation", samples_seen=seen, track_macro_f1=figure, exported=exported)
-    assert resume.holds_best(tmp_path, 20, 0.5)
-    journal.write("validation", samples_seen=40, track_macro_f1=0.9, exported=True)
+    assert resume.holds_best(tmp_path, 20, -0.5), "as version 0.1.0 wrote it"
+    figures: dict[str, Any] = {"track_macro_f1": 0.9, "select": "nll", "exported": True}
+    journal.write("validation", samples_seen=40, select_loss=0.25, **figures)
+    assert not resume.holds_best(tmp_path, 20, -0.5), "a run that goes back before 40 lost it"
+    assert resume.holds_best(tmp_path, 40, 0.25)
+    journal.write("validation", samples_seen=50, select_loss=0.125, **figures)
     journal.close()
-    assert not resume.holds_best(tmp_path, 20, 0.5), "a run that goes back before 40 lost it"
+    assert not resume.holds_best(tmp_path, 40, 0.25)
+    assert not resume.holds_best(tmp_path, 50, 0.25)
 
 
 def test_fresh_moves_everything_but_the_lease(tmp_path: Path) -> None:

@@ -64,8 +64,11 @@ def nll(logits: np.ndarray, label: np.ndarray, track: np.ndarray, temperature: f
     return float(np.mean(total))
 
 
+ALONE = [None] * 120
+
+
 def test_temperature_is_where_the_likelihood_of_the_tracks_is_best(drawn) -> None:
-    found = fit_temperature(*drawn)
+    found = fit_temperature(*drawn, ALONE)
     grid = np.exp(np.linspace(np.log(0.05), np.log(20), 400))
     best = grid[np.argmin([nll(*drawn, temperature) for temperature in grid])]
     assert found == pytest.approx(best, rel=0.02)
@@ -76,7 +79,8 @@ def test_temperature_is_where_the_likelihood_of_the_tracks_is_best(drawn) -> Non
 def test_with_one_segment_a_track_it_is_the_temperature_of_the_rows(drawn) -> None:
     logits, label, _ = drawn
     expected = fit_of_rows(logits.astype(np.float64), label)
-    assert fit_temperature(logits, label, np.arange(600)) == pytest.approx(expected, rel=1e-3)
+    found = fit_temperature(logits, label, np.arange(600), [None] * 600)
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_mean_probability_divides_by_the_temperature(drawn) -> None:
@@ -90,6 +94,48 @@ def test_mean_probability_divides_by_the_temperature(drawn) -> None:
 def test_no_temperature_where_there_is_no_best_one(drawn) -> None:
     _, label, track = drawn
     sure = np.eye(4, dtype=np.float32)[label] * 4
-    assert fit_temperature(sure, label, track) is None, "all right: the lower the better"
+    assert fit_temperature(sure, label, track, ALONE) is None, "all right: the lower the better"
     wrong = np.roll(np.eye(4, dtype=np.float32)[label] * 9, 1, axis=1)
-    assert fit_temperature(wrong, label, track) is None, "all wrong: the higher the better"
+    assert fit_temperature(wrong, label, track, ALONE) is None, "all wrong: the higher the better"
+
+
+def test_a_temperature_that_does_not_help_tracks_it_has_not_seen_is_not_accepted() -> None:
+    """40 calibrated tracks: the best T is never quite 1, and a part of what it wins is chance."""
+    accepted, worse, tries = 0, 0, 40
+    for seed in range(tries):
+        rng = np.random.default_rng(seed)
+        logits = 2 * rng.normal(size=(80, 4))
+        drawn = [rng.choice(4, p=row) for row in softmax(logits, axis=1)]
+        here = logits[:40].astype(np.float32), np.array(drawn[:40]), np.arange(40)
+        found = fit_temperature(*here, [None] * 40)
+        if found is not None:
+            accepted += 1
+            there = logits[40:].astype(np.float32), np.array(drawn[40:]), np.arange(40)
+            worse += nll(*there, found) > nll(*there, 1.0)
+    assert accepted < tries / 2, "before, all of them were"
+    assert worse < tries / 4
+
+
+def test_artists_are_left_out_whole() -> None:
+    """Two artists, one all right and one all wrong: each tells nothing about the other."""
+    label = np.zeros(40, np.int64)
+    logits = np.zeros((40, 2), np.float32)
+    logits[:30, 0] = logits[30:, 1] = 5.0
+    here = logits, label, np.arange(40)
+    assert fit_temperature(*here, [None] * 40) > 2, "track by track, any of them tells of the rest"
+    assert fit_temperature(*here, ["one"] * 30 + ["other"] * 10) is None
+    assert fit_temperature(*here, ["one"] * 40) is None, "nobody is left to judge by"
+
+
+def test_what_select_compares_by_and_rows_that_are_not_finite() -> None:
+    logits = of((0.9, 0.1), (0.4, 0.6))
+    found = judge(logits, np.zeros(2, np.int64), np.arange(2), "validation")
+    assert found.loss_by("nll") == pytest.approx(-np.log([0.9, 0.4]).mean(), rel=1e-6)
+    assert found.loss_by("macro-f1") == pytest.approx(-(2 / 3) / 2)
+    assert found.loss_by("last") == 0
+    assert found.rows_not_finite == 0
+    for bad in (np.nan, np.inf):
+        logits[1, 0] = bad
+        with np.errstate(invalid="ignore"):
+            found = judge(logits, np.zeros(2, np.int64), np.arange(2), "validation")
+        assert found.rows_not_finite == 1

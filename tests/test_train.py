@@ -3,20 +3,22 @@
 import json
 import os
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import NOISY, build_tiny, run_ranks, write_model
 from harness import slow, weights_hash
 
-from mgc_dist import checkpoint, flops, train
+from mgc_dist import checkpoint, evaluate, flops, train
 from mgc_dist import fit as fit_module
 from mgc_dist.config import (
     DataConfig,
     EngineConfig,
+    EvaluateConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -25,7 +27,9 @@ from mgc_dist.config import (
 )
 from mgc_dist.errors import PeerLost, UserError
 from mgc_dist.exported import load_exported
+from mgc_dist.fit import State
 from mgc_dist.journal import read_metrics, read_status
+from mgc_dist.score import judge
 
 
 def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
@@ -57,6 +61,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "final_lr_fraction": 0.02,
         "change": (),
         "validate_every_epochs": 1.0,
+        "select": "nll",
         "cache": "none",
         "cache_dtype": "auto",
         "cache_dir": None,
@@ -111,6 +116,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
             fresh=knobs["fresh"],
             change=knobs["change"],
             validate_every_epochs=knobs["validate_every_epochs"],
+            select=knobs["select"],
         ),
     )
 
@@ -523,7 +529,91 @@ def test_a_checkpoint_that_goes_on_in_a_new_folder_gets_a_best_model_there(
     train_on(1, again)  # nothing is learned any more, so no figure gets better than the old best
     assert (new / "best" / "model.safetensors").is_file()
     lines = read_metrics(new, "validation")
-    assert [line["exported"] for line in lines] == [True, *[False] * (len(lines) - 1)]
+    assert len({line["track_nll"] for line in lines}) == 1
+    assert all(line["exported"] for line in lines), "a tie goes to the later one"
+
+
+def test_a_model_that_is_chosen_in_another_way_is_sought_anew(
+    shards: Path,
+    table: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    knobs: dict[str, Any] = {"validate_every_epochs": 10 / 66, "epochs": 1.0}
+    assert run_ranks(1, train_until, 2, config(shards, tiny_model, run, **knobs)) == [0]
+    before = len(read_metrics(run, "validation"))
+    train_on(1, config(shards, tiny_model, run, resume="auto", select="last", **knobs))
+    after = read_metrics(run, "validation")[before:]
+    assert [line["exported"] for line in after] == [True] * len(after)
+    assert "--select is last, and was nll" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("select", ["nll", "macro-f1", "last"])
+def test_the_best_model_is_that_of_the_best_validation(
+    select: str, shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    knobs: dict[str, Any] = {"validate_every_epochs": 10 / 66, "epochs": 2.0, "lr": 3e-3}
+    train_on(1, config(shards, tiny_model, run, select=select, head_lr=3e-2, **knobs))
+    lines = read_metrics(run, "validation")
+    figure = {
+        "nll": [line["track_nll"] for line in lines],
+        "macro-f1": [-line["track_macro_f1"] for line in lines],
+        "last": [0.0] * len(lines),
+    }[select]
+    kept = [all(figure[k] <= other for other in figure[:k]) for k in range(len(lines))]
+    assert [line["exported"] for line in lines] == kept
+    assert not all(kept) or select != "nll", "nothing was chosen"
+    last = max(k for k, is_kept in enumerate(kept) if is_kept)
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run, split="validation"))
+    found = json.loads((run / "evaluation" / "validation.json").read_text())
+    told = found["temperature"]["without"] if found["temperature"] else found["track"]
+    assert told["nll"] == pytest.approx(lines[last]["track_nll"], rel=1e-5)
+
+
+def diverge_at(validation: int, settings: TrainConfig) -> int:
+    """One validation gives a logit that is no number."""
+    score, seen = fit_module.all_score, []
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        found = score(*args, **kwargs)
+        seen.append(found)
+        if len(seen) != validation:
+            return found
+        logits = found.logits.copy()
+        logits[5, 1] = np.nan
+        return judge(logits, found.row_label, found.row_track, "validation")
+
+    fit_module.all_score = broken
+    return train.run(settings)
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    knobs: dict[str, Any] = {"validate_every_epochs": 0.5, "epochs": 1.0, "select": "last"}
+    assert run_ranks(1, diverge_at, 2, config(shards, tiny_model, run, **knobs)) == [0]
+    lines = read_metrics(run, "validation")
+    assert [line["exported"] for line in lines] == [True, False]
+    assert [line["segments_not_finite"] for line in lines] == [0, 1]
+    told = "the logits of 1 of 66 validation segments are not finite: this model is not kept"
+    assert told in (run / "train.log").read_text()
+    none = tmp_path / "none"
+    knobs["validate_every_epochs"] = 1.0
+    assert run_ranks(1, diverge_at, 1, config(shards, tiny_model, none, **knobs)) == [0]
+    assert not (none / "best").exists()
+    assert "no validation gave finite logits" in (none / "train.log").read_text()
+
+
+def test_what_version_0_1_0_wrote_into_a_checkpoint_is_read() -> None:
+    old = {"samples_seen": 40, "best_samples_seen": 20, "refused_in_a_row": 0}
+    found = State.restored(old | {"best_macro_f1": 0.5, "owes_validation": False})
+    assert (found.best_by, found.best_loss, found.samples_seen) == ("macro-f1", -0.5, 40)
+    assert State.restored(old | {"best_macro_f1": -1.0}).best_loss is None
+    assert State.restored(asdict(found)) == found
 
 
 def lose_the_lease(settings: TrainConfig) -> int:
