@@ -23,11 +23,13 @@ import torch
 from freezing import SIZES
 from measure import machine
 
-from mgc_dist import features, files, flops
+from mgc_dist import files
 from mgc_dist.config import ModelConfig
-from mgc_dist.features import Facts, Features
-from mgc_dist.model import build_main
-from mgc_dist.rowfile import RowFile
+from mgc_dist.data import features
+from mgc_dist.data.features import Facts, Features
+from mgc_dist.data.rowfile import RowFile
+from mgc_dist.models import flops
+from mgc_dist.models.main import build_main
 
 LENGTH = 48_000
 ROWS = 512

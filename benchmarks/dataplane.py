@@ -30,10 +30,11 @@ import measure
 import numpy as np
 from numpy.typing import NDArray
 
-from mgc_dist import record, shard
+from mgc_dist import shard
 from mgc_dist.config import ShardConfig
-from mgc_dist.data import Reader, ShardSet
-from mgc_dist.plan import Plan, lay_out, training_batches
+from mgc_dist.data import record
+from mgc_dist.data.order import Plan, lay_out, training_batches
+from mgc_dist.data.reader import Reader, ShardSet
 
 WORLDS = (1, 8, 64, 512)
 GLOBAL_BATCH, MICRO_BATCH = 1024, 8

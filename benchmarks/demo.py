@@ -20,7 +20,7 @@ from typing import Any
 from measure import machine
 from shortcut import do, summary
 
-from mgc_dist.checkpoint import FOLDER
+from mgc_dist.training.checkpoint import FOLDER
 
 DEEPSPEED = [Path(sys.executable).with_name("deepspeed"), "--log_level", "error", "--num_gpus", 2]
 LOSSES = {"poe": "product of experts, beta 0.5", "ce": "plain cross-entropy"}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from measure import machine
 
-from mgc_dist.model import build_main
+from mgc_dist.models.main import build_main
 
 SIZES: dict[str, dict[str, Any]] = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072},

@@ -156,7 +156,7 @@ def checks(job: Job) -> dict[str, Any]:
 
     For both flavours of wav2vec2, in float32 (no TF32) and under bf16 autocast.
     """
-    from mgc_dist.hidden import float32
+    from mgc_dist.bias_model.states import float32
 
     torch.manual_seed(0)
     wave = torch.randint(-9000, 9000, (4, SAMPLES), dtype=torch.int16)
@@ -182,7 +182,7 @@ def checks(job: Job) -> dict[str, Any]:
 
 def build(model: str | Path, freeze: str, cache: str) -> Any:
     """A main model from random weights."""
-    from mgc_dist.model import build_main
+    from mgc_dist.models.main import build_main
 
     return build_main(
         str(model),
@@ -276,9 +276,9 @@ def bias_pass(job: Job) -> dict[str, Any]:
     """The frozen bias model in float32, as its pass has it: batches of 32 on the device."""
     from transformers import AutoConfig, AutoModel
 
-    from mgc_dist.backbone import HiddenMean
-    from mgc_dist.flops import count
-    from mgc_dist.hidden import float32
+    from mgc_dist.bias_model.states import float32
+    from mgc_dist.models.backbone import HiddenMean
+    from mgc_dist.models.flops import count
 
     torch.manual_seed(0)
     settings = json.loads(Path(job.model("bias")).read_text())
@@ -298,8 +298,8 @@ def bias_pass(job: Job) -> dict[str, Any]:
 
 def reader(job: Job) -> dict[str, Any]:
     """Segments a second that one thread reads from the shards, as training asks for them."""
-    from mgc_dist.data import Reader, ShardSet
-    from mgc_dist.plan import Plan, lay_out, training_batches
+    from mgc_dist.data.order import Plan, lay_out, training_batches
+    from mgc_dist.data.reader import Reader, ShardSet
 
     with ShardSet(job.folder / "shards") as shards:
         first, stop = shards.rows_of("train")
@@ -327,7 +327,7 @@ def prepare(folder: Path, models: dict[str, dict[str, Any]], tracks_per_genre: i
     import numpy as np
 
     from mgc_dist import shard, synth
-    from mgc_dist.data import ShardSet
+    from mgc_dist.data.reader import ShardSet
 
     with redirect_stdout(sys.stderr):
         synth.run(SynthConfig(out=folder, tracks_per_genre=tracks_per_genre))
@@ -347,8 +347,8 @@ def prepare(folder: Path, models: dict[str, dict[str, Any]], tracks_per_genre: i
 
 def largest_micro_batch(job: Job, case: Case, memory_gib: float | None) -> int:
     """The largest power of two that arithmetic sees room for."""
-    from mgc_dist.forecast import activation_bytes, count_parts, memory_of
-    from mgc_dist.model import describe_main
+    from mgc_dist.models.main import describe_main
+    from mgc_dist.training.forecast import activation_bytes, count_parts, memory_of
 
     if memory_gib is None:
         return 4

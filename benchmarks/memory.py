@@ -28,8 +28,8 @@ import measure
 
 from mgc_dist import shard
 from mgc_dist.config import ShardConfig
-from mgc_dist.data import Reader, ShardSet
-from mgc_dist.plan import Plan, lay_out, training_batches
+from mgc_dist.data.order import Plan, lay_out, training_batches
+from mgc_dist.data.reader import Reader, ShardSet
 
 BATCH, READ_AHEAD, SLACK = 32, 4, 16 << 20
 

@@ -31,7 +31,7 @@ import measure
 import numpy as np
 import soundfile
 
-from mgc_dist import audio, record
+from mgc_dist.data import audio, record
 
 RATE, LENGTH, HOP, SOURCE_RATE = 16_000, 48_000, 24_000, 22_050
 
@@ -70,8 +70,9 @@ def ours(folder: Path, scratch: Path) -> Callable[[], int]:
     import rich.console  # before the clock starts, like the packages of the others
     import rich.table  # noqa: F401
 
-    from mgc_dist import card, pack, parts, shard, split  # noqa: F401
+    from mgc_dist import shard
     from mgc_dist.config import ShardConfig
+    from mgc_dist.packing import splits as split  # noqa: F401
 
     config = ShardConfig(
         data=folder / "genres_original", out=scratch / "out", split="stratified", jobs=1

@@ -44,10 +44,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mgc_dist import manifest, shard
+from mgc_dist import shard
 from mgc_dist.config import ShardConfig
-from mgc_dist.data import Reader, ShardSet
-from mgc_dist.plan import Plan, lay_out, training_batches
+from mgc_dist.data import manifest
+from mgc_dist.data.order import Plan, lay_out, training_batches
+from mgc_dist.data.reader import Reader, ShardSet
 
 RATE, LENGTH, BATCH, BUFFER = 16_000, 48_000, 32, 1000
 SOURCE_RATE, SOURCE_LENGTH = 22_050, 66_150

@@ -412,7 +412,7 @@ def of_stage(
 
 def describe(path: str, freeze: str) -> Any:
     """A model without weights, from its configuration."""
-    from mgc_dist.model import describe_main
+    from mgc_dist.models.main import describe_main
 
     return describe_main(
         path,
@@ -468,7 +468,7 @@ GPU_BUCKET_BYTES = 4 * 50e6
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
     """Steps of wav2vec2-large on H100s, by the model and the assumptions above."""
-    from mgc_dist.flops import count
+    from mgc_dist.models.flops import count
 
     path = folder / "large.json"
     path.write_text(json.dumps(SIZES["large"].main))

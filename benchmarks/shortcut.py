@@ -33,11 +33,11 @@ import numpy as np
 from measure import machine
 from numpy.typing import NDArray
 
-from mgc_dist import manifest
-from mgc_dist.data import ShardSet, open_index
+from mgc_dist.bias_model.states import STATES
+from mgc_dist.data import manifest
+from mgc_dist.data.reader import ShardSet, open_index
 from mgc_dist.files import replace_text
-from mgc_dist.hidden import STATES
-from mgc_dist.intervals import student
+from mgc_dist.scoring.intervals import student
 
 ROOT = Path(__file__).resolve().parent.parent
 FITTED, UNTRAINED, ORACLE = "fitted", "untrained", "oracle"

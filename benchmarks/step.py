@@ -269,8 +269,8 @@ def genres_and_order(job: Job) -> tuple[list[str], list[int], list[int]]:
     """Genres, labels by place in the training split, and the places in the order of `train`."""
     import numpy as np
 
-    from mgc_dist.data import ShardSet
-    from mgc_dist.plan import Plan
+    from mgc_dist.data.order import Plan
+    from mgc_dist.data.reader import ShardSet
 
     with ShardSet(job.folder / "shards") as shards:
         first, stop = shards.rows_of("train")
@@ -283,7 +283,7 @@ def genres_and_order(job: Job) -> tuple[list[str], list[int], list[int]]:
 
 def main_net(job: Job, genres: Sequence[str]) -> Any:
     """The main model as transformers knows it, with the weights that `train` gives it."""
-    from mgc_dist.model import build_main
+    from mgc_dist.models.main import build_main
 
     return build_main(
         str(job.own / "main.json"),
@@ -375,8 +375,8 @@ def segments_in_memory(job: Job, labels: list[int], order: list[int]) -> list[di
     """The segments in the order of `train`, normalised as float32."""
     import torch
 
-    from mgc_dist.data import ShardSet
-    from mgc_dist.hub import normalise
+    from mgc_dist.data.reader import ShardSet
+    from mgc_dist.models.hub import normalise
 
     with ShardSet(job.folder / "shards") as shards:
         first, _ = shards.rows_of("train")
@@ -527,8 +527,8 @@ def make_table(job: Job, say: TextIO) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from mgc_dist.data import ShardSet
-    from mgc_dist.hub import normalise
+    from mgc_dist.data.reader import ShardSet
+    from mgc_dist.models.hub import normalise
 
     with ShardSet(job.folder / "shards") as shards:
         genres, keys, (first, stop) = shards.manifest.genres, shards.keys(), shards.rows_of("train")
@@ -794,8 +794,8 @@ def ratio(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], size: Size) ->
 
 def work(job: Job) -> dict[str, float]:
     """GFLOP of a segment as it is frozen, and the ratios of speed that follow from them alone."""
-    from mgc_dist import flops
-    from mgc_dist.model import describe_main
+    from mgc_dist.models import flops
+    from mgc_dist.models.main import describe_main
 
     def counted(name: str, freeze: str, layers: int | None) -> flops.SegmentFlops:
         model = describe_main(

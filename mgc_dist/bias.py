@@ -13,10 +13,10 @@ from mgc_dist.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mgc_dist.data import ShardSet
-    from mgc_dist.hidden import Facts
-    from mgc_dist.manifest import Manifest
-    from mgc_dist.ranks import Ranks
+    from mgc_dist.bias_model.states import Facts
+    from mgc_dist.cluster.ranks import Ranks
+    from mgc_dist.data.manifest import Manifest
+    from mgc_dist.data.reader import ShardSet
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,13 @@ def run(config: BiasConfig) -> None:
     Raises:
         UserError: no shards, no model, or a table with other settings is in the way.
     """
-    from mgc_dist import preflight
+    from mgc_dist.cluster import preflight
 
     preflight.begin(run=None, device=config.device)
-    from mgc_dist import ranks, rendezvous, stage
-    from mgc_dist.data import ShardSet
+    from mgc_dist.cluster import meeting as rendezvous
+    from mgc_dist.cluster import ranks
+    from mgc_dist.data import fetch as stage
+    from mgc_dist.data.reader import ShardSet
 
     with rendezvous.meet(cli.flags_of(config), wait_s=config.stage_timeout_s) as meeting:
         folder = stage.at_hand(
@@ -52,8 +54,8 @@ def run(config: BiasConfig) -> None:
 
 def _make(config: BiasConfig, shards: "ShardSet", peers: "Ranks") -> None:
     """Do what is missing: the pass, the heads, the report."""
-    from mgc_dist import backbone as backbones
-    from mgc_dist import hidden
+    from mgc_dist.bias_model import states as hidden
+    from mgc_dist.models import backbone as backbones
 
     found = shards.manifest
     shards.rows_of("train")  # heads are fitted on training rows: refused before the pass
@@ -108,8 +110,8 @@ def _deal(config: BiasConfig, found: "Manifest") -> dict[str, int]:
     """Group -> fold of every training group; none of the folds is empty."""
     from collections import Counter
 
-    from mgc_dist.heads import refuse_empty_folds
-    from mgc_dist.split import deal_folds
+    from mgc_dist.bias_model.heads import refuse_empty_folds
+    from mgc_dist.packing.splits import deal_folds
 
     training = [track for track in found.labelled_tracks() if track.split == "train"]
     folds = deal_folds(training, config.folds, config.seed)
@@ -146,7 +148,7 @@ def _remove_if_empty(folder: "Path") -> None:
 def _is_made(
     config: BiasConfig, found: "Manifest", bias_hash: str, layers: tuple[int, ...]
 ) -> bool:
-    from mgc_dist import logits
+    from mgc_dist.bias_model import table as logits
 
     if config.overwrite or not (config.table / logits.HEADER).is_file():
         return False
@@ -180,9 +182,11 @@ def _fit_and_write(
 ) -> None:
     import numpy as np
 
-    from mgc_dist import bias_report, hidden, logits
-    from mgc_dist.heads import cross_fit, head_hash
-    from mgc_dist.tracks import group_key
+    from mgc_dist.bias_model import states as hidden
+    from mgc_dist.bias_model import summary as bias_report
+    from mgc_dist.bias_model import table as logits
+    from mgc_dist.bias_model.heads import cross_fit, head_hash
+    from mgc_dist.data.tracks import group_key
 
     found = shards.manifest
     keys = [group_key(track.id, track.group) for track in found.tracks]
@@ -216,7 +220,8 @@ def _fit_and_write(
 
 def _report(config: BiasConfig, shards: "ShardSet", *, write: bool) -> None:
     """Print the report, and write it where it is new or missing (rank 0)."""
-    from mgc_dist import bias_report, logits
+    from mgc_dist.bias_model import summary as bias_report
+    from mgc_dist.bias_model import table as logits
 
     table = logits.read(config.table, shards.manifest, shards.keys)
     report = bias_report.make(table, shards.manifest, shards.labels, shards.tracks)

@@ -12,8 +12,9 @@ def run(config: CompareConfig) -> None:
     """
     import json
 
-    from mgc_dist import conditions, paired, results, tables
     from mgc_dist.files import replace_text
+    from mgc_dist.report import comparison, tables
+    from mgc_dist.scoring import conditions, paired, results
 
     found = [results.read(run, config.result_name) for run in config.runs]
     picture = config.folder / "comparison.png"
@@ -21,7 +22,7 @@ def run(config: CompareConfig) -> None:
         report = paired.compare(
             found[0], found[1], config.result_name, resamples=config.resamples, seed=config.seed
         )
-        paired.draw(picture, report)
+        comparison.draw_pair(picture, report)
         tables.pair(report)
     else:
         runs = []
@@ -29,7 +30,7 @@ def run(config: CompareConfig) -> None:
             seed, settings = conditions.settings_of(result.run)
             runs.append(conditions.Run(result=result, seed=seed, settings=settings))
         report = conditions.compare(runs, config.result_name)
-        conditions.draw(picture, report)
+        comparison.draw_seeds(picture, report)
         tables.seeds(report)
     config.folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, ensure_ascii=False)

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from mgc_dist import cli
+from mgc_dist.cluster.lease import SEEN_WITHIN_S
+from mgc_dist.cluster.place import some_of
+from mgc_dist.cluster.preflight import Finding, Verdict
 from mgc_dist.config import DoctorConfig
 from mgc_dist.errors import EXIT_BAD_INPUT, UserError
 from mgc_dist.files import nearest
-from mgc_dist.lease import SEEN_WITHIN_S
-from mgc_dist.place import some_of
-from mgc_dist.preflight import Finding, Verdict
 
 if TYPE_CHECKING:
-    from mgc_dist.rendezvous import Facts, Meeting
+    from mgc_dist.cluster.meeting import Facts, Meeting
 
 
 def run(config: DoctorConfig) -> int:
@@ -30,8 +30,8 @@ def run(config: DoctorConfig) -> int:
         UserError: the ranks cannot meet, or have other code, flags or data.
         PeerLost: a rank does not come.
     """
-    from mgc_dist import preflight
-    from mgc_dist.place import place
+    from mgc_dist.cluster import preflight
+    from mgc_dist.cluster.place import place
 
     here = place()
     found = preflight.look(here, run=config.run, device=config.device)
@@ -41,7 +41,7 @@ def run(config: DoctorConfig) -> int:
         print(f"rank {here.rank} on {socket.gethostname()}", flush=True)
         _print(found)
         return EXIT_BAD_INPUT
-    from mgc_dist import rendezvous
+    from mgc_dist.cluster import meeting as rendezvous
 
     with rendezvous.meet(cli.flags_of(config), wait_s=config.wait_s) as meeting:
         found += _device(config, here.local_rank)
@@ -92,7 +92,7 @@ def _device(config: DoctorConfig, local_rank: int) -> Iterator[Finding]:
     """Which device would this rank compute on?"""
     import torch
 
-    from mgc_dist.ranks import device_of
+    from mgc_dist.cluster.ranks import device_of
 
     try:
         device = device_of(config.device, local_rank)
@@ -105,8 +105,9 @@ def _device(config: DoctorConfig, local_rank: int) -> Iterator[Finding]:
 
 def _data(config: DoctorConfig) -> tuple[Finding, str]:
     """Which data set and bias table are there? Also in short, to be compared between ranks."""
-    from mgc_dist import logits, manifest
-    from mgc_dist.data import ShardSet
+    from mgc_dist.bias_model import table as logits
+    from mgc_dist.data import manifest
+    from mgc_dist.data.reader import ShardSet
 
     if not (config.shards / manifest.NAME).is_file():
         sentence = f"no data set in {config.shards} yet: python -m mgc_dist.shard makes one"

@@ -8,13 +8,13 @@ from mgc_dist.config import EvaluateConfig, TrainConfig
 from mgc_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from mgc_dist.data import ShardSet
-    from mgc_dist.logits import BiasTable
-    from mgc_dist.manifest import Manifest
-    from mgc_dist.model import WaveClassifier
-    from mgc_dist.rendezvous import Meeting
-    from mgc_dist.report import Subject
-    from mgc_dist.score import SplitScores
+    from mgc_dist.bias_model.table import BiasTable
+    from mgc_dist.cluster.meeting import Meeting
+    from mgc_dist.data.manifest import Manifest
+    from mgc_dist.data.reader import ShardSet
+    from mgc_dist.models.main import WaveClassifier
+    from mgc_dist.report.evaluation import Subject
+    from mgc_dist.scoring.score import SplitScores
 
 
 def run(config: EvaluateConfig) -> None:
@@ -24,11 +24,13 @@ def run(config: EvaluateConfig) -> None:
         UserError: no model or data there, the genres of the two differ, or a bias table or a
             table of subgroups does not fit.
     """
-    from mgc_dist import preflight
+    from mgc_dist.cluster import preflight
 
     preflight.begin(run=None, device=config.device)
-    from mgc_dist import exported, rendezvous, stage
-    from mgc_dist.data import ShardSet
+    from mgc_dist.cluster import meeting as rendezvous
+    from mgc_dist.data import fetch as stage
+    from mgc_dist.data.reader import ShardSet
+    from mgc_dist.models import folder as exported
 
     with rendezvous.meet(cli.flags_of(config), wait_s=config.stage_timeout_s) as meeting:
         folder = exported.find_exported(config.run)
@@ -51,9 +53,10 @@ def _measure(
     config: EvaluateConfig, classifier: "WaveClassifier", shards: "ShardSet", meeting: "Meeting"
 ) -> None:
     """Walk the split, print and write what it shows (a collective)."""
-    from mgc_dist import page, ranks
-    from mgc_dist.display import progress
-    from mgc_dist.score import all_score
+    from mgc_dist.cluster import ranks
+    from mgc_dist.console import progress
+    from mgc_dist.report import page
+    from mgc_dist.scoring.score import all_score
 
     subject, notes = _subject(config, shards, classifier.temperature)
     with ranks.join(config.device, meeting=meeting) as peers:
@@ -80,8 +83,8 @@ def _subject(
     """What is measured, and what the reader should know about it."""
     import numpy as np
 
-    from mgc_dist import subgroups
-    from mgc_dist.report import Subject
+    from mgc_dist.report.evaluation import Subject
+    from mgc_dist.scoring import subgroups
 
     first, stop = shards.rows_of(config.split)
     label, track = shards.labels[first:stop], shards.tracks[first:stop]
@@ -126,7 +129,7 @@ def _bias_table(config: EvaluateConfig, shards: "ShardSet") -> "tuple[BiasTable 
     """The table that says what the bias model knows, or why there is none."""
     import json
 
-    from mgc_dist import logits
+    from mgc_dist.bias_model import table as logits
 
     if config.bias_table:
         return logits.read(config.bias_table, shards.manifest, shards.keys), []
@@ -218,8 +221,10 @@ def _tell(
     config: EvaluateConfig, subject: "Subject", result: "SplitScores", notes: list[str]
 ) -> None:
     """Write and print the figures (rank 0)."""
-    from mgc_dist import exported, report, tables
     from mgc_dist.files import fingerprint
+    from mgc_dist.models import folder as exported
+    from mgc_dist.report import evaluation as report
+    from mgc_dist.report import tables
 
     figures = report.summary(subject, result, resamples=config.resamples, seed=config.seed)
     weights = exported.find_exported(config.run) / exported.WEIGHTS

@@ -38,8 +38,8 @@ def run(config: ExportConfig) -> None:
         UserError: no best model in the run, one that transformers cannot load, or a folder with
             files in the way.
     """
-    from mgc_dist import exported
     from mgc_dist.config import TrainConfig
+    from mgc_dist.models import folder as exported
 
     source, settings = config.run / "best", config.run / "config.yaml"
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mgc_dist.model import WaveClassifier
+    from mgc_dist.models.main import WaveClassifier
 
 SHORTEST_S = 0.5
 """Shorter files hold too little to name a genre."""
@@ -31,7 +31,9 @@ def run(config: PredictConfig) -> int:
     Raises:
         UserError: no model, or no file given.
     """
-    from mgc_dist import exported, ranks, timeline
+    from mgc_dist.cluster import ranks
+    from mgc_dist.models import folder as exported
+    from mgc_dist.report import timeline
 
     if not config.files:
         raise UserError(
@@ -105,7 +107,7 @@ def _predict(
     import torch
     from scipy.special import softmax
 
-    from mgc_dist import audio
+    from mgc_dist.data import audio
 
     wave = audio.to_int16(audio.read(path, sample_rate))
     if len(wave) < SHORTEST_S * sample_rate:
@@ -156,7 +158,7 @@ def _print(
     segment_s: float,
 ) -> None:
     """The genre of a file, then a line a stretch of it: start, genre, a bar of its probability."""
-    from mgc_dist.timeline import clock, merge
+    from mgc_dist.report.timeline import clock, merge
 
     mean = probabilities.mean(axis=0)
     best = mean.argsort()[::-1][: max(1, config.top)]

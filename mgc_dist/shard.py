@@ -9,10 +9,10 @@ from mgc_dist.config import InfoConfig, ShardConfig, VerifyConfig
 from mgc_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from mgc_dist.cut import Cut, PackPlan
-    from mgc_dist.manifest import Manifest
-    from mgc_dist.pack import Waves
-    from mgc_dist.tracks import Track
+    from mgc_dist.data.manifest import Manifest
+    from mgc_dist.data.tracks import Track
+    from mgc_dist.packing.cut import Cut, PackPlan
+    from mgc_dist.packing.pack import Waves
 
 Settings = dict[str, int | float | str]
 
@@ -23,8 +23,9 @@ def run(config: ShardConfig) -> None:
     Raises:
         UserError: anything about the files, the split or the output folder that forbids it.
     """
-    from mgc_dist import card, tracks  # after parsing: --help answers without numpy
-    from mgc_dist.cut import Cut
+    from mgc_dist.data import tracks  # after parsing: --help answers without numpy
+    from mgc_dist.packing import card
+    from mgc_dist.packing.cut import Cut
     from mgc_dist.workers import keep_memory
 
     keep_memory()
@@ -57,9 +58,9 @@ def verify(config: VerifyConfig) -> None:
     Raises:
         UserError: something is not as it was packed; all of it is listed.
     """
-    from mgc_dist import manifest
-    from mgc_dist.display import progress
-    from mgc_dist.verify import verify as check
+    from mgc_dist.console import progress
+    from mgc_dist.data import manifest
+    from mgc_dist.packing.verify import verify as check
 
     found = manifest.read(config.shards)
     with progress("verifying", len(found.shards), unit="shards") as bar:
@@ -76,17 +77,19 @@ def info(config: InfoConfig) -> None:
     Raises:
         UserError: there is none.
     """
-    from mgc_dist import card, manifest
+    from mgc_dist.data import manifest
+    from mgc_dist.packing import card
 
     card.show(config.shards, manifest.read(config.shards))
 
 
 def _pack(config: ShardConfig, found: "list[Track]", cut: "Cut") -> "Manifest | None":
     """Plan and pack; None if the plan was all that was wanted."""
-    from mgc_dist import parts, split
-    from mgc_dist.cut import count_segments, inspect
-    from mgc_dist.display import progress
-    from mgc_dist.pack import SourceFiles, pack
+    from mgc_dist.console import progress
+    from mgc_dist.packing import parts
+    from mgc_dist.packing import splits as split
+    from mgc_dist.packing.cut import count_segments, inspect
+    from mgc_dist.packing.pack import SourceFiles, pack
 
     rule = split.choose(config.split, found, config.split_file)
     settings = _settings(config, rule)
@@ -131,7 +134,7 @@ def _pack(config: ShardConfig, found: "list[Track]", cut: "Cut") -> "Manifest | 
 
 
 def _finish(config: ShardConfig) -> None:
-    from mgc_dist import pack, parts
+    from mgc_dist.packing import pack, parts
 
     pack.tidy(config.out)
     if config.join:
@@ -139,8 +142,8 @@ def _finish(config: ShardConfig) -> None:
 
 
 def _decode_part(config: ShardConfig, found: "Sequence[Track]", cut: "Cut") -> None:
-    from mgc_dist.display import progress
-    from mgc_dist.parts import decode_part
+    from mgc_dist.console import progress
+    from mgc_dist.packing.parts import decode_part
 
     part = config.part_of
     assert part is not None
@@ -174,7 +177,7 @@ def _by_list(
     config: ShardConfig, rule: str, found: "list[Track]"
 ) -> "tuple[list[Track], dict[str, str]]":
     """Tracks that a list of splits names, and id -> reason of those that it leaves out."""
-    from mgc_dist import split
+    from mgc_dist.packing import splits as split
 
     if rule == "fault-filtered":
         return split.split_fault_filtered(found)
@@ -195,10 +198,10 @@ def _other_bad(
     If there are too many bad headers, all others, because all are to be listed at once; else
     those that the data set in the output folder was packed without.
     """
-    from mgc_dist import cut as cutting
-    from mgc_dist import split
-    from mgc_dist.display import progress
-    from mgc_dist.tracks import KNOWN_BAD
+    from mgc_dist.console import progress
+    from mgc_dist.data.tracks import KNOWN_BAD
+    from mgc_dist.packing import cut as cutting
+    from mgc_dist.packing import splits as split
 
     if config.join and not existing:
         return {}
@@ -223,8 +226,8 @@ def _plan(
     bad: dict[str, str],
     left_out: dict[str, str],
 ) -> "PackPlan":
-    from mgc_dist import split
-    from mgc_dist.cut import judge_bad, make_plan
+    from mgc_dist.packing import splits as split
+    from mgc_dist.packing.cut import judge_bad, make_plan
 
     excluded = judge_bad(bad, config.allow_bad)
     usable = [track for track in listed if track.id not in excluded]
@@ -242,7 +245,7 @@ def _plan(
 
 def _existing(config: ShardConfig) -> "Manifest | None":
     """The data set in the output folder that may not be replaced, if there is one."""
-    from mgc_dist import manifest
+    from mgc_dist.data import manifest
 
     if config.overwrite or not (config.out / manifest.NAME).is_file():
         return None
@@ -253,7 +256,7 @@ def _is_there(
     config: ShardConfig, existing: "Manifest", plan: "PackPlan", settings: Settings
 ) -> bool:
     """True if the data set that is there is just the planned one; another one is an error."""
-    from mgc_dist.pack import damage, is_packed
+    from mgc_dist.packing.pack import damage, is_packed
 
     if not is_packed(plan, existing, settings):
         raise UserError(
@@ -279,8 +282,8 @@ def _print_plan(plan: "PackPlan", rule: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mgc_dist import record
-    from mgc_dist.card import kept_apart, not_controlled
+    from mgc_dist.data import record
+    from mgc_dist.packing.card import kept_apart, not_controlled
 
     table = Table(title=f"{len(plan.tracks)} tracks, {len(plan.genres)} genres, split {rule}")
     for column in ("split", "tracks", "artists", "segments"):

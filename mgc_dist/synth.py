@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from mgc_dist import cli, planted
+from mgc_dist import cli
 from mgc_dist.config import SynthConfig
-from mgc_dist.display import progress
+from mgc_dist.console import progress
 from mgc_dist.files import replace_text
-from mgc_dist.music import SAMPLE_RATE, STYLES, compose
-from mgc_dist.planted import SHIFTED, Planted
+from mgc_dist.packing import planted
+from mgc_dist.packing.music import SAMPLE_RATE, STYLES, compose
+from mgc_dist.packing.planted import SHIFTED, Planted
 from mgc_dist.workers import spread
 
 T = TypeVar("T")

@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mgc_dist import cli
+from mgc_dist.cluster.stop import Stop
 from mgc_dist.config import TrainConfig
 from mgc_dist.errors import EXIT_BAD_INPUT, UserError, exit_code_of
-from mgc_dist.stop import Stop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch.nn import Module, Parameter
 
-    from mgc_dist.data import Batch, ShardSet
-    from mgc_dist.features import Facts
-    from mgc_dist.fit import Fit, State
-    from mgc_dist.lease import Lease
-    from mgc_dist.logits import BiasTable
-    from mgc_dist.manifest import Manifest
-    from mgc_dist.model import WaveClassifier
-    from mgc_dist.plan import Plan
-    from mgc_dist.ranks import Ranks
-    from mgc_dist.rendezvous import Meeting
-    from mgc_dist.resume import Changes
-    from mgc_dist.watch import Watch
+    from mgc_dist.bias_model.table import BiasTable
+    from mgc_dist.cluster.lease import Lease
+    from mgc_dist.cluster.meeting import Meeting
+    from mgc_dist.cluster.ranks import Ranks
+    from mgc_dist.cluster.watch import Watch
+    from mgc_dist.data.features import Facts
+    from mgc_dist.data.manifest import Manifest
+    from mgc_dist.data.order import Plan
+    from mgc_dist.data.reader import Batch, ShardSet
+    from mgc_dist.models.main import WaveClassifier
+    from mgc_dist.training.loop import Fit, State
+    from mgc_dist.training.resume import Changes
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,10 @@ def run(config: TrainConfig) -> int:
         RunFailed: the run could not go on; mgc_dist.errors lists the exit codes.
     """
     stop = Stop().listen().follow_launcher()  # before `import torch`, which takes seconds
-    from mgc_dist import preflight
+    from mgc_dist.cluster import preflight
 
     preflight.begin(run=config.output.run, device=config.engine.device)
-    from mgc_dist import rendezvous
+    from mgc_dist.cluster import meeting as rendezvous
 
     wait_s = config.engine.group_timeout_s
     if config.data.shards_from or config.data.stage_dir:  # nodes may be done long after one another
@@ -61,8 +61,10 @@ def run(config: TrainConfig) -> int:
 
 def _run(config: TrainConfig, stop: Stop, meeting: "Meeting") -> int:
     """Open the data, make sure that all ranks have the same, and train (a collective)."""
-    from mgc_dist import logits, ranks, stage
-    from mgc_dist.data import ShardSet
+    from mgc_dist.bias_model import table as logits
+    from mgc_dist.cluster import ranks
+    from mgc_dist.data import fetch as stage
+    from mgc_dist.data.reader import ShardSet
 
     data = config.data
     folder = stage.at_hand(
@@ -96,8 +98,9 @@ def _run(config: TrainConfig, stop: Stop, meeting: "Meeting") -> int:
 
 def _train(fit: "Fit", cached: "Facts | None") -> int:
     """Take the run folder, train, and give it back."""
-    from mgc_dist import lease, page
-    from mgc_dist.watch import Watch
+    from mgc_dist.cluster import lease
+    from mgc_dist.cluster.watch import Watch
+    from mgc_dist.report import page
 
     run, peers, journal = fit.run, fit.ranks, fit.journal
 
@@ -142,7 +145,7 @@ def _refuse_unseen(held: "Lease", peers: "Ranks") -> None:
 
 def _run_fit(fit: "Fit", held: "Lease", watch: "Watch", cached: "Facts | None") -> None:
     """Train from where the run folder is, and write down how it ended."""
-    from mgc_dist import lease
+    from mgc_dist.cluster import lease
 
     peers, journal, run = fit.ranks, fit.journal, fit.run
     state, changes = _resume(fit)  # what is refused up to here leaves the run folder as it was
@@ -179,7 +182,7 @@ def _bring_features(fit: "Fit", facts: "Facts", watch: "Watch") -> bool:
     Returns:
         False if the run was asked to stop meanwhile.
     """
-    from mgc_dist import cache
+    from mgc_dist.training import cache
 
     def watched(batches: "Iterator[Batch]") -> "Iterator[Batch]":
         for batch in batches:
@@ -247,7 +250,7 @@ def _no_room(config: TrainConfig, error: BaseException) -> UserError:
 
 def _forecast(config: TrainConfig, shards: "ShardSet", plan: "Plan", peers: "Ranks") -> int:
     """`--dry-run`: say what a run would be, and whether anything contradicts (rank 0)."""
-    from mgc_dist import forecast
+    from mgc_dist.training import forecast
 
     if not peers.is_first:
         return 0
@@ -266,7 +269,7 @@ def _forecast(config: TrainConfig, shards: "ShardSet", plan: "Plan", peers: "Ran
 
 
 def _plan(config: TrainConfig, shards: "ShardSet") -> "Plan":
-    from mgc_dist.plan import Plan
+    from mgc_dist.data.order import Plan
 
     first, end = shards.rows_of("train")
     return Plan(
@@ -289,15 +292,15 @@ def _build(
     stop: Stop,
 ) -> "tuple[Fit, Facts | None]":
     """What trains, and what its cache is of."""
-    from mgc_dist import cache
-    from mgc_dist.engine import Engine
-    from mgc_dist.fit import Fit
-    from mgc_dist.flops import count
+    from mgc_dist.cluster.watch import start_limit
+    from mgc_dist.data.order import lay_out
     from mgc_dist.journal import Journal
-    from mgc_dist.model import frozen_fingerprint
-    from mgc_dist.objective import Objective
-    from mgc_dist.plan import lay_out
-    from mgc_dist.watch import start_limit
+    from mgc_dist.models.flops import count
+    from mgc_dist.models.main import frozen_fingerprint
+    from mgc_dist.training import cache
+    from mgc_dist.training.engine import Engine
+    from mgc_dist.training.loop import Fit
+    from mgc_dist.training.objective import Objective
 
     optim = config.optim
     layout = lay_out(
@@ -354,7 +357,7 @@ def _build(
 
 
 def _main_model(config: TrainConfig, found: "Manifest") -> "WaveClassifier":
-    from mgc_dist.model import build_main
+    from mgc_dist.models.main import build_main
 
     return build_main(
         config.main.model,
@@ -420,7 +423,7 @@ def _say_arithmetic(fit: "Fit", state: "State") -> None:
 
 def _warn_of_bias(fit: "Fit") -> None:
     """Repeat the warnings of the bias report: its model may know too much, or the training rows."""
-    from mgc_dist import bias_report
+    from mgc_dist.bias_model import summary as bias_report
 
     table, shards = fit.objective.table, fit.shards
     if table is None or not fit.ranks.is_first:
@@ -434,7 +437,7 @@ def _identity(
     config: TrainConfig, shards: "ShardSet", table: "BiasTable | None", plan: "Plan"
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to go on here, under the user's names."""
-    from mgc_dist.plan import ORDER_VERSION
+    from mgc_dist.data.order import ORDER_VERSION
 
     objective, model, optim = asdict(config.objective), config.main.model, config.optim
     return {
@@ -478,7 +481,7 @@ def _is_complete(config: TrainConfig, identity: dict[str, Any]) -> bool:
             expected="a new or empty one",
             cure="continue it with --resume auto, begin again with --fresh, or name another --run",
         )
-    from mgc_dist.resume import CHANGEABLE, refuse_change
+    from mgc_dist.training.resume import CHANGEABLE, refuse_change
 
     complete = used and resume == "auto" and (run / DONE).is_file()
     if complete or _comes_from_elsewhere(config):
@@ -491,7 +494,7 @@ def _is_complete(config: TrainConfig, identity: dict[str, Any]) -> bool:
 
 def _comes_from_elsewhere(config: TrainConfig) -> bool:
     """Whether a used run folder would go on from another one's checkpoint, over its own."""
-    from mgc_dist import checkpoint
+    from mgc_dist.training import checkpoint
 
     run, resume = config.output.run, config.output.resume
     own = (run / checkpoint.FOLDER).resolve()
@@ -505,8 +508,9 @@ def _resume(fit: "Fit") -> tuple["State", "Changes"]:
     Returns:
         The state, and in what this run was allowed to differ from the checkpoint's.
     """
-    from mgc_dist import checkpoint, lease, resume
-    from mgc_dist.fit import State
+    from mgc_dist.cluster import lease
+    from mgc_dist.training import checkpoint, resume
+    from mgc_dist.training.loop import State
 
     config, peers = fit.config.output, fit.ranks
     folder = resume.all_choose(config, peers)
@@ -545,7 +549,7 @@ def _keep_best(fit: "Fit", state: "State") -> None:
 
     The next validation is then the best. A collective.
     """
-    from mgc_dist import resume
+    from mgc_dist.training import resume
 
     output = fit.config.output
     best = (state.best_samples_seen, state.best_loss)
@@ -565,8 +569,10 @@ def _open_run(fit: "Fit", held: "Lease", state: "State", changes: "Changes") -> 
     import socket
     from importlib.metadata import version
 
-    from mgc_dist import display, lease, resume
+    from mgc_dist import console as display
+    from mgc_dist.cluster import lease
     from mgc_dist.files import replace_text
+    from mgc_dist.training import resume
 
     if fit.config.output.fresh:
         resume.set_aside(fit.run)

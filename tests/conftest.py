@@ -22,7 +22,7 @@ import torch
 
 from mgc_dist import shard, synth
 from mgc_dist.config import BiasConfig, ShardConfig
-from mgc_dist.model import WaveClassifier, build_main
+from mgc_dist.models.main import WaveClassifier, build_main
 
 if TYPE_CHECKING:
     from cluster import Cluster
@@ -236,7 +236,7 @@ def undisturbed(
 ) -> str:
     """Hash of the final weights of a run on two ranks that nothing happened to: 13 steps."""
     from harness import start, weights_hash
-    from test_train import config
+    from trainings import config
 
     work = tmp_path_factory.mktemp("undisturbed")
     settings = config(shards, noisy, work / "run", checkpoint_every_epochs=0.3, resume="auto")

@@ -8,9 +8,11 @@ import numpy as np
 from scipy.special import softmax
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
-from mgc_dist import cli, logits, manifest
+from mgc_dist import cli
+from mgc_dist.bias_model import table as logits
 from mgc_dist.config import DataConfig, RunConfig, TrainConfig
-from mgc_dist.data import ShardSet
+from mgc_dist.data import manifest
+from mgc_dist.data.reader import ShardSet
 from mgc_dist.journal import Journal
 
 ROWS, GLOBAL_BATCH, STEPS = 66, 10, 66

@@ -23,15 +23,18 @@ from conftest import (
 )
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-from mgc_dist import bias, cli, hidden, logits, manifest, rowfile, shard
-from mgc_dist.backbone import HiddenMean, LogMel
+from mgc_dist import bias, cli, shard
+from mgc_dist.bias_model import states as hidden
+from mgc_dist.bias_model import table as logits
+from mgc_dist.bias_model.heads import cross_fit
 from mgc_dist.config import BiasConfig
-from mgc_dist.data import ShardSet
+from mgc_dist.data import manifest, rowfile
+from mgc_dist.data.reader import ShardSet
+from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
 from mgc_dist.files import locked, sha256
-from mgc_dist.heads import cross_fit
-from mgc_dist.hub import normalise
-from mgc_dist.tracks import group_key
+from mgc_dist.models.backbone import HiddenMean, LogMel
+from mgc_dist.models.hub import normalise
 
 FILES = (logits.TABLE, logits.HEADER, hidden.STATES, hidden.HEADER, "report.json", "report.png")
 BATCHES = 27  # 66 rows in each of three splits, 8 at a time

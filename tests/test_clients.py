@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import webdataset
 
-from mgc_dist.data import ShardSet
+from mgc_dist.data.reader import ShardSet
 
 
 @pytest.fixture(scope="module")

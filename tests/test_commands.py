@@ -14,14 +14,14 @@ from conftest import run_ranks, shard_config, write_tracks
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import config, train_on
+from trainings import config, train_on
 from transformers import pipeline
 
 from mgc_dist import cli, evaluate, export, predict, shard, synth
 from mgc_dist.config import EvaluateConfig, ExportConfig, PredictConfig, TrainConfig
-from mgc_dist.data import ShardSet
+from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
-from mgc_dist.score import fit_temperature
+from mgc_dist.scoring.score import fit_temperature
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mgc_dist import display
+from mgc_dist import console as display
 from mgc_dist.errors import UserError
 
 

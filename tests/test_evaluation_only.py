@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import bias_config, build_tiny, make_table, run_ranks, shard_config
-from test_train import config, train_on
+from trainings import config, train_on
 
-from mgc_dist import card, evaluate, manifest, shard
+from mgc_dist import evaluate, shard
 from mgc_dist.config import EvaluateConfig, InfoConfig, VerifyConfig
-from mgc_dist.data import ShardSet
+from mgc_dist.data import manifest
+from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
-from mgc_dist.exported import save_exported
+from mgc_dist.models.folder import save_exported
+from mgc_dist.packing import card
 
 GENRES = ("blues", "classical", "country")
 

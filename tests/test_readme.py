@@ -108,5 +108,8 @@ def test_linked_files_and_the_tree_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (ROOT / target).exists(), target
     tree = text.split("## The tree")[1]
-    modules = {path.stem for path in (ROOT / "mgc_dist").glob("*.py")} - {"__init__"}
+    modules = {path.stem for path in (ROOT / "mgc_dist").rglob("*.py")} - {"__init__"}
+    modules |= {path.name for path in (ROOT / "mgc_dist").iterdir() if path.is_dir()} - {
+        "__pycache__"
+    }
     assert {name for name in modules if not re.search(rf"\b{name}\b", tree)} == set()

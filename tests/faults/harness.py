@@ -25,9 +25,11 @@ import torch
 from conftest import _free_port
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from mgc_dist import checkpoint, cli, fit, train
+from mgc_dist import cli, train
 from mgc_dist.config import TrainConfig
 from mgc_dist.journal import read_metrics, read_status
+from mgc_dist.training import checkpoint
+from mgc_dist.training import loop as fit
 
 Patch = Callable[[int], None]
 

@@ -28,8 +28,8 @@ from rich.table import Table
 
 from mgc_dist import cli
 from mgc_dist.config import TrainConfig
-from mgc_dist.data import ShardSet
-from mgc_dist.plan import Plan
+from mgc_dist.data.order import Plan
+from mgc_dist.data.reader import ShardSet
 
 KINDS = {  # signal, ranks, times; the weights make hangs rare, because they take long
     "KILL to one rank": (signal.SIGKILL, "one", 1, 6),

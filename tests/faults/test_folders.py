@@ -18,9 +18,9 @@ from harness import (
     steps_taken,
     until,
 )
-from test_train import config
+from trainings import config
 
-from mgc_dist import lease, watch
+from mgc_dist.cluster import lease, watch
 
 KNOBS: dict[str, Any] = {"checkpoint_every_epochs": 0.3, "resume": "auto"}
 

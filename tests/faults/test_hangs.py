@@ -19,10 +19,12 @@ from harness import (
     steps_taken,
     until,
 )
-from test_train import config
+from trainings import config
 
-from mgc_dist import data, engine, watch
+from mgc_dist.cluster import watch
 from mgc_dist.config import EngineConfig
+from mgc_dist.data import reader as data
+from mgc_dist.training import engine
 
 KNOBS: dict[str, Any] = {"checkpoint_every_epochs": 0.3, "resume": "auto"}
 

@@ -12,10 +12,11 @@ import pytest
 import soundfile
 from conftest import bias_config, make_table, run_ranks, shard_config
 from harness import Job, assert_survived, slow, start
-from test_train import config
+from trainings import config
 
-from mgc_dist import cli, pack
+from mgc_dist import cli
 from mgc_dist.config import ShardConfig
+from mgc_dist.packing import pack
 from mgc_dist.shard import run as pack_run
 
 KNOBS: dict[str, Any] = {"checkpoint_every_epochs": 0.3, "resume": "auto"}

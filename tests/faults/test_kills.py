@@ -12,11 +12,11 @@ import torch
 from harness import Job, Patch, assert_survived, at_step, both, die, slow, slow_steps, start, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_train import config
+from trainings import config
 
-from mgc_dist import checkpoint
-from mgc_dist.lease import Lease, acquire
-from mgc_dist.ranks import Ranks
+from mgc_dist.cluster.lease import Lease, acquire
+from mgc_dist.cluster.ranks import Ranks
+from mgc_dist.training import checkpoint
 
 GONE = "is gone, last seen at step"
 

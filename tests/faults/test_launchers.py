@@ -11,7 +11,7 @@ import pytest
 from conftest import _free_port
 from harness import Job, assert_survived, slow, start, steps_taken, until, weights_hash
 from test_launcher import DEEPSPEED, ROOT
-from test_train import config
+from trainings import config
 
 from mgc_dist import cli
 from mgc_dist.journal import read_status

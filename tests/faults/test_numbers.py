@@ -9,12 +9,14 @@ import torch
 from conftest import run_ranks
 from harness import Patch, assert_survived, losses_of, slow, start
 from safetensors.torch import load_file
-from test_train import config
+from trainings import config
 
-from mgc_dist import fit, objective, train
+from mgc_dist import train
 from mgc_dist.config import TrainConfig
-from mgc_dist.data import ShardSet
+from mgc_dist.data.reader import ShardSet
 from mgc_dist.journal import read_metrics, read_status
+from mgc_dist.training import loop as fit
+from mgc_dist.training import objective
 
 
 def poisoned(first: int, last: int, *, kind: str = "loss") -> Patch:
@@ -110,9 +112,9 @@ def first_update_after_refusal(model: Path, stage: int) -> float:
     """Largest change of a weight in a refused step, at stage 0 the one that would apply it."""
     from conftest import build_tiny
 
-    from mgc_dist import ranks
-    from mgc_dist.engine import Engine
-    from mgc_dist.plan import lay_out
+    from mgc_dist.cluster import ranks
+    from mgc_dist.data.order import lay_out
+    from mgc_dist.training.engine import Engine
 
     with ranks.join("cpu") as peers:
         layout = lay_out(global_batch=4, world=peers.world, largest_micro_batch=2)

@@ -18,10 +18,10 @@ from harness import (
     steps_taken,
     until,
 )
-from test_train import config
+from trainings import config
 
-from mgc_dist import checkpoint, engine
 from mgc_dist.journal import read_status
+from mgc_dist.training import checkpoint, engine
 
 KNOBS: dict[str, Any] = {"checkpoint_every_epochs": 0.5, "resume": "auto"}
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import write_model
 from harness import at_step, losses_of, slow, start
 from safetensors.torch import load_file
-from test_train import config
+from trainings import config
 
 from mgc_dist.journal import read_status
 

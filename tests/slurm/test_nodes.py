@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from cluster import ROOT, TWO_NODES, Cluster, Ended
 from harness import start, steps_taken, until, weights_hash
-from test_train import config
+from trainings import config
 
-from mgc_dist import cli, manifest, verify
+from mgc_dist import cli
+from mgc_dist.data import manifest
 from mgc_dist.journal import read_status
+from mgc_dist.packing import verify
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 

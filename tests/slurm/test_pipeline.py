@@ -9,9 +9,11 @@ import pytest
 import yaml
 from cluster import ROOT, Cluster, Ended
 from harness import start, weights_hash
-from test_train import config
+from trainings import config
 
-from mgc_dist import cli, logits, manifest
+from mgc_dist import cli
+from mgc_dist.bias_model import table as logits
+from mgc_dist.data import manifest
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 

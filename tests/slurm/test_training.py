@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from cluster import TWO_NODES, Cluster, Ended
 from harness import start, steps_taken, until, weights_hash
-from test_train import config
+from trainings import config
 
-from mgc_dist import checkpoint, cli
+from mgc_dist import cli
 from mgc_dist.config import TrainConfig
 from mgc_dist.journal import read_status
+from mgc_dist.training import checkpoint
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

@@ -1,0 +1,227 @@
+"""Shards from elsewhere to a folder of this node: once, checked, however many ranks ask.
+
+Every rank calls `stage`. The first to get the folder's lock copies, checks the sha256 of each
+file against the manifest and publishes the manifest last; the others wait for the lock, with
+a time limit, and find the manifest. A lock ends with its process, so a killed copy blocks
+nobody: the next one goes on with the files that are whole.
+
+Bytes come through webdataset's gopen: folders, https:// (by curl), and `pipe:COMMAND` where
+the user wrote the command. A shard's name, which comes from the manifest, may hold letters,
+digits, - and _ only, so no manifest can reach a shell.
+"""
+
+import os
+import re
+import select
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import Popen
+from typing import BinaryIO, cast
+from urllib.parse import unquote, urlparse
+
+from mgc_dist.data import manifest
+from mgc_dist.data.manifest import Manifest
+from mgc_dist.errors import UserError
+from mgc_dist.files import locked, sha256, sync
+
+STALLED_S = 120.0
+"""Without a byte for so long, a transfer is given up."""
+_LOCK, _INCOMING = ".staging.lock", ".incoming"
+_BLOCK = 1 << 20
+
+
+def at_hand(shards: Path, *, source: str | None, stage_dir: str | None, timeout_s: float) -> Path:
+    """Where this node reads a data set from, after copying it there if that is asked for.
+
+    Args:
+        shards: folder of the data set.
+        source: where to copy it from first, as for `stage`.
+        stage_dir: folder of this node to copy `shards` into, under the name of its content.
+        timeout_s: how long to wait for another process that copies.
+
+    Raises:
+        UserError: what `stage` raises, or stage_dir names a variable that is not set here.
+    """
+    if source:
+        stage(shards, source, timeout_s=timeout_s)
+    if stage_dir is None:
+        return shards
+    parent = os.path.expandvars(os.path.expanduser(stage_dir))
+    if "$" in parent:
+        raise UserError(
+            f"--stage-dir {stage_dir}",
+            got=f"{parent} on {socket.gethostname()}",
+            expected="variables that are set on every node",
+            cure="name a folder of the node, such as /tmp",
+            this_rank_only=True,
+        )
+    folder = Path(parent) / manifest.read(shards).dataset_id[:16]
+    stage(folder, str(shards), timeout_s=timeout_s)
+    return folder
+
+
+def stage(folder: Path, source: str, *, timeout_s: float) -> None:
+    """Make `folder` hold the data set that lies at `source`.
+
+    Args:
+        folder: on this node; new, or holding the same data set, whole or in part.
+        source: a folder, `https://HOST/PATH`, or `pipe:COMMAND` with {} for a file's name.
+        timeout_s: how long to wait for another process that copies.
+
+    Raises:
+        UserError: the source cannot be read, holds other bytes than its manifest says, or
+            `folder` holds another data set; or the wait was too long.
+    """
+    _url(source, manifest.NAME)  # a bad source is refused before anything is made
+    incoming = folder / _INCOMING
+    folder.mkdir(parents=True, exist_ok=True)
+    purpose = f"copying {source} to {folder} (--stage-timeout-s)"
+    with locked(folder / _LOCK, wait_s=timeout_s, purpose=purpose):
+        incoming.mkdir(exist_ok=True)
+        _fetch(source, manifest.NAME, incoming / manifest.NAME)
+        found = manifest.read(incoming)
+        _refuse_other(folder, source, found)
+        if not _is_whole(folder, found):
+            (folder / manifest.NAME).unlink(missing_ok=True)
+            _copy(folder, source, found)
+            sync(folder)  # the names of the files, before the manifest vouches for them
+            (incoming / manifest.NAME).replace(folder / manifest.NAME)
+        shutil.rmtree(incoming)
+
+
+def _refuse_other(folder: Path, source: str, found: Manifest) -> None:
+    if (folder / manifest.NAME).is_file():
+        here = manifest.read(folder)
+        if here != found:
+            raise UserError(
+                f"--shards {folder}",
+                got=f"another data set ({here.dataset_id[:12]}) or packing of it",
+                expected=f"an empty folder, or {found.dataset_id[:12]} as in {source}",
+                cure="choose another folder to copy into, or remove what is there",
+                this_rank_only=True,
+            )
+
+
+def _is_whole(folder: Path, found: Manifest) -> bool:
+    """Whether all is there, by size: sha256 was compared when it was copied."""
+    sizes = {shard.name: shard.bytes for shard in found.shards}
+    files = [folder / manifest.NAME, folder / manifest.INDEX, *(folder / name for name in sizes)]
+    return all(
+        path.is_file() and sizes.get(path.name, path.stat().st_size) == path.stat().st_size
+        for path in files
+    )
+
+
+def _copy(folder: Path, source: str, found: Manifest) -> None:
+    wanted: list[tuple[str, int | None, str]] = [(manifest.INDEX, None, found.index_sha256)]
+    wanted += [(shard.name, shard.bytes, shard.sha256) for shard in found.shards]
+    missing = []
+    for name, size, digest in wanted:
+        path = folder / name
+        right_size = path.is_file() and size in (None, path.stat().st_size)
+        if not right_size or sha256(path) != digest:
+            missing.append((name, size, digest))
+    needed, free = sum(size or 0 for _, size, _ in missing), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"--shards {folder}",
+            got=f"{free / 1e9:.2f} GB of free space",
+            expected=f"{needed / 1e9:.2f} GB for what is in {source}",
+            cure="choose a folder on another disk",
+            this_rank_only=True,
+        )
+    for name, size, digest in missing:
+        temporary = folder / _INCOMING / name
+        for attempt in (1, 2):
+            _fetch(source, name, temporary)
+            got = sha256(temporary)
+            if got == digest:
+                break
+            if attempt == 2:
+                raise UserError(
+                    f"{name} from {source}",
+                    got=f"{temporary.stat().st_size} bytes with sha256 {got}, twice",
+                    expected=f"{'' if size is None else f'{size} bytes with '}sha256 {digest}",
+                    cure="the source is damaged, or does not belong to its manifest.json",
+                    this_rank_only=True,
+                )
+        temporary.replace(folder / name)
+
+
+def _url(source: str, name: str) -> str:
+    """What gopen opens for a file of the source.
+
+    Raises:
+        UserError: the source is of a kind that is not read.
+    """
+    if source.startswith("pipe:"):
+        if "{}" not in source:
+            raise UserError(
+                f"--shards-from {source}",
+                got="a command without {}",
+                expected="{} where the file's name belongs",
+                cure="for example pipe:aws s3 cp s3://bucket/folder/{} -",
+            )
+        return source.replace("{}", name)
+    scheme = urlparse(source).scheme
+    if scheme in ("http", "https"):
+        return f"{source.rstrip('/')}/{name}"
+    if scheme not in ("", "file"):
+        raise UserError(
+            f"--shards-from {source}",
+            got=f"{scheme}:",
+            expected="a folder, https://..., or pipe:COMMAND",
+            cure=f"say how to read it, for example pipe:aws s3 cp {source.rstrip('/')}/{{}} -",
+        )
+    return str(Path(unquote(urlparse(source).path) if scheme else source).resolve() / name)
+
+
+def _fetch(source: str, name: str, into: Path) -> None:
+    try:
+        with into.open("wb") as file:
+            for block in _blocks(source, name):
+                file.write(block)
+    except OSError as error:  # the node's disk: what the source does wrong is a UserError
+        raise OSError(error.errno, error.strerror, str(into)) from error
+    sync(into)
+
+
+def _blocks(source: str, name: str) -> Iterator[bytes]:
+    """The content of a file of the source; of a command only while it keeps sending.
+
+    Raises:
+        UserError: it cannot be read, or no byte has come for STALLED_S.
+    """
+    from webdataset.gopen import gopen
+
+    stalled = False
+    try:
+        with gopen(_url(source, name)) as stream:
+            process: Popen[bytes] | None = getattr(stream, "proc", None)  # files have none
+            if process is None:
+                while block := stream.read(_BLOCK):
+                    yield block
+                return
+            pipe = cast(BinaryIO, process.stdout).fileno()
+            while not stalled:
+                ready, _, _ = select.select([pipe], [], [], STALLED_S)
+                stalled = not ready
+                if stalled:
+                    process.kill()
+                elif block := os.read(pipe, _BLOCK):
+                    yield block
+                else:
+                    return
+    except (OSError, ValueError) as error:
+        ended = re.search(r"exit (-?\d+)", str(error))
+        command = source if source.startswith("pipe:") else "curl (EXIT CODES in its manual)"
+        got = f"exit code {ended[1]} of {command}" if ended else str(error)
+        raise UserError(
+            f"--shards-from {source}: {name}",
+            got=f"no byte for {STALLED_S:g} s" if stalled else got,
+            expected="to read it",
+            cure="check that the source is whole and can be reached from this node",
+            this_rank_only=True,
+        ) from error

@@ -1,0 +1,427 @@
+"""Shards to the batches of a rank: positional reads at known offsets, checked, ahead of need.
+
+A reader thread fills int16 buffers while the device computes; conversion to float happens on
+the device. Damage is never skipped: a skip on one rank would break the equal steps of all.
+Every record is checked against its checksum when read, once more after a re-read, and then an
+error names shard, key and offset.
+"""
+
+import logging
+import os
+import resource
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mgc_dist.data import manifest, record
+from mgc_dist.data.features import Features
+from mgc_dist.data.manifest import Manifest
+from mgc_dist.data.order import MicroBatch
+from mgc_dist.data.tracks import SPLITS
+from mgc_dist.errors import UserError
+from mgc_dist.files import sha256
+
+log = logging.getLogger(__name__)
+
+_OTHER_FILES = 256
+"""Open files that a training process has besides the shards, generously."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one rank feeds one forward pass with.
+
+    Attributes:
+        plan: the micro batch that this fulfils.
+        wave: int16 [B, T], or from a cache features of its dtype [B, F, D] in place of waves; zeros
+            for padding; pinned if asked for.
+        row: int64 [B], -1 for padding.
+        label: int64 [B], 0 for padding.
+        weight: float32 [B], 1 for a true row, 0 for padding.
+    """
+
+    plan: MicroBatch
+    wave: Tensor
+    row: Tensor
+    label: Tensor
+    weight: Tensor
+
+
+class ShardSet:
+    """A packed data set, open for reading by any number of threads.
+
+    Args:
+        folder: that `python -m mgc_dist.shard` filled.
+
+    Raises:
+        UserError: no data set there, or its index or a shard does not match its manifest.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest: Manifest = manifest.read(folder)
+        self.index = open_index(folder, self.manifest)
+        self._record_bytes = record.record_bytes(self.manifest.segment_samples)
+        audio_bytes = 2 * self.manifest.segment_samples
+        self._tail_bytes = self._record_bytes - record.WAVE_OFFSET - audio_bytes
+        _allow_open_files(folder, len(self.manifest.shards))
+        self._files: list[int] = []
+        try:
+            self._open_shards()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_shards(self) -> None:
+        folder = self.folder
+        for shard in self.manifest.shards:
+            path = folder / shard.name
+            size = path.stat().st_size if path.is_file() else None
+            whole = record.shard_bytes(shard.rows, self.manifest.segment_samples)
+            if not size == shard.bytes == whole:
+                got = "no such file" if size is None else f"{size} bytes"
+                raise _not_as_packed(path, got, f"{shard.bytes} ({shard.rows} rows: {whole})")
+            self._files.append(os.open(path, os.O_RDONLY))
+
+    def close(self) -> None:
+        """Close the shards."""
+        for handle in self._files:
+            os.close(handle)
+        self._files.clear()
+
+    def __enter__(self) -> "ShardSet":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Label of each row: int64 [N]."""
+        return self.index["label"].astype(np.int64)
+
+    @property
+    def tracks(self) -> NDArray[np.int64]:
+        """Track of each row, a position in the manifest's list: int64 [N]."""
+        return self.index["track"].astype(np.int64)
+
+    def keys(self) -> list[str]:
+        """Key of each row, as its record is named in the shards: N of them, in row order."""
+        ids = [track.id for track in self.manifest.tracks]
+        pairs = zip(self.index["track"].tolist(), self.index["segment"].tolist(), strict=True)
+        return [record.key_of(ids[track], segment) for track, segment in pairs]
+
+    def rows_of(self, split: str) -> tuple[int, int]:
+        """First row of a split and one past its last.
+
+        Raises:
+            UserError: it has none; a data set without training rows is for evaluation only.
+        """
+        first, stop = self.manifest.splits[split]
+        if first == stop:
+            filled = [name for name, (a, b) in self.manifest.splits.items() if a < b]
+            raise UserError(
+                f"{split} split of data set {self.folder}",
+                got="no rows",
+                expected=f"one of its splits: {', '.join(filled)}",
+                cure="without training rows it serves launch/evaluate.py --data; to train, pack "
+                "tracks for train, validation and test",
+            )
+        return first, stop
+
+    def shard_rows_of(self, split: str) -> tuple[int, ...]:
+        """Rows of each shard of a split, in row order."""
+        first, stop = self.rows_of(split)
+        ends = np.cumsum([shard.rows for shard in self.manifest.shards]).tolist()
+        pairs = zip(ends, self.manifest.shards, strict=True)
+        return tuple(shard.rows for end, shard in pairs if first < end <= stop)
+
+    def labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Label of each row, 0 for padding (-1): int64 [B]."""
+        return np.where(rows >= 0, self.index["label"][np.maximum(rows, 0)], 0).astype(np.int64)
+
+    def read(self, row: int) -> NDArray[np.int16]:
+        """The audio of a row: int16 [T].
+
+        Raises:
+            UserError: the record is damaged, also after a second read.
+        """
+        wave: NDArray[np.int16] = np.empty((1, self.manifest.segment_samples), np.int16)
+        self.read_batch(np.array([row]), wave, np.empty(1, np.int64))
+        return wave.reshape(-1)
+
+    def read_batch(
+        self, rows: NDArray[np.int64], wave: NDArray[np.int16], label: NDArray[np.int64]
+    ) -> None:
+        """Read rows into a batch.
+
+        Args:
+            rows: int64 [B], -1 for padding.
+            wave: int16 [B, T], written; zeros for padding.
+            label: int64 [B], written; 0 for padding.
+
+        Raises:
+            UserError: a record is damaged, also after a second read.
+        """
+        label[:] = self.labels_of(rows)
+        entries = self.index[np.maximum(rows, 0)]  # one gather a batch: 2 us a row, not 10
+        columns = (entries["shard"], entries["offset"], entries["checksum"])
+        places = zip(rows.tolist(), *(column.tolist() for column in columns), strict=True)
+        head, tail = bytearray(record.WAVE_OFFSET), bytearray(self._tail_bytes)
+        for k, (row, shard, offset, checksum) in enumerate(places):
+            if row < 0:
+                wave[k] = 0
+                continue
+            parts = (head, wave[k].data.cast("B"), tail)
+            if self._read_into(parts, shard, offset) == checksum:
+                continue
+            name = self.manifest.shards[shard].name
+            log.warning("row %d: checksum mismatch in %s, reading again", row, name)
+            if self._read_into(parts, shard, offset) != checksum:
+                raise self._damaged(row)
+
+    def _read_into(self, parts: record.Parts, shard: int, offset: int) -> int:
+        """Read a record straight to where its audio belongs; its checksum, -1 if it is cut."""
+        count = os.preadv(self._files[shard], parts, offset)
+        return record.checksum_of_parts(parts) if count == self._record_bytes else -1
+
+    def _damaged(self, row: int) -> UserError:
+        entry = self.index[row]
+        number, offset = int(entry["shard"]), int(entry["offset"])
+        shard = self.manifest.shards[number].name
+        track = self.manifest.tracks[int(entry["track"])].id
+        key = record.key_of(track, int(entry["segment"]))
+        data = os.pread(self._files[number], self._record_bytes, offset)
+        found = record.checksum(data)
+        return UserError(
+            f"damaged record: shard {self.folder / shard}, key {key}, row {row}, offset {offset}",
+            got=f"{len(data)} bytes of key {record.key_at(data)!r} with checksum {found:016x}",
+            expected=f"{self._record_bytes} bytes with {int(entry['checksum']):016x}",
+            cure="copy the shard again from its source, or pack again with --overwrite",
+            this_rank_only=True,
+        )
+
+
+def _allow_open_files(folder: Path, shards: int) -> None:
+    """Raise this process's limit on open files where there are more shards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = shards + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(
+                f"data set {folder} of {shards} shards",
+                got=f"a limit of {hard} open files (ulimit -H -n)",
+                expected=f"at least {needed}",
+                cure="raise the limit, or pack with larger --rows-per-shard",
+                this_rank_only=True,
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def open_index(folder: Path, found: Manifest) -> NDArray[np.void]:
+    """The index of a data set, memory-mapped; checked against the manifest in every field.
+
+    Args:
+        folder: of the shards.
+        found: their manifest.
+
+    Returns:
+        INDEX_DTYPE [N].
+
+    Raises:
+        UserError: it is damaged, of another data set, or not what packing would have written.
+    """
+    path = folder / manifest.INDEX
+    try:
+        digest = sha256(path)
+        if digest != found.index_sha256:
+            raise ValueError(f"sha256 {digest[:12]}")
+        index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if index.dtype != record.INDEX_DTYPE or index.shape != (found.rows,):
+            raise ValueError(f"{index.shape} entries of {index.dtype}")
+    except (OSError, ValueError) as error:
+        raise _not_as_packed(path, str(error), f"sha256 {found.index_sha256[:12]}") from error
+    for row, name, got, expected in _odd_fields(index, found):
+        raise _not_as_packed(path, f"{name} {got} of row {row}", f"{name} {expected}")
+    return index
+
+
+def _odd_fields(
+    index: NDArray[np.void], found: Manifest
+) -> Iterator[tuple[int, str, object, object]]:
+    """Fields that differ from what the format and the manifest leave as the only possibility."""
+    samples, rows = found.segment_samples, [shard.rows for shard in found.shards]
+    place = np.concatenate([np.arange(count) for count in rows])
+    offset = place * record.record_bytes(samples)
+    yield from _differing(index, "shard", np.repeat(np.arange(len(rows)), rows))
+    yield from _differing(index, "offset", offset)
+    yield from _differing(index, "wave_offset", offset + record.WAVE_OFFSET)
+    yield from _differing(index, "wave_bytes", np.full(found.rows, 2 * samples))
+    yield from _differing(index, "record_bytes", np.full(found.rows, record.record_bytes(samples)))
+    yield from _differing(index, "track", np.minimum(index["track"], len(found.tracks) - 1))
+    label_of = {genre: label for label, genre in enumerate(found.genres)}
+    labels = np.array([label_of.get(track.genre, -1) for track in found.tracks])
+    yield from _differing(index, "label", labels[index["track"]])
+    count = np.array([track.segments for track in found.tracks])
+    yield from _differing(index, "segment", np.minimum(index["segment"], count[index["track"]] - 1))
+    split_of = np.array([SPLITS.index(track.split) for track in found.tracks])[index["track"]]
+    bounds = [stop - first for first, stop in (found.splits[split] for split in SPLITS)]
+    for row in np.flatnonzero(split_of != np.repeat(np.arange(len(SPLITS)), bounds))[:1].tolist():
+        yield row, "track", int(index["track"][row]), "of the split that the row belongs to"
+    first_segment = np.cumsum(count) - count
+    visits = np.bincount(first_segment[index["track"]] + index["segment"], minlength=found.rows)
+    for number in np.flatnonzero(visits != 1)[:1].tolist():
+        track = int(np.searchsorted(first_segment, number, side="right")) - 1
+        key = record.key_of(found.tracks[track].id, number - int(first_segment[track]))
+        yield -1, f"number of rows of key {key}", int(visits[number]), 1
+
+
+def _differing(
+    index: NDArray[np.void], name: str, expected: NDArray[np.int64]
+) -> Iterator[tuple[int, str, object, object]]:
+    for row in np.flatnonzero(index[name] != expected)[:1].tolist():
+        yield row, name, int(index[name][row]), int(expected[row])
+
+
+def _not_as_packed(path: Path, got: object, expected: object) -> UserError:
+    return UserError(
+        f"data set file {path}",
+        got=got,
+        expected=f"{expected}, as the manifest says",
+        cure="copy the data set again, or pack it again with --overwrite",
+        this_rank_only=True,
+    )
+
+
+class Reader:
+    """Threads that read batches ahead of their use.
+
+    Iterating yields the batches in order; an error in a thread is raised where the batch
+    would have come. Use it as a context manager: leaving it ends the threads.
+
+    Memory: (read_ahead + 2) batches, however large the data set is. A batch's buffer is used again
+    once nothing refers to its wave any more.
+
+    Args:
+        shards: to read from.
+        split: whose rows the places of the micro batches count.
+        batches: the micro batches of this rank, in order.
+        read_ahead: batches that may be ready or under way at a time.
+        pin: whether to fill page-locked memory, for copies that overlap with the device.
+        threads: that read; more than one pays where the storage answers slowly.
+        features: read in place of the waves, where the model takes those.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        split: str,
+        batches: Iterable[MicroBatch],
+        *,
+        read_ahead: int,
+        pin: bool,
+        threads: int = 1,
+        features: Features | None = None,
+    ) -> None:
+        self.wait_s = 0.0
+        self._shards, self._features, self._batches = shards, features, iter(batches)
+        self._first, _ = shards.rows_of(split)
+        self._read_ahead, self._threads = max(1, read_ahead), threads
+        self._buffers = _Buffers(pin)
+        self._pending: deque[Future[Batch]] = deque()
+        self._closed = False
+
+    def __enter__(self) -> "Reader":
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="reader")
+        self._start_more()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closed = bool(self._pending)
+        self._pool.shutdown(cancel_futures=True)
+        self._pending.clear()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self._pending or self._closed:
+            if self._closed:
+                raise RuntimeError("the reader has been left, with batches still to come")
+            started = time.perf_counter()
+            batch = self._pending.popleft().result()
+            self.wait_s += time.perf_counter() - started
+            self._start_more()
+            yield batch
+
+    def _start_more(self) -> None:
+        for micro in islice(self._batches, self._read_ahead - len(self._pending)):
+            self._pending.append(self._pool.submit(self._read, micro))
+
+    def _read(self, micro: MicroBatch) -> Batch:
+        row = np.where(micro.place >= 0, micro.place + self._first, -1)
+        wave, label = self._read_rows(row)
+        return Batch(
+            plan=micro,
+            wave=wave,
+            row=torch.from_numpy(row),
+            label=torch.from_numpy(label),
+            weight=torch.from_numpy((row >= 0).astype(np.float32)),
+        )
+
+    def _read_rows(self, row: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
+        """What the model takes of each row, and its label."""
+        size = len(row)
+        if self._features is None:
+            wave = self._buffers.take(size, 2 * self._shards.manifest.segment_samples)
+            wave, label = wave.view(torch.int16), np.empty(size, np.int64)  # [B, T]
+            self._shards.read_batch(row, wave.numpy(), label)
+            return wave, label
+        facts = self._features.facts
+        data = self._buffers.take(size, facts.row_bytes)
+        self._features.read_batch(row, data.numpy())
+        values = data.view(facts.on_device).view(size, facts.frames, facts.width)  # [B, F, D]
+        return values, self._shards.labels_of(row)
+
+
+class _Buffers:
+    """Bytes of batches that come back when they are no longer referred to.
+
+    Fresh memory costs a page fault per 4 KiB, more than reading it: 60 us a segment.
+    """
+
+    def __init__(self, pin: bool) -> None:
+        self._pin = pin
+        self._free: deque[NDArray[np.uint8]] = deque()
+
+    def take(self, size: int, row_bytes: int) -> Tensor:
+        """uint8 [size, row_bytes], of undefined content."""
+        if self._pin:  # torch keeps page-locked blocks itself, until the device has copied them
+            return torch.empty((size, row_bytes), dtype=torch.uint8, pin_memory=True)
+        try:
+            buffer = self._free.popleft()
+        except IndexError:
+            buffer = np.empty((size, row_bytes), np.uint8)
+        if buffer.shape != (size, row_bytes):
+            buffer = np.empty((size, row_bytes), np.uint8)
+        lent = buffer[:]  # the tensor holds this view; when it goes, the buffer is free
+        weakref.finalize(lent, self._free.append, buffer).atexit = False
+        return torch.from_numpy(lent)

@@ -1,0 +1,1 @@
+"""The only wing that knows transformers: main models, bias backbones, their folders and FLOPs."""

@@ -1,0 +1,103 @@
+"""Frozen bias backbones: segments to the time-means of their hidden layers."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from mgc_dist.cluster.ranks import seed_everything
+from mgc_dist.models import hub
+from mgc_dist.models.hub import normalise
+
+
+class LogMel(nn.Module):
+    """Time-mean of 40 log-mel bands: a weak model without weights that knows only the timbre.
+
+    Attributes:
+        layers, width: 1 and 40; it has one layer of states.
+        settings: what its output depends on.
+    """
+
+    def __init__(self, sample_rate: int) -> None:
+        super().__init__()
+        mel = {"n_fft": 512, "hop_length": 256, "n_mels": 40}
+        self.layers, self.width = 1, mel["n_mels"]
+        self.settings: dict[str, object] = {"logmel": mel, "sample_rate": sample_rate}
+        self.mel = torchaudio.transforms.MelSpectrogram(sample_rate, **mel)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """int16 [B, T] -> float32 [B, 1, 40]."""
+        mel = self.mel(normalise(wave))  # [B, 40, F]
+        return torch.log(mel + 1e-3).mean(dim=2).unsqueeze(1)  # [B, 1, 40]
+
+
+class HiddenMean(nn.Module):
+    """Time-mean of every hidden layer of a frozen transformers model.
+
+    Args:
+        net: an `AutoModel` over raw audio.
+        do_normalize: whether its feature extractor normalises.
+
+    Attributes:
+        layers, width: L and D; layer 0 is the input of the encoder, L - 1 its last layer.
+        settings: what its output depends on besides its weights.
+    """
+
+    def __init__(self, net: PreTrainedModel, *, do_normalize: bool) -> None:
+        super().__init__()
+        self.net = net
+        self.layers, self.width = net.config.num_hidden_layers + 1, net.config.hidden_size
+        self.do_normalize = do_normalize
+        config = net.config.to_dict()
+        for volatile in ("_name_or_path", "transformers_version"):
+            config.pop(volatile, None)
+        self.settings: dict[str, object] = {"config": config, "do_normalize": do_normalize}
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """int16 [B, T] -> float32 [B, L, D]."""
+        x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
+        hidden: Sequence[Tensor] = self.net(x, output_hidden_states=True).hidden_states
+        return torch.stack([h.float().mean(dim=1) for h in hidden], dim=1)  # [B, L, D]
+
+
+def build_bias(name: str, *, sample_rate: int) -> LogMel | HiddenMean:
+    """A frozen backbone in eval mode that maps int16 [B, T] to float32 [B, L, D].
+
+    Args:
+        name: `logmel`, hub name or folder.
+        sample_rate: of the segments in Hz.
+
+    Raises:
+        UserError: the model cannot be found, or has no encoder over raw audio.
+    """
+    hub.quiet()
+    if name == "logmel":
+        return LogMel(sample_rate).eval().requires_grad_(False)
+    seed_everything(0)  # what a checkpoint lacks (masked_spec_embed) must not vary
+    net, missing = hub.load(AutoModel, name)
+    hub.refuse_no_encoder(f"--backbone {name}", net)
+    lost = sorted(key for key in missing if not key.endswith("masked_spec_embed"))
+    if lost:
+        raise hub.incomplete(name, lost)
+    extractor = hub.feature_extractor(name, sample_rate)
+    module = HiddenMean(net, do_normalize=extractor.do_normalize)
+    return module.eval().requires_grad_(False)
+
+
+def fingerprint(module: LogMel | HiddenMean, *settings: str) -> str:
+    """sha256 of a frozen model: names, shapes, dtypes and bytes of its weights, its settings.
+
+    Args:
+        module: from `build_bias`.
+        settings: anything else that its output depends on.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps([module.settings, *settings], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,142 @@
+"""Trained models as folders: written whole, loaded by transformers and by our own commands."""
+
+import copy
+import errno
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    Wav2Vec2FeatureExtractor,
+)
+
+from mgc_dist.errors import UserError
+from mgc_dist.models import hub
+from mgc_dist.models.main import TEMPERATURE, CnnConfig, CnnForAudioClassification, WaveClassifier
+
+WEIGHTS = "model.safetensors"
+
+
+def find_exported(run_or_export: Path) -> Path:
+    """`RUN/best` for a run folder, else the folder itself."""
+    is_run = (run_or_export / "config.yaml").is_file() or (run_or_export / "best").is_dir()
+    return run_or_export / "best" if is_run else run_or_export
+
+
+def load_exported(folder: Path) -> WaveClassifier:
+    """A classifier from a folder that `save_exported` or `save_pretrained` wrote, in eval mode.
+
+    Raises:
+        UserError: no such folder, or weights are missing in it.
+    """
+    hub.quiet()
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model folder {folder}",
+            got="no config.json" if folder.is_dir() else "no such folder",
+            expected="a run folder with best/, or an exported model",
+            cure="train first: deepspeed launch/train.py",
+        )
+    net, missing = hub.load(_class_of(folder), str(folder))
+    if missing or not hasattr(net.config, "segment_samples"):
+        raise UserError(
+            f"model folder {folder}",
+            got=f"no {sorted(missing)[0] if missing else 'segment_samples in config.json'}",
+            expected="an audio classifier that mgc_dist has exported",
+            cure="export the run again: python -m mgc_dist.export RUN OUT",
+        )
+    return WaveClassifier(net, do_normalize=_saved_extractor(folder).do_normalize).eval()
+
+
+def sample_rate_of(folder: Path) -> int:
+    """Sample rate in Hz that an exported model wants."""
+    return int(_saved_extractor(folder).sampling_rate)
+
+
+def save_exported(
+    model: WaveClassifier,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    sample_rate: int,
+    temperature: float | None = None,
+) -> None:
+    """Write a folder that `transformers.pipeline("audio-classification")` loads.
+
+    The live engine's module is never saved: under ZeRO its weights are in parts, and its
+    config may carry bf16. A fresh float32 model takes the gathered weights, strictly.
+
+    Args:
+        model: whose configuration and feature settings are used.
+        weights: full float32 state dict of the wrapped model (`net.` names), on the CPU; the
+            gain of the learned mixins is left out.
+        folder: replaced if it exists, under a temporary name until whole.
+        sample_rate: in Hz.
+        temperature: accepted on validation tracks, for `WaveClassifier.temperature`.
+    """
+    config = copy.deepcopy(model.net.config)  # from_config would share it with the live model
+    setattr(config, TEMPERATURE, temperature)
+    if isinstance(config, CnnConfig):
+        fresh = CnnForAudioClassification(config)
+    else:
+        with torch.device("meta"):  # random weights of 300 M elements would take seconds
+            fresh = AutoModelForAudioClassification.from_config(config)
+    of_net = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
+    fresh.load_state_dict(of_net, strict=True, assign=True)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        fresh.save_pretrained(temporary)
+    except (SafetensorError, RuntimeError) as error:  # a full disk is no OSError there
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(errno.EIO, str(error), str(temporary)) from error
+    Wav2Vec2FeatureExtractor(
+        feature_size=1,
+        sampling_rate=sample_rate,
+        do_normalize=model.do_normalize,
+        return_attention_mask=getattr(model.net.config, "feat_extract_norm", "") == "layer",
+    ).save_pretrained(temporary)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)
+
+
+def save_calibrated(model: WaveClassifier, folder: Path, sample_rate: int) -> None:
+    """Write a loaded model with the temperature in its last layer, as plain transformers needs it.
+
+    Args:
+        model: from `load_exported`, with a temperature.
+        folder: new or empty.
+        sample_rate: in Hz.
+    """
+    assert model.temperature is not None
+    weights = dict(model.state_dict())
+    for name in ("net.classifier.weight", "net.classifier.bias"):
+        weights[name] = weights[name] / model.temperature
+    save_exported(model, weights, folder, sample_rate)
+
+
+def _class_of(folder: Path) -> type:
+    """What loads a folder: transformers, but for our own small model."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if settings.get("model_type") == CnnConfig.model_type:
+        return CnnForAudioClassification
+    auto: type = AutoModelForAudioClassification
+    return auto
+
+
+def _saved_extractor(folder: Path) -> Wav2Vec2FeatureExtractor:
+    try:
+        return AutoFeatureExtractor.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise hub.not_found(str(folder), error) from error

@@ -1,0 +1,1 @@
+"""Tracks to shards: splits, segments, archives, and synthetic music."""

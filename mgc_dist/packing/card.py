@@ -1,0 +1,215 @@
+"""What a data set is, for people: the card beside its shards, and the table of `shard info`."""
+
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mgc_dist.data.manifest import Manifest, twins
+from mgc_dist.data.tracks import SPLITS
+from mgc_dist.files import replace_text
+
+NAME = "README-DATASET.md"
+
+
+def write(folder: Path, found: Manifest) -> None:
+    """Write the card, if it is not there as it should be."""
+    path, text = folder / NAME, _text(found)
+    if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
+        replace_text(path, text)
+
+
+def show(folder: Path, found: Manifest) -> None:
+    """Print splits, genres, settings and what is not controlled, as tables on the terminal."""
+    console = Console(highlight=False, markup=False)
+    splits = Table(title=f"{folder}: data set {found.dataset_id[:12]}")
+    for column in ("split", *SPLIT_COLUMNS):
+        splits.add_column(column, justify="left" if column == "split" else "right")
+    for name, *values in split_rows(found):
+        splits.add_row(name, *values)
+    genres = Table(title="tracks by genre")
+    for column in ("label", "genre", *SPLITS):
+        genres.add_column(column, justify="left" if column == "genre" else "right")
+    for row in _genre_rows(found):
+        genres.add_row(*row)
+    console.print(splits)
+    console.print(genres)
+    settings = ", ".join(f"{key} {value}" for key, value in found.settings.items())
+    lines = [f"settings: {settings}", f"versions: {_versions(found)}"]
+    lines += [f"left out: {line}" for line in left_out(found)]
+    lines += [f"not controlled: {line}" for line in limits(found)]
+    console.print("\n".join(lines), soft_wrap=True)
+
+
+def not_controlled(rule: str, unknown: int, tracks: int) -> str:
+    """What a split rule cannot see to, given how many tracks have no known artist; or ""."""
+    if not unknown or (rule == "fault-filtered" and unknown == tracks):
+        return ""  # the fault-filtered lists were made by artist
+    return (
+        f"{unknown} tracks have no known artist (--groups FILE names them); "
+        "tracks of one artist may be in two splits, which raises test accuracy"
+    )
+
+
+def kept_apart(known: int) -> str:
+    """What the leak check has seen to, given how many tracks have a known artist."""
+    if not known:
+        return "no track is in two splits; artists are unknown, so theirs may be"
+    return f"no track is in two splits, nor an artist of the {known} tracks whose artist is known"
+
+
+def twins_shown(found: Manifest) -> list[tuple[str, str]]:
+    """Pairs of tracks with one source file in two splits, the first few."""
+    return twins(found.tracks)[:10]
+
+
+SPLIT_COLUMNS = ("tracks", "artists", "segments", "hours", "shards", "MB")
+
+
+def split_rows(found: Manifest) -> list[tuple[str, ...]]:
+    """The splits of a data set, each a name and the values of SPLIT_COLUMNS."""
+    rows: list[tuple[str, ...]] = []
+    for split in SPLITS:
+        tracks = [track for track in found.tracks if track.split == split]
+        shards = [shard for shard in found.shards if shard.name.startswith(f"{split}-")]
+        groups = {track.group for track in tracks if track.group}
+        rows.append(
+            (
+                split,
+                str(len(tracks)),
+                str(len(groups) or "unknown"),
+                str(sum(track.segments for track in tracks)),
+                f"{sum(_covered_s(found, track.segments) for track in tracks) / 3600:.2f}",
+                str(len(shards)),
+                f"{sum(shard.bytes for shard in shards) / 1e6:.1f}",
+            )
+        )
+    return rows
+
+
+def _covered_s(found: Manifest, segments: int) -> float:
+    """Seconds of a track that its overlapping segments cover."""
+    step = min(int(found.settings["hop_samples"]), found.segment_samples)
+    return ((segments - 1) * step + found.segment_samples) / found.sample_rate
+
+
+def _genre_rows(found: Manifest) -> list[tuple[str, ...]]:
+    counts = Counter((track.genre, track.split) for track in found.tracks)
+    return [
+        (str(label), genre, *(str(counts[genre, split]) for split in SPLITS))
+        for label, genre in enumerate(found.genres)
+    ]
+
+
+def _versions(found: Manifest) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.versions.items())
+
+
+def left_out(found: Manifest) -> list[str]:
+    """What was not packed, a line a reason."""
+    reasons = Counter(found.excluded.values())
+    lines = []
+    for reason, count in sorted(reasons.items()):
+        ids = [id_ for id_, why in found.excluded.items() if why == reason]
+        lines.append(f"{', '.join(ids) if count <= 5 else f'{count} tracks'}: {reason}")
+    return lines
+
+
+def limits(found: Manifest) -> list[str]:
+    """What is not controlled between the splits, a line each."""
+    unknown = sum(track.group is None for track in found.tracks)
+    note = not_controlled(str(found.settings["split"]), unknown, len(found.tracks))
+    pairs = [f"{one} and {other} are the same file" for one, other in twins_shown(found)]
+    return ([note] if note else []) + pairs
+
+
+def _text(found: Manifest) -> str:
+    s = found.settings
+    seconds = found.segment_samples / found.sample_rate
+    hop = int(s["hop_samples"]) / found.sample_rate
+    splits = [split for split in SPLITS if found.splits[split][0] < found.splits[split][1]]
+    globs = "\n".join(f"      - split: {split}\n        path: {split}-*.tar" for split in splits)
+    settings = ", ".join(f"{key} {value}" for key, value in sorted(s.items()))
+    apart = kept_apart(sum(track.group is not None for track in found.tracks))
+    uncontrolled = [f"- {line}" for line in limits(found)] or ["- nothing known"]
+    excluded = [f"- {line}" for line in left_out(found)] or ["- nothing"]
+    return f"""---
+task_categories:
+  - audio-classification
+tags:
+  - webdataset
+  - music
+configs:
+  - config_name: default
+    data_files:
+{globs}
+dataset_info:
+  features:
+{_features()}
+---
+
+# Segments of music with genres
+
+{found.rows} segments of {seconds:g} s, one every {hop:g} s, of {len(found.tracks)} tracks; mono,
+16 bits, {found.sample_rate} Hz, in webdataset tars. Data set `{found.dataset_id}`.
+
+{_markdown(("split", *SPLIT_COLUMNS), split_rows(found))}
+
+Hours are hours of music; segments overlap. {apart[0].upper()}{apart[1:]}.
+
+{_markdown(("label", "genre", *SPLITS), _genre_rows(found))}
+
+## What is not controlled
+
+{chr(10).join(uncontrolled)}
+
+## Left out
+
+{chr(10).join(excluded)}
+
+## Reading it
+
+A sample is `KEY.json` (row, track, group, genre, label, segment, start_s, sample_rate, split)
+and `KEY.wav`. With webdataset:
+
+```python
+import webdataset
+
+shards = webdataset.WebDataset("{found.shards[0].name}", shardshuffle=False)
+```
+
+With Hugging Face datasets, once this page is README.md in the folder: its head names splits and
+columns, so that audio stays bytes and needs no decoder, and an unknown group is no surprise.
+
+```python
+from datasets import load_dataset
+
+{splits[0]} = load_dataset("FOLDER", split="{splits[0]}")
+```
+
+`manifest.json` lists tracks with the xxh3_128 of their sources, and shards with their sha256;
+`python -m mgc_dist.shard verify FOLDER` checks every byte.
+
+## How it was made
+
+`python -m mgc_dist.shard` with {settings};
+{_versions(found)}. The rights in the music are those of its source.
+"""
+
+
+def _features() -> str:
+    """Columns in the words of Hugging Face datasets."""
+    described = {"row": "int64", "track": "string", "group": "string", "genre": "string"}
+    described |= {"label": "int64", "segment": "int64", "start_s": "float64"}
+    described |= {"sample_rate": "int64", "split": "string"}
+    lines = ["- name: json", "  struct:"]
+    lines += [f"  - name: {name}\n      dtype: {kind}" for name, kind in described.items()]
+    for name, kind in (("wav", "binary"), ("__key__", "string"), ("__url__", "string")):
+        lines.append(f"- name: {name}\n    dtype: {kind}")
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [columns, tuple("---" for _ in columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,473 @@
+"""Tracks to shards in one parallel pass, with the same bytes for any number of processes.
+
+Every track is decoded and resampled once. All records have one size, so each worker writes its
+segments at their known offsets. Names are temporary until all is written; manifest last. What
+is finished is in a ledger: after a kill the same command goes on, once the bytes that the
+ledger promises have been read and checked.
+"""
+
+import bisect
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from importlib.metadata import version
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mgc_dist.data import audio, manifest, record
+from mgc_dist.data.ledger import Ledger
+from mgc_dist.data.manifest import Manifest, ShardEntry, TrackEntry
+from mgc_dist.data.tracks import Track
+from mgc_dist.errors import UserError
+from mgc_dist.files import fingerprint, locked, replacing, sha256, stamp_of, sync, write_at
+from mgc_dist.packing.cut import SPREAD_VERSION, PackPlan, reason_of
+from mgc_dist.workers import cores, spread
+
+LOCK = ".packing.lock"
+_LEDGER = "packing.jsonl.tmp"
+_OURS = re.compile(
+    r"(train|validation|test)-\d{6}\.tar(\.tmp)?|(index\.npy|manifest\.json|packing\.jsonl)(\.tmp)*"
+)
+
+_LONGEST_FLOAT = 0.30000000000000004
+"""As many digits as a start time can have in JSON."""
+
+Settings = dict[str, int | float | str]
+
+
+class Waves(Protocol):
+    """Where the waves of tracks come from."""
+
+    def __call__(self, track: Track) -> tuple[NDArray[np.int16], str]:
+        """A track's wave at the new rate, int16 [samples], and its source's xxh3_128.
+
+        Raises:
+            UnusableAudio: the file proves unusable.
+        """
+
+    def stamp(self, track: Track) -> str:
+        """Changes whenever the track's content may have, without reading it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFiles:
+    """Waves decoded from the tracks' own files.
+
+    Attributes:
+        sample_rate: in Hz.
+    """
+
+    sample_rate: int
+
+    def __call__(self, track: Track) -> tuple[NDArray[np.int16], str]:
+        """Decode, mix, resample, quantise; and hash the file."""
+        return audio.read_int16(track.path, self.sample_rate), fingerprint(track.path)
+
+    def stamp(self, track: Track) -> str:
+        """Place, size and times of the file."""
+        return stamp_of(track.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTrack:
+    """What a worker reports of a track.
+
+    Attributes:
+        id: of the track.
+        source_xxh3: xxh3_128 of its source file.
+        checksums: xxh3_64 of each record.
+        payloads: xxh3_128 of each segment's audio.
+        bad: why it is unusable, "" if it is not.
+    """
+
+    id: str
+    source_xxh3: str = ""
+    checksums: tuple[int, ...] = ()
+    payloads: tuple[str, ...] = ()
+    bad: str = ""
+
+
+def pack(
+    plan: PackPlan,
+    out: Path,
+    settings: Settings,
+    waves: Waves,
+    *,
+    overwrite: bool,
+    jobs: int,
+    progress: Callable[[Iterator[PackedTrack]], Iterable[PackedTrack]],
+) -> tuple[Manifest | None, dict[str, str]]:
+    """Write the shards, the index and, last, the manifest.
+
+    Args:
+        plan: what to write.
+        out: folder; what an earlier try has finished of the same plan is kept.
+        settings: to record in the manifest.
+        waves: where the audio comes from.
+        overwrite: whether a data set, or files of its names, may be replaced.
+        jobs: processes, 0 for one a core.
+        progress: wraps the stream of finished tracks, to show how far it is.
+
+    Returns:
+        The manifest and no bad tracks; or None and id -> reason of the tracks that proved
+        unusable when they were decoded: then nothing has been published.
+
+    Raises:
+        UserError: another process packs here, something is there that may not be replaced, the
+            disk is too small, or a description too long.
+        OSError: writing failed.
+    """
+    _refuse_long_descriptions(plan)
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        if not overwrite:
+            _refuse_to_replace(out)
+        with Ledger(out / _LEDGER, _name_of(plan, waves)) as ledger:
+            packed = _write_all(plan, out, waves, ledger, jobs=jobs, progress=progress)
+        bad = {item.id: item.bad for item in packed if item.bad}
+        made = None
+        if bad:
+            _remove_ours(out, (".tmp",))
+        else:
+            made = _publish(plan, out, settings, packed, jobs)
+            (out / _LEDGER).unlink()
+    return made, bad
+
+
+def tidy(out: Path) -> None:
+    """Remove what a packing that was killed after its last step has left behind."""
+    with _alone(out):
+        _remove_ours(out, (".tmp",))
+
+
+def _alone(out: Path) -> AbstractContextManager[None]:
+    return locked(out / LOCK, wait_s=0, purpose=f"packing into {out}")
+
+
+def _refuse_to_replace(out: Path) -> None:
+    """Under the lock: what was looked at before may have changed."""
+    if (out / manifest.NAME).exists():
+        raise UserError(
+            f"--out {out}",
+            got="a data set that another process has packed meanwhile",
+            expected="an empty folder",
+            cure="choose another --out, or replace it with --overwrite",
+        )
+    ours = sorted(path.name for path in out.iterdir() if _OURS.fullmatch(path.name))
+    foreign = [name for name in ours if not name.endswith(".tmp")]
+    if foreign and not (out / _LEDGER).exists():
+        raise UserError(
+            f"--out {out}",
+            got=f"{foreign[0]}, which no packing that was killed here has left",
+            expected="an empty folder",
+            cure="choose another --out, or let it be replaced with --overwrite",
+        )
+
+
+def _name_of(plan: PackPlan, waves: Waves) -> str:
+    """Names all that decides which bytes are written where."""
+    content = {
+        "format_version": manifest.FORMAT_VERSION,
+        "spread_version": SPREAD_VERSION,
+        "cut": asdict(plan.cut),
+        "tracks": [
+            (t.id, t.genre, t.group, t.split, int(segments), waves.stamp(t))
+            for t, segments in zip(plan.tracks, plan.segments, strict=True)
+        ],
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _write_all(
+    plan: PackPlan,
+    out: Path,
+    waves: Waves,
+    ledger: Ledger,
+    *,
+    jobs: int,
+    progress: Callable[[Iterator[PackedTrack]], Iterable[PackedTrack]],
+) -> list[PackedTrack]:
+    shards = plan.shards()
+    if not ledger.done:
+        _remove_ours(out, (".tmp",), keep=ledger.path)
+    _open_shards(plan, out, resuming=bool(ledger.done))
+    places = [(out / f"{name}.tmp", first) for name, first in _first_rows(shards)]
+    write = partial(_pack_track, plan=plan, rows=plan.rows_of_tracks(), places=places, waves=waves)
+    known = (ledger.done.get(track.id) for track in plan.tracks)
+    _opened.cache_clear()  # with one job the cache is this process's, and files may be new
+    packed = []
+    for item in progress(spread(write, enumerate(known), jobs)):
+        packed.append(item)
+        if not item.bad and item.id not in ledger.done:
+            ledger.add(vars(item))
+    _opened.cache_clear()
+    return packed
+
+
+def _open_shards(plan: PackPlan, out: Path, *, resuming: bool) -> None:
+    """Make the shards under their temporary names, in full length."""
+    sizes = {
+        f"{name}.tmp": record.shard_bytes(rows, plan.cut.segment_samples)
+        for name, rows in plan.shards()
+    }
+    if resuming and not (out / manifest.NAME).exists():  # killed while publishing
+        for name in sizes:
+            published = out / name.removesuffix(".tmp")
+            if published.is_file() and not (out / name).exists():
+                published.rename(out / name)
+    for path in (out / name for name in sizes):
+        if path.is_file() and path.stat().st_size != sizes[path.name]:
+            path.unlink()
+    held = sum((out / name).stat().st_blocks * 512 for name in sizes if (out / name).is_file())
+    needed, free = sum(sizes.values()) - held, shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(
+            f"--out {out}",
+            got=f"{free / 1e9:.2f} GB of free space",
+            expected=f"{needed / 1e9:.2f} GB",
+            cure="free some, or choose another --out",
+        )
+    for name, size in sizes.items():
+        (out / name).touch()
+        os.truncate(out / name, size)
+
+
+def _remove_ours(out: Path, suffixes: tuple[str, ...], keep: Path | None = None) -> None:
+    """Remove files that an earlier packing made, and no others."""
+    for path in out.iterdir():
+        if _OURS.fullmatch(path.name) and path.suffix in suffixes and path != keep:
+            path.unlink()
+
+
+def _pack_track(
+    task: tuple[int, dict[str, Any] | None],
+    plan: PackPlan,
+    rows: list[NDArray[np.int64]],
+    places: list[tuple[Path, int]],
+    waves: Waves,
+) -> PackedTrack:
+    index, promised = task
+    track, cut = plan.tracks[index], plan.cut
+    size = record.record_bytes(cut.segment_samples)
+    first_rows = [first for _, first in places]
+    where = []
+    for row in rows[index].tolist():
+        path, first = places[bisect.bisect_right(first_rows, row) - 1]
+        where.append((row, path, (row - first) * size))
+    if promised:
+        known = PackedTrack(**promised)
+        if _is_written(known, [(path, offset) for _, path, offset in where], size):
+            return known
+    try:
+        wave, source = waves(track)
+    except audio.UnusableAudio as error:
+        return PackedTrack(id=track.id, bad=reason_of(error))
+    windows = audio.segments(wave, cut.segment_samples, cut.hop_samples)
+    if len(windows) != len(where):
+        raise UserError(
+            f"audio file {track.path}",
+            got=f"{len(windows)} segments",
+            expected=f"{len(where)} as its header promised when packing began",
+            cure="it has changed meanwhile: pack again",
+        )
+    checksums, payloads = [], []
+    for segment, ((row, path, offset), window) in enumerate(zip(where, windows, strict=True)):
+        data = record.encode(_describe(plan, track, segment, row), window)
+        write_at(_opened(path), offset, data)
+        checksums.append(record.checksum(data))
+        payloads.append(record.payload_digest(window.data))
+    return PackedTrack(
+        id=track.id, source_xxh3=source, checksums=tuple(checksums), payloads=tuple(payloads)
+    )
+
+
+@lru_cache(maxsize=256)
+def _opened(path: Path) -> FileIO:
+    """A shard, kept open: opening it for each of its records cost 10 us a segment."""
+    return path.open("r+b", buffering=0)
+
+
+def _is_written(known: PackedTrack, where: list[tuple[Path, int]], size: int) -> bool:
+    """Whether the records that the ledger promises are on the disk: a crash may have lost them."""
+    for checksum, (path, offset) in zip(known.checksums, where, strict=True):
+        if record.checksum(os.pread(_opened(path).fileno(), size, offset)) != checksum:
+            return False
+    return True
+
+
+def _first_rows(shards: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    first = 0
+    for name, rows in shards:
+        yield name, first
+        first += rows
+
+
+def _describe(plan: PackPlan, track: Track, segment: int, row: int) -> record.Segment:
+    return record.Segment(
+        row=row,
+        track=track.id,
+        group=track.group,
+        genre=track.genre,
+        label=plan.genres.index(track.genre),
+        segment=segment,
+        start_s=segment * plan.cut.hop_samples / plan.cut.sample_rate,
+        sample_rate=plan.cut.sample_rate,
+        split=track.split,
+    )
+
+
+def _refuse_long_descriptions(plan: PackPlan) -> None:
+    """Before anything is decoded: with the longest numbers that can come."""
+    rows = int(plan.segments.sum())
+    for track, segments in zip(plan.tracks, plan.segments, strict=True):
+        last = _describe(plan, track, max(0, int(segments) - 1), rows)
+        record.head(replace(last, start_s=_LONGEST_FLOAT), 0)
+
+
+def _publish(
+    plan: PackPlan, out: Path, settings: Settings, packed: list[PackedTrack], jobs: int
+) -> Manifest:
+    index, payloads = _index(plan, packed)
+    shards = _hashed(plan, out, jobs)
+    (out / manifest.NAME).unlink(missing_ok=True)  # first: without it the rest is no data set
+    _remove_ours(out, (".tar", ".npy"))
+    with replacing(out / manifest.INDEX) as file:
+        np.save(file, index, allow_pickle=False)
+    settings = settings | {
+        "segment_samples": plan.cut.segment_samples,
+        "hop_samples": plan.cut.hop_samples,
+        "sample_rate": plan.cut.sample_rate,
+        "rows_per_shard": plan.cut.rows_per_shard,
+    }
+    tracks = track_entries(plan, packed)
+    result = Manifest(
+        dataset_id=manifest.dataset_id(settings, plan.genres, identities(index, tracks, payloads)),
+        settings=settings,
+        genres=plan.genres,
+        splits=_split_bounds(plan),
+        tracks=tracks,
+        excluded=plan.excluded,
+        shards=shards,
+        index_sha256=sha256(out / manifest.INDEX),
+        versions={name: version(name) for name in ("mgc_dist", "numpy", "soundfile", "soxr")},
+    )
+    for shard in shards:
+        (out / f"{shard.name}.tmp").replace(out / shard.name)
+    sync(out)  # the names of the shards, before the manifest vouches for them
+    manifest.write(out, result)
+    return result
+
+
+def _hashed(plan: PackPlan, out: Path, jobs: int) -> tuple[ShardEntry, ...]:
+    def entry(shard: tuple[str, int]) -> ShardEntry:
+        temporary = out / f"{shard[0]}.tmp"
+        sync(temporary)
+        size, digest = temporary.stat().st_size, sha256(temporary)
+        return ShardEntry(name=shard[0], rows=shard[1], bytes=size, sha256=digest)
+
+    with ThreadPoolExecutor(jobs or cores()) as threads:  # hashlib lets other threads run
+        return tuple(threads.map(entry, plan.shards()))
+
+
+def track_entries(plan: PackPlan, packed: Sequence[PackedTrack]) -> tuple[TrackEntry, ...]:
+    """What the manifest says of each track."""
+    return tuple(
+        TrackEntry(
+            id=track.id,
+            genre=track.genre,
+            group=track.group,
+            split=track.split,
+            segments=int(segments),
+            source=f"{track.path.parent.name}/{track.path.name}",
+            source_xxh3=item.source_xxh3,
+        )
+        for track, segments, item in zip(plan.tracks, plan.segments, packed, strict=True)
+    )
+
+
+def is_packed(plan: PackPlan, found: Manifest, settings: Settings) -> bool:
+    """Whether a manifest already holds what the plan would write, by content of the sources."""
+    wanted = settings | {"rows_per_shard": plan.cut.rows_per_shard}
+    same = {key: found.settings.get(key) for key in wanted} == wanted
+    if plan.excluded != found.excluded:
+        return False
+    names = [PackedTrack(id=track.id) for track in plan.tracks]
+    entries = tuple(replace(entry, source_xxh3="") for entry in found.tracks)
+    cut = plan.cut
+    if not same or entries != track_entries(plan, names):
+        return False
+    if found.settings["segment_samples"] != cut.segment_samples:
+        return False
+    if (found.settings["hop_samples"], found.sample_rate) != (cut.hop_samples, cut.sample_rate):
+        return False
+    if [(shard.name, shard.rows) for shard in found.shards] != plan.shards():
+        return False
+    pairs = zip(found.tracks, plan.tracks, strict=True)
+    return all(entry.source_xxh3 == fingerprint(track.path) for entry, track in pairs)
+
+
+def damage(out: Path, found: Manifest, jobs: int) -> str:
+    """What is not as the manifest says, by size and sha256 of its files; "" if all is."""
+
+    def fault(item: tuple[str, str]) -> str:
+        path, digest = out / item[0], item[1]
+        if not path.is_file():
+            return f"no {path.name}"
+        return "" if sha256(path) == digest else f"another {path.name}"
+
+    items = [(shard.name, shard.sha256) for shard in found.shards]
+    with ThreadPoolExecutor(jobs or cores()) as threads:
+        faults = threads.map(fault, [(manifest.INDEX, found.index_sha256), *items])
+        return next((text for text in faults if text), "")
+
+
+def identities(
+    index: NDArray[np.void], tracks: Sequence[TrackEntry], payloads: Sequence[str]
+) -> Iterator[tuple[str, str, str | None, int, str]]:
+    """What `dataset_id` knows of each row: key, split, group, label, digest of its audio."""
+    for entry, payload in zip(index, payloads, strict=True):
+        track = tracks[entry["track"]]
+        key = record.key_of(track.id, int(entry["segment"]))
+        yield key, track.split, track.group, int(entry["label"]), payload
+
+
+def _index(plan: PackPlan, packed: list[PackedTrack]) -> tuple[NDArray[np.void], list[str]]:
+    total = int(plan.segments.sum())
+    size = record.record_bytes(plan.cut.segment_samples)
+    index = np.zeros(total, record.INDEX_DTYPE)
+    payloads = [""] * total
+    first = 0
+    for number, (_, rows) in enumerate(plan.shards()):
+        index["shard"][first : first + rows] = number
+        index["offset"][first : first + rows] = np.arange(rows) * size
+        first += rows
+    index["wave_offset"] = index["offset"] + record.WAVE_OFFSET
+    index["wave_bytes"] = 2 * plan.cut.segment_samples
+    index["record_bytes"] = size
+    for number, (rows_of, item) in enumerate(zip(plan.rows_of_tracks(), packed, strict=True)):
+        index["track"][rows_of] = number
+        index["segment"][rows_of] = np.arange(len(rows_of))
+        index["label"][rows_of] = plan.genres.index(plan.tracks[number].genre)
+        index["checksum"][rows_of] = np.array(item.checksums, np.uint64)
+        for row, payload in zip(rows_of, item.payloads, strict=True):
+            payloads[row] = payload
+    return index, payloads
+
+
+def _split_bounds(plan: PackPlan) -> dict[str, tuple[int, int]]:
+    bounds, first = {}, 0
+    for split, rows in plan.split_rows.items():
+        bounds[split] = (first, first + rows)
+        first += rows
+    return bounds

@@ -1,0 +1,298 @@
+"""Tracks to train, validation and test; folds; groups (artists) are kept together.
+
+`fault-filtered` and `table` take what others have decided, `stratified` and `kfold` deal:
+groups are taken largest first, each to the part that is emptiest relative to its share.
+"""
+
+import ast
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mgc_dist.data.tracks import KNOWN_BAD, SPLITS, Track, group_key, read_table, split_name
+from mgc_dist.errors import UserError
+
+FAULT_FILTERED_TRACKS = 443 + 197 + 290
+NOT_LISTED = "not in the fault-filtered lists"
+NO_FILE = "in the fault-filtered lists, but no such file"
+NOT_NAMED = "named in no split of the table"
+NOT_FOUND = "named in the table of splits, but no such track"
+BY_LIST = (NOT_LISTED, NO_FILE, NOT_NAMED, NOT_FOUND)
+"""Reasons for which a list leaves tracks out, whatever is in their files."""
+
+_M64 = (1 << 64) - 1
+
+
+def choose(rule: str, tracks: Sequence[Track], table: Path | None) -> str:
+    """What `auto` stands for.
+
+    `table` if there is one (or a column `split`), `fault-filtered` if every track of its lists
+    is there, else `stratified`.
+
+    Raises:
+        UserError: a table of splits that would not be used; nearly all of GTZAN.
+    """
+    if table and rule not in ("auto", "table"):
+        raise UserError(
+            f"--split-file {table}",
+            got=f"--split {rule}",
+            expected="--split table",
+            cure="leave one of them out",
+        )
+    if rule != "auto":
+        return rule
+    if table or any(track.split for track in tracks):
+        return "table"
+    present = {track.id for track in tracks} | set(KNOWN_BAD)
+    if len(present) < 0.9 * FAULT_FILTERED_TRACKS:  # saves the import of torchaudio, 2 s
+        return "stratified"
+    lists = set(fault_filtered())
+    missing = sorted(lists - present)
+    if 0 < len(missing) < 0.1 * len(lists):
+        raise UserError(
+            "--split auto on what looks like GTZAN",
+            got=f"no {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
+            expected=f"all {len(lists)} tracks of the fault-filtered lists",
+            cure="--split fault-filtered packs those that are there; --split stratified makes "
+            "a random split, in which artists are on both sides unless --groups names them",
+        )
+    return "stratified" if missing else "fault-filtered"
+
+
+def fault_filtered() -> dict[str, str]:
+    """Track id -> split of GTZAN's fault-filtered lists: 443 / 197 / 290 tracks.
+
+    Source: Kereliuk, Sturm, Larsen, "Deep Learning and Music Adversaries", IEEE Trans.
+    Multimedia 17(11), 2015; the lists as torchaudio ships them.
+    """
+    from torchaudio.datasets import gtzan
+
+    lists = {
+        "train": gtzan.filtered_train,
+        "validation": gtzan.filtered_valid,
+        "test": gtzan.filtered_test,
+    }
+    return {name.replace(".", "_"): split for split, names in lists.items() for name in names}
+
+
+def split_fault_filtered(tracks: Sequence[Track]) -> tuple[list[Track], dict[str, str]]:
+    """Tracks with their split, and id -> reason of the tracks that the lists leave out.
+
+    Raises:
+        UserError: none of the tracks is in the lists, or a split would be empty.
+    """
+    lists = fault_filtered()
+    kept = [replace(t, split=lists[t.id]) for t in tracks if t.id in lists]
+    left_out = {t.id: NOT_LISTED for t in tracks if t.id not in lists}
+    present = {track.id for track in tracks}
+    left_out |= {id_: NO_FILE for id_ in lists if id_ not in present}
+    _refuse_empty(
+        kept, "--split fault-filtered", "GTZAN's file names", "use --split stratified instead"
+    )
+    return kept, left_out
+
+
+def split_table(tracks: Sequence[Track], table: Path | None) -> tuple[list[Track], dict[str, str]]:
+    """Tracks with the split that a table gives them, and id -> reason of those left out.
+
+    Args:
+        tracks: with a split already, if their own table has such a column.
+        table: CSV or TSV of `track` (or `path`) and `split`; or three pairs of lines, `train:`
+            and a list `['pop/pop00048.png', ...]`, as the project's predecessor wrote
+            (data_split.txt of csci467_music_genre_classification). Names are compared by
+            their letters and digits, without suffix: `pop/pop00048.png` is `pop.00048.wav`.
+
+    A table without training tracks makes a data set that can be evaluated on, and no more.
+
+    Raises:
+        UserError: no table at all, an unreadable one, a track in two splits, training tracks
+            without validation or test tracks.
+    """
+    if table is None:
+        kept = [track for track in tracks if track.split]
+        left_out = {track.id: NOT_NAMED for track in tracks if not track.split}
+    else:
+        of_track, unused = _match(_pairs(table), tracks, table)
+        kept = [replace(t, split=of_track[t.id]) for t in tracks if t.id in of_track]
+        left_out = {t.id: NOT_NAMED for t in tracks if t.id not in of_track}
+        left_out |= dict.fromkeys(unused, NOT_FOUND)
+    source = f"--split-file {table}" if table else "--split table"
+    if not kept or any(track.split == "train" for track in kept):
+        _refuse_empty(
+            kept,
+            source,
+            "tracks in every split, or none in train (for evaluation only)",
+            "give --split-file FILE, or a --data table with a column split, that names the tracks",
+        )
+    return kept, left_out
+
+
+def split_stratified(
+    tracks: Sequence[Track], *, validation: float, test: float, seed: int
+) -> list[Track]:
+    """Tracks with a split: each genre in the wanted shares, groups kept together.
+
+    Raises:
+        UserError: a genre gets no track in some split (too few tracks or groups).
+    """
+    shares = {"train": 1 - validation - test, "validation": validation, "test": test}
+    chosen = _deal(tracks, shares, seed)
+    labelled = [replace(track, split=chosen[group_key(track.id, track.group)]) for track in tracks]
+    _refuse_gaps(labelled, "three tracks by three artists")
+    return labelled
+
+
+def split_kfold(tracks: Sequence[Track], *, folds: int, fold: int, seed: int) -> list[Track]:
+    """Tracks with a split: fold `fold` is test, the next one validation, the others train.
+
+    Over fold = 0 .. folds - 1 every track is tested once.
+
+    Raises:
+        UserError: a genre gets no track in some split.
+    """
+    of_fold = {fold: "test", (fold + 1) % folds: "validation"}
+    dealt = deal_folds(tracks, folds, seed)
+    labelled = [
+        replace(track, split=of_fold.get(dealt[group_key(track.id, track.group)], "train"))
+        for track in tracks
+    ]
+    _refuse_gaps(labelled, f"{folds} tracks by {folds} artists")
+    return labelled
+
+
+def deal_folds(tracks: Sequence[Track], folds: int, seed: int) -> dict[str, int]:
+    """group_key -> fold, 0 .. folds - 1, each genre spread evenly over folds."""
+    shares = {str(fold): 1 / folds for fold in range(folds)}
+    return {key: int(fold) for key, fold in _deal(tracks, shares, seed).items()}
+
+
+def _deal(tracks: Sequence[Track], shares: Mapping[str, float], seed: int) -> dict[str, str]:
+    """group_key -> bin, every genre in the wanted shares.
+
+    Groups are taken largest first, in an order keyed by the seed; each goes to the bin that is
+    emptiest, relative to its share, over the genres of the group's tracks, and of equally
+    empty ones to the one with the fewest tracks of any genre.
+    """
+    members: dict[str, Counter[str]] = defaultdict(Counter)
+    for track in tracks:
+        members[group_key(track.id, track.group)][track.genre] += 1
+    have: dict[str, Counter[str]] = {name: Counter() for name in shares}
+
+    def fill(name: str, genres: Mapping[str, int]) -> tuple[float, float]:
+        here = sum(count * have[name][genre] for genre, count in genres.items())
+        return here / shares[name], have[name].total() / shares[name]
+
+    chosen: dict[str, str] = {}
+    for key in sorted(members, key=lambda k: (-members[k].total(), _keyed(seed, k))):
+        best = min(shares, key=lambda name: fill(name, members[key]))
+        have[best].update(members[key])
+        chosen[key] = best
+    return chosen
+
+
+def _keyed(seed: int, text: str) -> int:
+    digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") & _M64
+
+
+def _refuse_empty(kept: Sequence[Track], what: str, expected: str, cure: str) -> None:
+    sizes = Counter(track.split for track in kept)
+    if any(sizes[split] == 0 for split in SPLITS):
+        got = ", ".join(f"{sizes[split]} {split}" for split in SPLITS)
+        raise UserError(what, got=f"{got} tracks", expected=expected, cure=cure)
+
+
+def _refuse_gaps(labelled: Sequence[Track], at_least: str) -> None:
+    totals = Counter(track.genre for track in labelled)
+    have = Counter((track.split, track.genre) for track in labelled)
+    for genre in sorted(totals):
+        for split in SPLITS:
+            if not have[split, genre]:
+                raise UserError(
+                    f"genre {genre} has no track for the {split} split",
+                    got=f"{totals[genre]} tracks, no artist of which may be in two splits",
+                    expected=f"at least {at_least}",
+                    cure="add tracks, or take the genre out",
+                )
+
+
+def _pairs(table: Path) -> list[tuple[str, str]]:
+    flag = "--split-file"
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{flag} {table}",
+            got=str(error),
+            expected="a readable table in UTF-8",
+            cure="columns track and split",
+        ) from error
+    if re.match(r"\w+:\s*\n\s*\[", text):
+        return _predecessors_pairs(text, f"{flag} {table}")
+    rows = [row for _, row in read_table(table, flag)]
+    column = "track" if rows and "track" in rows[0] else "path"
+    if not rows or column not in rows[0] or "split" not in rows[0]:
+        raise UserError(
+            f"{flag} {table}",
+            got=f"columns {', '.join(rows[0]) if rows else 'none'}",
+            expected="a header with track (or path) and split",
+            cure="write one line a track below such a header",
+        )
+    where = f"{flag} {table}"
+    return [(row[column], split_name(row["split"], where)) for row in rows]
+
+
+def _predecessors_pairs(text: str, where: str) -> list[tuple[str, str]]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    pairs = []
+    for title, listed in zip(lines[::2], lines[1::2], strict=False):
+        split = split_name(title.rstrip(": "), where)
+        try:
+            names = ast.literal_eval(listed)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"{where}: {split}",
+                got=f"{listed[:40]!r} ...",
+                expected="a list of quoted names on one line",
+                cure="write it as the predecessor's data_split.txt, or as a CSV table",
+            )
+        pairs += [(name, split) for name in names]
+    return pairs
+
+
+def _match(
+    named: Sequence[tuple[str, str]], tracks: Sequence[Track], table: Path
+) -> tuple[dict[str, str], list[str]]:
+    """Track id -> split, and the names that no track has; an exact id counts before all else."""
+    exact = {track.id for track in tracks}
+    owners: dict[str, set[str]] = defaultdict(set)
+    for track in tracks:
+        for name in (track.id, f"{track.genre}/{track.path.name}", track.path.name):
+            owners[_comparable(name)].add(track.id)
+    of_track: dict[str, str] = {}
+    unused = []
+    for name, split in named:
+        ids = [name] if name in exact else sorted(owners.get(_comparable(name), ()))
+        if not ids:
+            unused.append(name)
+        elif len(ids) > 1 or of_track.setdefault(ids[0], split) != split:
+            two = f"both {of_track.get(ids[0])} and {split}"
+            raise UserError(
+                f"--split-file {table}: {name}",
+                got=f"a name of {', '.join(ids)}" if len(ids) > 1 else two,
+                expected="one track and one split",
+                cure="write GENRE/NAME, or the track's id",
+            )
+    return of_track, unused
+
+
+def _comparable(name: str) -> str:
+    """`pop/pop00048.png`, `pop.00048.wav` and `pop_00048` -> `pop00048`."""
+    *folders, stem = re.sub(r"\.(wav|flac|ogg|mp3|opus|png|au)$", "", name.lower()).split("/")
+    genre = folders[-1] if folders and not stem.startswith(folders[-1]) else ""
+    return re.sub(r"[\W_]+", "", genre + stem)

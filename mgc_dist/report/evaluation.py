@@ -1,0 +1,238 @@
+"""What an evaluation leaves behind: SPLIT.json, confusion matrix, reliability, predictions.
+
+One JSON file holds every figure; nothing in it depends on where or on how many ranks it was made.
+"""
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mgc_dist.files import replace_text, replacing
+from mgc_dist.report import figures as charts
+from mgc_dist.scoring import intervals, subgroups
+from mgc_dist.scoring.metrics import Reliability, scores
+from mgc_dist.scoring.score import SplitScores, mean_probability
+from mgc_dist.scoring.subgroups import Subgroups
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What was measured on what.
+
+    Attributes:
+        name: of the files.
+        run: name of the run folder.
+        dataset_id: of the shards.
+        genres: in label order.
+        track_ids: of the split's tracks, ascending as in `SplitScores`.
+        groups: of the same tracks, None where unknown.
+        temperature: that the logits of the result are divided by, None if by none.
+        aligned: bool [M], whether the bias model is right; None without its table.
+        subgroups: of tracks and rows; None without.
+    """
+
+    name: str
+    run: str
+    dataset_id: str
+    genres: tuple[str, ...]
+    track_ids: tuple[str, ...]
+    groups: tuple[str | None, ...]
+    temperature: float | None = None
+    aligned: NDArray[np.bool_] | None = None
+    subgroups: Subgroups | None = None
+
+
+def summary(subject: Subject, result: SplitScores, *, resamples: int, seed: int) -> Report:
+    """Every figure of a split as JSON: track level first, segments beside it.
+
+    Args:
+        subject: what was measured.
+        result: of the walk.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    per_genre = _per_genre(subject, result)
+    seen = {genre: row for genre, row in per_genre.items() if row["support"]}
+    lowest = min(seen, key=lambda genre: seen[genre]["recall"])
+    figures: Report = {
+        "split": result.split,
+        "name": subject.name,
+        "dataset_id": subject.dataset_id,
+        "run": subject.run,
+        "aggregate": result.aggregate,
+        "genres": list(subject.genres),
+        "track": result.track.summary(),
+        "segment": result.segment.summary(),
+        "aggregates": {way: found.summary() for way, found in result.aggregates.items()},
+        "intervals": _intervals(subject, result, resamples, seed),
+        "per_genre": per_genre,
+        "confusion": result.track.confusion.tolist(),
+        "reliability": _bins(result.track.reliability),
+        "temperature": _tempered(subject, result),
+        "subgroups": _subgroups(subject, result),
+        "worst_genre": {"name": lowest, "recall": seen[lowest]["recall"]},
+    }
+    return {key: _without_nan(value) for key, value in figures.items()}
+
+
+def write(run: Path, subject: Subject, result: SplitScores, figures: Report) -> None:
+    """Write RUN/evaluation/NAME.json and its pictures, and RUN/predictions/NAME.*.
+
+    Args:
+        run: the run folder.
+        subject: what was measured.
+        result: of the walk.
+        figures: from `summary`; its file is written last.
+    """
+    folder, track = run / "evaluation", result.track
+    title = f"{subject.run}, {subject.name}\n{track.count} tracks, "
+    _write_confusion_csv(folder / f"confusion-{subject.name}.csv", subject, track.confusion)
+    charts.confusion(
+        folder / f"confusion-{subject.name}.png",
+        track.confusion,
+        subject.genres,
+        f"{title}accuracy {track.accuracy:.3f}",
+    )
+    bins = track.reliability
+    charts.reliability(
+        folder / f"reliability-{subject.name}.png",
+        bins.edges,
+        bins.count,
+        bins.confidence,
+        bins.accuracy,
+        f"{title}calibration error {track.ece:.3f}",
+    )
+    write_predictions(run / "predictions" / f"{subject.name}.jsonl", subject, result)
+    with replacing(run / "predictions" / f"{subject.name}.logits.npy") as file:
+        np.save(file, result.logits, allow_pickle=False)
+    replace_text(folder / f"{subject.name}.json", json.dumps(figures, indent=1, ensure_ascii=False))
+
+
+def write_predictions(path: Path, subject: Subject, result: SplitScores) -> None:
+    """One JSON line a track: id, group, truth, prediction, probabilities, subgroups.
+
+    Args:
+        path: of the .jsonl file; its folder is made.
+        subject: what was measured.
+        result: of the split.
+    """
+    genres, lines = subject.genres, []
+    of_track = subject.subgroups.of_track if subject.subgroups else [None] * len(result.tracks)
+    for place, row in enumerate(result.probabilities):
+        line = {
+            "track": subject.track_ids[place],
+            "group": subject.groups[place],
+            "truth": genres[result.labels[place]],
+            "prediction": genres[result.guesses[place]],
+            "probabilities": {g: float(p) for g, p in zip(genres, row, strict=True)},
+            "bias_aligned": None if subject.aligned is None else bool(subject.aligned[place]),
+            "subgroup": of_track[place],
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, "".join(lines))
+
+
+def _write_confusion_csv(path: Path, subject: Subject, confusion: NDArray[np.int64]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("truth", *subject.genres))
+        writer.writerows((g, *row) for g, row in zip(subject.genres, confusion, strict=True))
+
+
+def _intervals(subject: Subject, result: SplitScores, resamples: int, seed: int) -> Report:
+    def of(cluster: NDArray[np.int64]) -> dict[str, list[float]]:
+        (drawn,) = intervals.resample(
+            result.labels,
+            [result.guesses],
+            cluster,
+            genres=len(subject.genres),
+            resamples=resamples,
+            seed=seed,
+        )
+        return drawn.intervals()
+
+    known = len({group for group in subject.groups if group is not None})
+    clusters = intervals.clusters_of(subject.groups)
+    several = known > 0 and len(np.unique(clusters)) > 1  # one cluster resamples to itself
+    return {
+        "level": intervals.LEVEL,
+        "resamples": resamples,
+        "seed": seed,
+        "tracks": of(np.arange(len(result.labels))),
+        "groups": of(clusters) if several else None,
+        "known_groups": known,
+    }
+
+
+def _per_genre(subject: Subject, result: SplitScores) -> dict[str, dict[str, Any]]:
+    confusion = result.track.confusion
+    rows = {}
+    for label, row in enumerate(result.track.per_genre()):
+        interval = intervals.wilson(int(confusion[label, label]), int(row["support"]))
+        rows[subject.genres[label]] = row | {"recall_interval": interval and list(interval)}
+    return rows
+
+
+def _bins(found: Reliability) -> dict[str, list[float]]:
+    return {
+        "edges": found.edges.tolist(),
+        "count": found.count.tolist(),
+        "confidence": found.confidence.tolist(),
+        "accuracy": found.accuracy.tolist(),
+    }
+
+
+def _tempered(subject: Subject, result: SplitScores) -> Report | None:
+    """The temperature of all figures, and what the mean probability would be without it."""
+    if subject.temperature is None:
+        return None
+    mean, guess = mean_probability(result.logits, result.row_track, 1 / subject.temperature)
+    found = scores(mean, result.labels, guess)
+    return {
+        "value": subject.temperature,
+        "fitted_on": "validation",
+        "aggregate": "mean-prob",
+        "without": {"accuracy": found.accuracy, "nll": found.nll, "ece": found.ece},
+    }
+
+
+def _subgroups(subject: Subject, result: SplitScores) -> Report | None:
+    if subject.subgroups is None:
+        return None
+    found, genres = subject.subgroups, subject.genres
+    right = result.guesses == result.labels
+    groups = subgroups.figures(found.of_track, right, result.labels, genres)
+    of_row = found.of_row
+    if of_row is None:
+        by_track = dict(zip(result.tracks.tolist(), found.of_track, strict=True))
+        of_row = [by_track[track] for track in result.row_track.tolist()]
+    row_right = result.logits.argmax(axis=1) == result.row_label
+    segments = subgroups.figures(of_row, row_right, result.row_label, genres)
+    return {
+        "source": found.source,
+        "groups": groups,
+        "segment": {
+            name: {"count": each["count"], "accuracy": each["accuracy"]}
+            for name, each in segments.items()
+        },
+        "worst_group": subgroups.worst(groups),
+    }
+
+
+def _without_nan(value: object) -> object:
+    """JSON knows no NaN: null stands for what is not defined."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

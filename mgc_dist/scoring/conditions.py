@@ -1,0 +1,242 @@
+"""Many runs: grouped by what their settings differ in, paired by seed, compared over seeds.
+
+Runs that differ in nothing but the seed, their folders and how the machine did the work are one
+condition. The shards may change with the seed (a planted shortcut is packed once a seed), and so
+may the bias table; within a seed all conditions must have been measured on the same tracks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mgc_dist.errors import UserError
+from mgc_dist.scoring import intervals
+from mgc_dist.scoring.metrics import confusion_of, figures_of
+from mgc_dist.scoring.results import Result, refuse_different
+
+Report = dict[str, Any]
+Settings = dict[str, str]
+
+_SAME = frozenset(
+    (
+        "seed",
+        "run",
+        "resume",
+        "fresh",
+        "dry_run",
+        "ranks",
+        "checkpoint_every_epochs",
+        "keep_checkpoints",
+        "log_every_steps",
+        "time_limit_s",
+        "max_tries",
+        "row_ledger",
+        "shards",
+        "bias_table",
+        "shards_from",
+        "stage_dir",
+        "stage_timeout_s",
+        "read_ahead",
+        "reader_threads",
+        "cache",
+        "cache_dir",
+        "micro_batch",
+        "eval_batch",
+        "device",
+        "bucket_elements",
+        "hang_timeout_s",
+        "max_refused_steps",
+    )
+)
+"""Settings that do not change what is learned, or change with the seed."""
+SUBGROUP = "accuracy of "
+"""Before the name of a subgroup among the figures."""
+_KNOBS: dict[str, tuple[str, ...]] = {
+    "ce": (),
+    "poe": ("beta", "beta_end"),
+    "learned-mixin": (),
+    "learned-mixin-h": ("entropy_weight",),
+    "reweight": (),
+    "dfl": ("dfl_gamma",),
+    "mixture": ("bias_ratio",),
+}
+"""Loss settings that a loss reads; the others of its section are of no account with it."""
+_EVERY_LOSS = ("loss", "ce_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run among many.
+
+    Attributes:
+        result: its predictions.
+        seed: of the training.
+        settings: what may have changed the outcome, by flag.
+    """
+
+    result: Result
+    seed: int
+    settings: Settings
+
+
+def settings_of(run: Path) -> tuple[int, Settings]:
+    """Seed and settings from RUN/config.yaml.
+
+    Raises:
+        UserError: there is none, or it is unreadable.
+    """
+    path = run / "config.yaml"
+    try:
+        sections = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["train"]
+        seed = int(sections["output"]["seed"])
+        loss = sections["objective"]
+        read = (*_KNOBS.get(loss["loss"], tuple(loss)), *_EVERY_LOSS)
+        sections["objective"] = {k: v for k, v in loss.items() if k in read}
+        flat = {key: value for section in sections.values() for key, value in section.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"settings {path}",
+            got=" ".join(str(error).split()) or type(error).__name__,
+            expected="the settings that training wrote",
+            cure="more than two runs are compared by their settings; give run folders",
+        ) from error
+    return seed, {key: str(value) for key, value in flat.items() if key not in _SAME}
+
+
+def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
+    """Condition -> seed -> run, conditions named by what they differ in, in the given order.
+
+    Raises:
+        UserError: two runs have the same settings and seed.
+    """
+    differing = {
+        key
+        for key in {key for run in runs for key in run.settings}
+        if len({run.settings[key] for run in runs if key in run.settings}) > 1
+    }
+    found: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        label = _label(run.settings, differing)
+        other = found.setdefault(label, {}).setdefault(run.seed, run)
+        if other is not run:
+            raise UserError(
+                f"runs {other.result.run} and {run.result.run}",
+                got=f"the same settings and seed {run.seed} ({label})",
+                expected="one run for each settings and seed",
+                cure="leave one of them out",
+            )
+    return found
+
+
+def _label(settings: Settings, differing: set[str]) -> str:
+    loss = settings["loss"]
+    shown = ["loss", *_KNOBS.get(loss, ())]
+    shown += sorted(key for key in differing & set(settings) if key not in shown)
+    return " ".join(f"{key}={settings[key]}" for key in shown if settings[key] != "null")
+
+
+def compare(runs: Sequence[Run], name: str) -> Report:
+    """Figures of each condition over seeds, and paired gains over the baseline, as JSON.
+
+    Args:
+        runs: all of them; the baseline is the first condition with loss ce, else the first.
+        name: of the evaluation.
+
+    Raises:
+        UserError: two runs of a seed were not measured on the same tracks, or are the same.
+    """
+    conditions = group(runs)
+    plain = [label for label, seeds in conditions.items() if _loss(seeds) == "ce"]
+    baseline = (plain or list(conditions))[0]
+    for seeds in conditions.values():
+        for seed, run in seeds.items():
+            first = next(each[seed] for each in conditions.values() if seed in each)
+            refuse_different(first.result, run.result)
+    base = conditions[baseline]
+    values = {
+        label: {seed: figures(run.result) for seed, run in sorted(seeds.items())}
+        for label, seeds in conditions.items()
+    }
+    return {
+        "mode": "seeds",
+        "name": name,
+        "baseline": baseline,
+        "conditions": {
+            label: {
+                "runs": {str(s): str(conditions[label][s].result.run) for s in found},
+                "figures": _over_seeds(found),
+                "gain": None
+                if label == baseline
+                else _gains(found, values[baseline], _alike(conditions[label], base)),
+            }
+            for label, found in values.items()
+        },
+    }
+
+
+def _loss(seeds: dict[int, Run]) -> str:
+    return next(iter(seeds.values())).settings["loss"]
+
+
+def figures(result: Result) -> dict[str, float]:
+    """Accuracy, balanced accuracy, macro-F1 and the accuracy of each subgroup, over tracks."""
+    right = result.guess == result.label
+    confusion = confusion_of(result.label, result.guess, len(result.genres))
+    names = ("accuracy", "balanced_accuracy", "macro_f1")
+    found = dict(zip(names, (float(value) for value in figures_of(confusion)), strict=True))
+    for name in sorted({name for name in result.subgroups if name is not None}):
+        inside = np.array([each == name for each in result.subgroups])
+        found[f"{SUBGROUP}{name}"] = float(right[inside].mean())
+    return found
+
+
+def _over_seeds(found: dict[int, dict[str, float]]) -> Report:
+    names = dict.fromkeys(name for each in found.values() for name in each)
+    return {
+        name: _spread({seed: each[name] for seed, each in found.items() if name in each})
+        for name in names
+    }
+
+
+def _spread(values: dict[int, float]) -> Report:
+    numbers = list(values.values())
+    return {
+        "values": {str(seed): value for seed, value in values.items()},
+        "mean": float(np.mean(numbers)),
+        "sd": float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None,
+        "min": min(numbers),
+        "max": max(numbers),
+    }
+
+
+def _alike(runs: dict[int, Run], base: dict[int, Run]) -> set[int]:
+    """Seeds in which both have the same subgroups."""
+    shared = set(runs) & set(base)
+    return {s for s in shared if runs[s].result.subgroups == base[s].result.subgroups}
+
+
+def _gains(
+    found: dict[int, dict[str, float]], base: dict[int, dict[str, float]], alike: set[int]
+) -> Report | None:
+    """Gains in the seeds that both have, of subgroups in those where they are the same."""
+    shared = [seed for seed in found if seed in base]
+    names = dict.fromkeys(name for seed in shared for name in found[seed] if name in base[seed])
+    gains: Report = {}
+    for name in names:
+        gain = {
+            seed: found[seed][name] - base[seed][name]
+            for seed in shared
+            if name in found[seed] and name in base[seed]
+            if seed in alike or not name.startswith(SUBGROUP)
+        }
+        if gain:
+            interval = intervals.student(list(gain.values()))
+            gains[name] = _spread(gain) | {
+                "interval": interval and list(interval),
+                "gained": sum(value > 1e-12 for value in gain.values()),  # rounding is no gain
+            }
+    return gains or None

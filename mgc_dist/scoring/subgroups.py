@@ -1,0 +1,161 @@
+"""Tracks in subgroups: those that the bias model agrees with and those it does not, or a user's.
+
+A track (a segment) is `bias-aligned` if the argmax of the bias model's mean probability over its
+segments (of its probability) is its label, else `bias-conflicting`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mgc_dist.data.tracks import read_table
+from mgc_dist.errors import UserError
+from mgc_dist.scoring.intervals import wilson
+from mgc_dist.scoring.metrics import track_labels, track_means
+
+ALIGNED = "bias-aligned"
+CONFLICTING = "bias-conflicting"
+
+Figures = dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subgroups:
+    """Which subgroup each track, and each segment if that is another question, is in.
+
+    Attributes:
+        source: where they come from, in words.
+        of_track: a name or None for each track, ascending as in `SplitScores`.
+        of_row: the same for each row of the split; None where segments follow their track.
+    """
+
+    source: str
+    of_track: list[str | None]
+    of_row: list[str | None] | None = None
+
+
+def aligned_rows(
+    log_probability: NDArray[np.float32], label: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Whether the bias model's best genre is the true one, bool [rows]."""
+    return np.asarray(log_probability.argmax(axis=1) == label)
+
+
+def aligned_tracks(
+    log_probability: NDArray[np.float32], label: NDArray[np.int64], track: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Whether the genre of the highest mean bias probability is the true one.
+
+    Args:
+        log_probability: float32 [rows, K] of the bias model.
+        label: int64 [rows].
+        track: int64 [rows].
+
+    Returns:
+        bool [M], tracks ascending.
+    """
+    _, mean = track_means(np.exp(log_probability.astype(np.float64)), track)
+    return np.asarray(mean.argmax(axis=1) == track_labels(label, track))
+
+
+def names_of(aligned: NDArray[np.bool_]) -> list[str | None]:
+    """The subgroup of each item, bool [M]."""
+    return [ALIGNED if yes else CONFLICTING for yes in aligned]
+
+
+def from_table(table: Path, column: str, ids: Sequence[str]) -> list[str | None]:
+    """The subgroup of each track from a CSV or TSV table with a column `track`.
+
+    Args:
+        table: holds a row for every one of the tracks; others are passed over.
+        column: holds the subgroup; blank for none.
+        ids: of the tracks; a dot in the table's names counts as the underscore of an id.
+
+    Raises:
+        UserError: the table lacks a column or a track, or gives a track two subgroups.
+    """
+    lines = read_table(table, "--subgroups")
+    columns = list(lines[0][1]) if lines else []
+    if "track" not in columns or column not in columns:
+        raise UserError(
+            f"--subgroups {table}",
+            got=f"columns {', '.join(columns) or 'none'}",
+            expected=f"a header with track and {column}",
+            cure="name the column with --subgroup-column",
+        )
+    found: dict[str, str] = {}
+    for line, row in lines:
+        name = row["track"].removesuffix(".wav").replace(".", "_")
+        if found.setdefault(name, row[column]) != row[column]:
+            raise UserError(
+                f"--subgroups {table}: line {line}, track {row['track']}",
+                got=f"both {found[name]!r} and {row[column]!r}",
+                expected="one subgroup a track",
+                cure="correct the table",
+            )
+    missing = [name for name in ids if name not in found]
+    if missing:
+        raise UserError(
+            f"--subgroups {table}",
+            got=f"no row for {len(missing)} of {len(ids)} tracks, such as {missing[0]}",
+            expected="a row for every track of the split",
+            cure="leave the subgroup blank where there is none",
+        )
+    return [found[name] or None for name in ids]
+
+
+def figures(
+    names: Sequence[str | None],
+    right: NDArray[np.bool_],
+    label: NDArray[np.int64],
+    genres: Sequence[str],
+) -> dict[str, Figures]:
+    """Count, accuracy and interval of each subgroup, by name, and its genres.
+
+    Args:
+        names: of each track's subgroup; None for tracks in none.
+        right: bool [M], whether the track was named rightly.
+        label: int64 [M].
+        genres: in label order.
+
+    Returns:
+        {name: {count, accuracy, interval, genres: {genre: {count, accuracy}}}}; the bias
+        subgroups stand there also when empty, with null in the place of figures.
+    """
+    known = {name for name in names if name is not None}
+    if known & {ALIGNED, CONFLICTING}:
+        known |= {ALIGNED, CONFLICTING}
+    return {name: _of_one(name, names, right, label, genres) for name in sorted(known)}
+
+
+def _of_one(
+    name: str,
+    names: Sequence[str | None],
+    right: NDArray[np.bool_],
+    label: NDArray[np.int64],
+    genres: Sequence[str],
+) -> Figures:
+    inside = np.array([found == name for found in names], dtype=bool)
+    interval = wilson(int(right[inside].sum()), int(inside.sum()))
+    return _share(right[inside]) | {
+        "interval": interval and list(interval),
+        "genres": {
+            genre: _share(right[inside & (label == number)]) for number, genre in enumerate(genres)
+        },
+    }
+
+
+def _share(right: NDArray[np.bool_]) -> Figures:
+    return {"count": len(right), "accuracy": float(right.mean()) if len(right) else None}
+
+
+def worst(found: dict[str, Figures]) -> Figures | None:
+    """Name, accuracy and count of the subgroup of the lowest accuracy; None if all are empty."""
+    filled = {name: each for name, each in found.items() if each["count"]}
+    if not filled:
+        return None
+    name = min(filled, key=lambda name: (float(str(filled[name]["accuracy"])), name))
+    return {"name": name, "accuracy": filled[name]["accuracy"], "count": filled[name]["count"]}

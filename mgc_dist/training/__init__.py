@@ -1,0 +1,1 @@
+"""The loop, the losses, DeepSpeed around the main model, and checkpoints."""

@@ -1,0 +1,195 @@
+"""What a run goes on from, and what it must agree with."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mgc_dist.cluster.ranks import Ranks
+from mgc_dist.config import RunConfig
+from mgc_dist.data.order import Plan
+from mgc_dist.errors import EXIT_NO_CHECKPOINT, UserError
+from mgc_dist.journal import read_metrics
+from mgc_dist.training import checkpoint
+
+log = logging.getLogger(__name__)
+
+FAMILIES = ((0,), (1, 2), (3,))
+"""ZeRO stages whose checkpoints can be read by one another, on any number of ranks."""
+
+CHANGEABLE = {
+    "lr": "--lr",
+    "head-lr": "--head-lr",
+    "weight-decay": "--weight-decay",
+    "warmup-fraction": "--warmup-fraction",
+    "final-lr-fraction": "--final-lr-fraction",
+    "clip-norm": "--clip-norm",
+    "loss": "--loss",
+    "bias-table": "bias table (--bias-table)",
+    "model": "--model",
+    "epochs": "positions (--epochs)",
+    "global-batch": "--global-batch",
+    "seed": "--seed",
+    "window-shards": "--window-shards",
+    "shards": "data set (--shards)",
+    "cache": "--cache",
+}
+"""What `--change NAME` allows to differ: the name -> its key in a run's identity."""
+_OF_THE_ORDER = ("seed", "window-shards", "shards")
+
+Changes = dict[str, tuple[Any, Any]]
+"""Key of the identity -> (what it is now, what it was)."""
+
+
+def all_choose(config: RunConfig, ranks: Ranks) -> Path | None:
+    """The checkpoint that `--resume` means; None to start from the beginning (a collective).
+
+    Raises:
+        UserError: there is none where one is needed, or it is damaged, or none is whole (65), or
+            all that have been saved are gone (65).
+    """
+    run, resume = config.run, config.resume
+    if resume == "never":
+        return None
+    if resume not in ("auto", "latest"):
+        reason = checkpoint.all_damage(Path(resume), ranks)
+        if reason:
+            raise UserError(
+                f"--resume {resume}",
+                got=reason,
+                expected="never, auto, latest, or the folder of a whole checkpoint",
+                cure=f"checkpoints are in {run / checkpoint.FOLDER}",
+            )
+        return Path(resume)
+    found = checkpoint.all_newest(run, ranks)
+    if found is None and resume == "latest":
+        raise UserError(
+            f"--resume latest in {run}",
+            got="no checkpoint",
+            expected=f"one in {run / checkpoint.FOLDER}",
+            cure="--resume auto starts from the beginning if there is none",
+        )
+    if found is None:
+        ranks.all_decide(lambda: _refuse_vanished(run))
+    if found is None and ranks.is_first:
+        log.info("no checkpoint in %s: starting from the beginning", run)
+    return found
+
+
+def _refuse_vanished(run: Path) -> None:
+    saved = read_metrics(run, "checkpoint")
+    if saved:
+        raise UserError(
+            f"checkpoints in {run / checkpoint.FOLDER}",
+            got=f"none, though {len(saved)} have been saved, "
+            f"the last one at samples_seen {saved[-1]['samples_seen']}",
+            expected="at least one of them",
+            cure="bring one back, or begin again with --fresh: nothing is deleted",
+            exit_code=EXIT_NO_CHECKPOINT,
+        )
+
+
+def must_reshape(folder: Path, *, world: int, zero_stage: int) -> bool:
+    """Whether a checkpoint was made by another number of ranks or at another ZeRO stage.
+
+    Raises:
+        UserError: at a stage whose checkpoints cannot be read here.
+    """
+    facts = checkpoint.facts(folder)
+    theirs = int(facts["zero_stage"])
+    family = next(stages for stages in FAMILIES if theirs in stages)
+    if zero_stage not in family:
+        fitting = " or ".join(map(str, family))
+        raise UserError(
+            f"checkpoint {folder}: --zero-stage",
+            got=zero_stage,
+            expected=f"{fitting}: it was saved at stage {theirs}, which no other stage can read",
+            cure=f"go on with --zero-stage {fitting}, on any number of ranks",
+        )
+    return (int(facts["world"]), theirs) != (world, zero_stage)
+
+
+def refuse_change(
+    what: str, ours: dict[str, Any], theirs: dict[str, Any], allowed: Sequence[str] = ()
+) -> Changes:
+    """Refuse to go on as another run than the one that was started.
+
+    Args:
+        what: that was made by the other one, in the error message.
+        ours: identity of this run.
+        theirs: of the one that was started.
+        allowed: names after `--change`.
+
+    Returns:
+        The differences that were allowed.
+
+    Raises:
+        UserError: it names the first other difference, with both values.
+    """
+    names = {key: name for name, key in CHANGEABLE.items()}
+    changes: Changes = {}
+    for key, value in ours.items():
+        before = theirs.get(key, "not written down")
+        if before == value:
+            continue
+        if names.get(key) not in allowed:
+            way = f"allow it with --change {names[key]}, " if key in names else ""
+            raise UserError(
+                f"{what}: {key}",
+                got=value,
+                expected=f"{before}, as the run was started with",
+                cure=f"give the same, {way}or start another run with --run",
+            )
+        changes[key] = (value, before)
+    return changes
+
+
+def refuse_position(changes: Changes, plan: Plan, samples_seen: int) -> None:
+    """Refuse an allowed change where the position in the order would have no meaning any more.
+
+    Raises:
+        UserError: samples_seen is no end of a step of the new plan; or the order changes in the
+            middle of an epoch, in which some rows would come twice and others not at all.
+    """
+    plan.step_of(samples_seen)
+    for name in _OF_THE_ORDER:
+        if CHANGEABLE[name] in changes and samples_seen % plan.rows:
+            raise UserError(
+                f"--change {name} at samples_seen {samples_seen}",
+                got=f"{samples_seen % plan.rows} of {plan.rows} rows into an epoch",
+                expected="the end of one: in this epoch some rows would come twice, others never",
+                cure=f"give the same --{name}, or --resume a checkpoint at the end of an epoch",
+            )
+
+
+def holds_best(run: Path, samples_seen: int, loss: float | None) -> bool:
+    """Whether RUN/best is the model of a validation: not one of a way that was gone back from.
+
+    Args:
+        run: the run folder.
+        samples_seen: at that validation.
+        loss: what the model was chosen by, as in `State.best_loss`.
+    """
+    exports = [line for line in read_metrics(run, "validation") if line.get("exported")]
+    if not exports:
+        return False
+    last = exports[-1]
+    # version 0.1.0 chose by macro-F1, and did not write so
+    return (last["samples_seen"], last.get("select_loss", -last["track_macro_f1"])) == (
+        samples_seen,
+        loss,
+    )
+
+
+def set_aside(run: Path) -> None:
+    """Move all that a run folder holds into RUN/aside-N, for `--fresh` (rank 0).
+
+    The lease and the heartbeats stay: they are of the run that begins.
+    """
+    number = 1 + sum(1 for _ in run.glob("aside-*"))
+    aside = run / f"aside-{number}"
+    aside.mkdir()
+    for path in sorted(run.iterdir()):
+        if not path.name.startswith(("aside-", "lease.json", "heartbeats")):
+            path.rename(aside / path.name)
+    log.info("what was in %s is now in %s", run, aside)

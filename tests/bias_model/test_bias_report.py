@@ -1,0 +1,225 @@
+"""The bias report: figures against scikit-learn and by hand, warnings, files."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import run_ranks
+from scipy.special import log_softmax
+from sklearn.metrics import log_loss, recall_score
+from trainings import config
+
+from mgc_dist import train
+from mgc_dist.bias_model import summary as bias_report
+from mgc_dist.bias_model import table as logits
+from mgc_dist.config import DataConfig, TrainConfig
+from mgc_dist.data import manifest
+from mgc_dist.data.reader import ShardSet
+from mgc_dist.errors import UserError
+from mgc_dist.journal import read_metrics
+
+
+@pytest.fixture(scope="module")
+def data(shards: Path) -> tuple[manifest.Manifest, np.ndarray, np.ndarray]:
+    with ShardSet(shards) as opened:
+        return opened.manifest, opened.labels, opened.tracks
+
+
+def table_of(logit: np.ndarray, *, ours: logits.Header | None = None) -> logits.BiasTable:
+    return logits.BiasTable(
+        name="logmel" if ours else "x.csv",
+        fold_status="out-of-fold" if ours else "unknown",
+        sha256="0",
+        log_probability=log_softmax(logit, axis=1).astype(np.float32),
+        header=ours,
+    )
+
+
+def noisy(label: np.ndarray, strength: float) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(len(label), 3)) + strength * np.eye(3)[label]
+
+
+def test_figures_are_scikit_learns(data) -> None:
+    found, label, track = data
+    table = table_of(noisy(label, 1.0))
+    report = bias_report.make(table, found, label, track)
+    probability = np.exp(table.log_probability.astype(np.float64))
+    guess = probability.argmax(1)
+    for split, (first, stop) in found.splits.items():
+        rows = slice(first, stop)
+        figures = report["splits"][split]
+        assert figures["count"] == stop - first
+        assert figures["accuracy"] == (guess[rows] == label[rows]).mean()
+        expected = log_loss(label[rows], probability[rows] / probability[rows].sum(1)[:, None])
+        assert figures["nll"] == pytest.approx(expected, abs=1e-5)
+        genres = report["per_genre"] if split == "train" else report["per_genre_of"][split]
+        recalls = recall_score(label[rows], guess[rows], average=None)
+        assert [of["accuracy"] for of in genres.values()] == pytest.approx(recalls.tolist())
+    truth = probability[np.arange(66), label[:66]]
+    tenths = np.minimum((truth * 10).astype(int), 9)
+    assert report["truth_histogram"] == np.bincount(tenths, minlength=10).tolist()
+    assert report["effective_sample_size"] == pytest.approx(
+        (1 - truth).sum() ** 2 / ((1 - truth) ** 2).sum()
+    )
+
+
+def test_aligned_and_conflicting_rows_and_tracks_by_hand(data) -> None:
+    found, label, track = data
+    table = table_of(noisy(label, 1.0))
+    report = bias_report.make(table, found, label, track)
+    p = np.exp(table.log_probability.astype(np.float64))
+    for split in ("train", "validation", "test"):
+        genres = report["per_genre"] if split == "train" else report["per_genre_of"][split]
+        for k, genre in enumerate(found.genres):
+            rows = tracks = right_rows = right_tracks = 0
+            for number, entry in enumerate(found.tracks):
+                if (entry.split, entry.genre) != (split, genre):
+                    continue
+                mine = p[track == number]
+                rows, tracks = rows + len(mine), tracks + 1
+                right_rows += int((mine.argmax(1) == k).sum())
+                right_tracks += int(mine.mean(0).argmax() == k)
+            of = genres[genre]
+            assert (of["rows"], of["aligned_rows"]) == (rows, right_rows)
+            assert of["conflicting_rows"] == rows - right_rows
+            assert of["aligned_tracks"] == right_tracks
+            assert of["conflicting_tracks"] == tracks - right_tracks
+
+
+def test_the_files_hold_what_the_docstring_promises(shards: Path, table: Path) -> None:
+    report = json.loads((table / "report.json").read_text())
+    header = logits.read_header(table)
+    assert report["backbone"] == "logmel"
+    assert (report["layers"], report["folds"]) == ([0], 2)
+    assert report["temperature"] == header.temperature
+    assert report["fold_status"] == "out-of-fold"
+    assert report["table_sha256"] == header.table_sha256
+    assert set(report["splits"]) == {"train", "validation", "test"}
+    assert {"count", "accuracy", "nll", "ece"} < set(report["splits"]["train"])
+    assert sum(report["truth_histogram"]) == 66
+    assert set(report["per_genre"]) == set(manifest.read(shards).genres)
+    for name in report:
+        assert f'"{name}"' in (bias_report.__doc__ or ""), name
+    assert (table / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_that_knows_too_much_is_warned_of_with_the_reason(data) -> None:
+    found, label, track = data
+    (fold, good, easy) = bias_report.make(table_of(noisy(label, 9.0)), found, label, track)[
+        "warnings"
+    ]
+    assert "x.csv is unknown" in fold
+    assert "right in 100 % of the training segments (above 90 %)" in good
+    assert "0.915" in good
+    assert "--loss ce" in good
+    assert "blues (100 %), classical (100 %), country (100 %)" in easy
+
+
+def test_a_single_genre_that_is_too_easy_is_named(data, table: Path) -> None:
+    found, label, track = data
+    logit = noisy(label, 1.0)
+    logit[label == 1, 1] += 9
+    header = replace(logits.read_header(table), temperature=1.3)
+    (_, easy) = bias_report.make(table_of(logit, ours=header), found, label, track)["warnings"]
+    assert "nearly always names classical (100 %):" in easy
+    assert "blues" not in easy
+
+
+def test_a_model_that_knows_nothing_is_warned_of(data, table: Path) -> None:
+    found, label, track = data
+    header = replace(logits.read_header(table), temperature=20.0)
+    wrong = noisy((label + 1) % 3, 2.0)
+    said = bias_report.make(table_of(wrong, ours=header), found, label, track)["warnings"]
+    assert "not below that of guessing (1.10)" in said[1]
+    assert "temperature ran to its bound (20.00)" in said[2]
+
+
+def test_a_genre_that_its_head_has_never_heard_is_named(data, table: Path) -> None:
+    found, label, track = data
+    header = replace(logits.read_header(table), temperature=1.3)
+    training = [t for t in found.tracks if t.split == "train"]
+    assert len({t.group for t in training}) == 3, "one training artist a genre"
+    fine = table_of(noisy(label, 1.0), ours=header)
+    (said,) = bias_report.make(fine, found, label, track)["warnings"]
+    assert said.startswith("all training tracks of blues, classical, country are in one fold")
+    alone = [t.id for t in training if t.genre == "country"]
+    apart = [
+        replace(t, group=None) if t.split == "train" and t.genre != "country" else t
+        for t in found.tracks
+    ]
+    folds = {f"track {t.id}": n % 2 for n, t in enumerate(training) if t.genre != "country"}
+    folds[f"group {training[-1].group}"] = 0
+    split = table_of(noisy(label, 1.0), ours=replace(header, fold_of=folds))
+    (said,) = bias_report.make(split, replace(found, tracks=tuple(apart)), label, track)["warnings"]
+    assert len(alone) == 2
+    assert said.startswith("all training tracks of country are in one fold")
+
+
+def test_the_text_shows_every_split_genre_and_warning(
+    data, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, label, track = data
+    bias_report.show(bias_report.make(table_of(noisy(label, 9.0)), found, label, track))
+    said = capsys.readouterr().out
+    for word in ("train", "validation", "test", *found.genres, "as given", "Warning: "):
+        assert word in said
+    ours = table_of(noisy(label, 1.0), ours=logits.read_header(table))
+    bias_report.show(bias_report.make(ours, found, label, track))
+    said = capsys.readouterr().out
+    assert "out of fold" in said
+    assert "mean of heads" in said
+
+
+def test_training_with_a_foreign_table_says_and_records_what_is_unknown(
+    shards: Path, table: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    with ShardSet(shards) as opened:
+        keys, genres = opened.keys(), opened.manifest.genres
+    values = np.load(table / logits.TABLE).astype(float)
+    lines = [
+        ",".join([key, *map(repr, row)]) for key, row in zip(keys, values.tolist(), strict=True)
+    ]
+    file = tmp_path / "theirs.csv"
+    file.write_text("\n".join([",".join(["key", *genres]), *lines]))
+    losses = []
+    for name, place in (("ours", None), ("theirs", file)):
+        settings = config(shards, tiny_model, tmp_path / name, epochs=30 / 66)
+        settings = replace(settings, data=replace(settings.data, bias_table=place))
+        assert run_ranks(2, train.run, settings) == [0, 0]
+        losses.append([line["loss"] for line in read_metrics(tmp_path / name, "step")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    said = (tmp_path / "theirs" / "train.log").read_text()
+    assert said.count("the fold status of theirs.csv is unknown") == 1
+    assert "fold status" not in (tmp_path / "ours" / "train.log").read_text()
+    env = json.loads((tmp_path / "theirs" / "env.json").read_text())
+    assert env["bias_table"] == {"name": "theirs.csv", "fold_status": "unknown"}
+    file.write_text(file.read_text().replace(lines[3], f"{keys[3]},0,0,0"))  # one row's logits
+    again = replace(settings, output=replace(settings.output, resume="auto"))
+    with pytest.raises(UserError, match=r"bias table \(--bias-table\)"):
+        run_ranks(1, train.run, again)
+
+
+def test_training_repeats_every_warning_on_rank_0(
+    data, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, label, track = data
+    opened = SimpleNamespace(manifest=found, labels=label, tracks=track)
+    settings = TrainConfig(data=DataConfig(shards=shards, bias_table=Path("x.csv")))
+    for first, count in ((True, 3), (False, 0)):
+        caplog.clear()
+        fit = SimpleNamespace(
+            objective=SimpleNamespace(table=table_of(noisy(label, 9.0))),
+            shards=opened,
+            config=settings,
+            ranks=SimpleNamespace(is_first=first),
+        )
+        logging.getLogger("mgc_dist").propagate = True
+        train._warn_of_bias(fit)
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == count
+        assert all(line.startswith("bias table x.csv: ") for line in lines)

@@ -1,0 +1,117 @@
+"""Heartbeats, and what they say of a rank that is missing."""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mgc_dist import console as display
+from mgc_dist.cluster import lease, watch
+from mgc_dist.cluster.stop import Stop
+from mgc_dist.errors import UserError
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> lease.Lease:
+    monkeypatch.setattr(watch, "BEAT_S", 0.1)
+    return lease.acquire(tmp_path, "ours")
+
+
+def peer(held: lease.Lease, **changes: object) -> None:
+    """Write rank 1's heartbeat: a child that has ended, unless said otherwise."""
+    pid = os.fork()
+    if pid == 0:
+        file = lease.heartbeat_file(held.run, held.attempt, 1)
+        facts = vars(lease.this_process()) | {"step": 6, "phase": "computing"}
+        file.write_text(json.dumps(facts | {"time_s": time.time()} | changes))
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def watching(held: lease.Lease) -> watch.Watch:
+    return watch.Watch(held, 0, 2, Stop(), hang_timeout_s=60)
+
+
+def test_the_missing_rank_is_named(held: lease.Lease) -> None:
+    with watching(held) as found:
+        found.progress(7, "computing")
+        assert "rank 1 was never seen" in str(found.lost(RuntimeError("closed by peer")))
+        peer(held)
+        lost = found.lost(RuntimeError("closed by peer"))
+        assert "rank 1 (process" in str(lost)
+        assert "is gone, last seen at step 7 (computing)" in str(lost)
+        assert lost.exit_code == 75
+        peer(held, host="elsewhere", time_s=time.time() - 30)
+        assert "on elsewhere) is silent, last seen at step 7 (computing) 30 s ago" in str(
+            found.lost(RuntimeError("time-out"))
+        )
+        peer(held, host="elsewhere", phase="reading", time_s=time.time() + 5)
+        assert "is elsewhere, last seen at step 7 (reading)" in str(
+            found.lost(RuntimeError("time-out"))
+        )
+        peer(held, error="no space", exit_code=74)
+        lost = found.lost(RuntimeError("closed by peer"))
+        assert "has ended: no space" in str(lost)
+        assert lost.exit_code == 74, "the peers end as the rank that failed did"
+
+
+def test_an_error_is_left_for_the_peers(held: lease.Lease) -> None:
+    def fail() -> None:
+        with watching(held):
+            raise UserError("--x", got=1, expected="2", cure="3")
+
+    with pytest.raises(UserError):
+        fail()
+    beat = json.loads(lease.heartbeat_file(held.run, "ours", 0).read_text())
+    assert beat["error"].startswith("--x: got 1")
+    assert beat["exit_code"] == 2
+
+
+def test_a_file_server_that_is_away_ends_nothing(
+    held: lease.Lease, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mgc_dist"), "propagate", True)
+    left: list[int] = []
+    monkeypatch.setattr(watch, "leave", left.append)
+    read = lease._read
+
+    def away(path: Path) -> object:
+        if path.name == lease.LEASE:
+            raise OSError(5, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(lease, "_read", away)
+    with watching(held):
+        time.sleep(1.2)
+    assert "the lease cannot be seen" in caplog.text
+    assert not left
+
+
+def test_a_rank_that_hangs_ends_though_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)  # as `| tee`, killed by the same Ctrl-C
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stdout.write("what a library printed")
+        display.start_logging(0)
+        held = lease.acquire(tmp_path, "ours")
+        with watch.Watch(held, 0, 1, Stop(), hang_timeout_s=0.1):
+            time.sleep(20)
+        os._exit(0)
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+
+
+def test_a_heartbeat_tells_where_the_rank_is(held: lease.Lease) -> None:
+    with watching(held) as found:
+        found.progress(3, "saving")
+        time.sleep(1.2)
+        beat = json.loads(lease.heartbeat_file(held.run, "ours", 0).read_text())
+    assert (beat["step"], beat["phase"], beat["pid"]) == (3, "saving", os.getpid())

@@ -1,0 +1,190 @@
+"""Splits and folds: shares, groups kept together, lists of others read as they are written."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mgc_dist.data import tracks
+from mgc_dist.data.tracks import Track
+from mgc_dist.errors import UserError
+from mgc_dist.packing import splits as split
+
+
+def track(id_: str, genre: str = "g", group: str | None = None, split: str = "") -> Track:
+    return Track(id=id_, genre=genre, path=Path(genre) / f"{id_}.wav", group=group, split=split)
+
+
+def test_fault_filtered_lists_have_their_published_sizes() -> None:
+    lists = split.fault_filtered()
+    assert Counter(lists.values()) == {"train": 443, "validation": 197, "test": 290}
+    assert len(lists) == split.FAULT_FILTERED_TRACKS
+    everything = [track(id_) for id_ in lists if id_ != "jazz_00054"]  # the known-bad one
+    assert split.choose("auto", everything, None) == "fault-filtered"
+    assert split.choose("auto", everything[: len(everything) // 2], None) == "stratified"
+    gone = everything[-1].id
+    with pytest.raises(UserError, match=rf"got no {gone}(.|\n)*--split stratified makes a random"):
+        split.choose("auto", everything[:-1], None)
+    kept, left_out = split.split_fault_filtered([*everything, track("blues_99999")])
+    assert len(kept) == 929
+    assert left_out == {
+        "blues_99999": split.NOT_LISTED,
+        "jazz_00054": split.NO_FILE,
+    }
+    with pytest.raises(UserError, match="GTZAN's file names"):
+        split.split_fault_filtered([track("a"), track("b")])
+
+
+@given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 12)), min_size=60, max_size=150))
+@settings(max_examples=40, deadline=None)
+def test_stratified_split_keeps_groups_together_and_shares(pairs: list[tuple[str, int]]) -> None:
+    found = [
+        track(f"{genre}{n}", genre, f"{genre} artist {artist}" if artist else None)
+        for n, (genre, artist) in enumerate(pairs)
+    ]
+    artists = Counter(genre for genre, _ in {(t.genre, t.group or t.id) for t in found})
+    assume(min(artists.values()) >= 6)
+    dealt = split.split_stratified(found, validation=0.2, test=0.2, seed=1)
+    tracks.refuse_leaks(dealt)
+    assert [t.id for t in dealt] == [t.id for t in found]
+    for genre in {t.genre for t in dealt}:
+        sizes = Counter(t.split for t in dealt if t.genre == genre)
+        largest = max(Counter(t.group or t.id for t in dealt if t.genre == genre).values())
+        assert abs(sizes["test"] - 0.2 * sizes.total()) <= largest + 1
+
+
+def test_too_few_artists_are_refused() -> None:
+    found = [track(f"t{n}", group=f"artist {n % 2}") for n in range(10)]
+    with pytest.raises(UserError, match="genre g has no track for the test split"):
+        split.split_stratified(found, validation=0.2, test=0.2, seed=1)
+
+
+def test_split_depends_on_the_seed_and_not_on_the_order_of_files() -> None:
+    found = [track(f"t{n}") for n in range(40)]
+
+    def deal(order: list[Track], seed: int) -> dict[str, str]:
+        made = split.split_stratified(order, validation=0.2, test=0.2, seed=seed)
+        return {t.id: t.split for t in made}
+
+    assert deal(found, 0) == deal(found[::-1], 0) != deal(found, 1)
+
+
+def test_folds_keep_groups_together_and_spread_each_genre() -> None:
+    found = [
+        track(f"{genre}{n}", genre, f"{genre} artist {n // 2}") for genre in "xy" for n in range(20)
+    ]
+    folds = split.deal_folds(found, 5, seed=0)
+    assert set(folds.values()) == {0, 1, 2, 3, 4}
+    for genre in "xy":
+        sizes = Counter(folds[f"group {t.group}"] for t in found if t.genre == genre)
+        assert set(sizes.values()) == {4}
+    assert folds != split.deal_folds(found, 5, seed=1)
+
+
+def test_kfold_tests_every_track_once_and_keeps_groups_together() -> None:
+    found = [
+        track(f"{genre}{n}", genre, f"{genre} artist {n // 2}") for genre in "xy" for n in range(20)
+    ]
+    tested: Counter[str] = Counter()
+    for fold in range(5):
+        dealt = split.split_kfold(found, folds=5, fold=fold, seed=3)
+        tracks.refuse_leaks(dealt)
+        sizes = Counter((t.genre, t.split) for t in dealt)
+        assert {sizes[genre, "test"] for genre in "xy"} == {4}
+        assert {sizes[genre, "validation"] for genre in "xy"} == {4}
+        tested.update(t.id for t in dealt if t.split == "test")
+        following = split.split_kfold(found, folds=5, fold=(fold + 1) % 5, seed=3)
+        assert {t.id for t in dealt if t.split == "validation"} == {
+            t.id for t in following if t.split == "test"
+        }
+    assert set(tested.values()) == {1}
+    assert len(tested) == 40
+    with pytest.raises(UserError, match="at least 9 tracks by 9 artists"):
+        split.split_kfold(found[:16], folds=9, fold=8, seed=0)
+
+
+GTZAN_LIKE = [
+    Track(id=f"{genre}_{n:05d}", genre=genre, path=Path(genre) / f"{genre}.{n:05d}.wav")
+    for genre in ("pop", "metal")
+    for n in range(4)
+]
+
+
+def test_the_predecessors_data_split_is_read(tmp_path: Path) -> None:
+    # layout of data_split.txt in csci467_music_genre_classification: names of spectrograms
+    table = tmp_path / "data_split.txt"
+    table.write_text(
+        "train:\n['pop/pop00000.png', 'pop/pop00001.png', 'metal/metal00000.png']\n"
+        "dev:\n['pop/pop00002.png', 'metal/metal00001.png']\n"
+        "test:\n['metal/metal00002.png', 'pop/pop00003.png', 'pop/pop00099.png']\n"
+    )
+    assert split.choose("auto", GTZAN_LIKE, table) == "table"
+    kept, left_out = split.split_table(GTZAN_LIKE, table)
+    assert {t.id: t.split for t in kept} == {
+        **dict.fromkeys(("pop_00000", "pop_00001", "metal_00000"), "train"),
+        **dict.fromkeys(("pop_00002", "metal_00001"), "validation"),
+        **dict.fromkeys(("pop_00003", "metal_00002"), "test"),
+    }
+    assert left_out == {"metal_00003": split.NOT_NAMED, "pop/pop00099.png": split.NOT_FOUND}
+    table.write_text("train:\n[__import__('os').system('touch x')]\n")
+    with pytest.raises(UserError, match="a list of quoted names"):
+        split.split_table(GTZAN_LIKE, table)
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_a_table_of_splits_names_tracks_as_people_do(tmp_path: Path, delimiter: str) -> None:
+    names = ["pop.00000", "pop.00001.wav", "pop_00002", "pop/pop.00003.wav", "metal/00000.wav"]
+    found = [*GTZAN_LIKE[:4], track("metal_00000", "metal"), track("x1"), track("x2")]
+    lines = [("track", "split")]
+    lines += list(zip(names, ("train", "Val", "test", "dev", "training"), strict=True))
+    table = tmp_path / "splits"
+    table.write_text("\n".join(delimiter.join(line) for line in lines) + "\n")
+    kept, left_out = split.split_table(found, table)
+    assert [t.split for t in kept] == ["train", "validation", "test", "validation", "train"]
+    assert list(left_out) == ["x1", "x2"]
+
+
+def test_tables_of_splits_that_do_not_say_one_thing_are_refused(tmp_path: Path) -> None:
+    table = tmp_path / "splits.csv"
+    numbered = [
+        Track(id=f"{genre}_01", genre=genre, path=Path(f"{genre}/01.wav")) for genre in "ab"
+    ]
+    for text, message in (
+        ("track,split\n01,train\n", "a name of a_01, b_01"),
+        ("track,split\na/01.wav,train\na_01,test\n", "both train and test"),
+        ("track,split\na_01,holdout\n", "got 'holdout'"),
+        ("track,fold\na_01,1\n", "columns track, fold"),
+        ("track,split\na_01,train\n", "got 1 train, 0 validation, 0 test"),
+        ("track,split\na_01,train,more\n", "line 2 has not as many fields"),
+    ):
+        table.write_text(text)
+        with pytest.raises(UserError, match=message):
+            split.split_table(numbered, table)
+    with pytest.raises(UserError, match="--split-file FILE, or a --data table"):
+        split.split_table(numbered, None)
+    with pytest.raises(UserError, match=r"--split-file.*got --split kfold"):
+        split.choose("kfold", numbered, table)
+    with pytest.raises(UserError, match="No such file"):
+        split.split_table(numbered, tmp_path / "none")
+
+
+def test_a_column_of_splits_is_taken_by_itself() -> None:
+    found = [track("a", split="train"), track("b", split="validation"), track("c", split="test")]
+    assert split.choose("auto", found, None) == "table"
+    assert split.choose("stratified", found, None) == "stratified"
+    kept, left_out = split.split_table([*found, track("d")], None)
+    assert kept == found
+    assert left_out == {"d": split.NOT_NAMED}
+
+
+def test_an_exact_id_counts_before_its_letters(tmp_path: Path) -> None:
+    found = [track("rock_1-11"), track("rock_11-1"), track("c")]
+    table = tmp_path / "splits.csv"
+    table.write_text("track,split\nrock_1-11,train\nrock_11-1,val\nc,test\n")
+    kept, _ = split.split_table(found, table)
+    assert [t.split for t in kept] == ["train", "validation", "test"]
+    table.write_text("track,split\nrock-111,train\nc,test\n")
+    with pytest.raises(UserError, match="a name of rock_1-11, rock_11-1"):
+        split.split_table(found, table)

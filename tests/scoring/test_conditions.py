@@ -1,0 +1,165 @@
+"""Runs over seeds: who belongs together, and what was gained, against numpy and scipy."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_results import write_run
+
+from mgc_dist import cli
+from mgc_dist.config import DataConfig, LossConfig, LossName, OptimConfig, RunConfig, TrainConfig
+from mgc_dist.errors import UserError
+from mgc_dist.report import comparison
+from mgc_dist.scoring import conditions, results
+
+
+def run_of(
+    folder: Path, loss: LossConfig, seed: int, lr: float = 3e-5, drawn: int = 0, **changes
+) -> conditions.Run:
+    """A run with settings and an evaluation; data sets differ by seed."""
+    number = len(list(folder.iterdir())) if folder.exists() else 0
+    run = folder / f"run-{number}"
+    changes = {"dataset_id": str(seed) * 64} | changes
+    write_run(run, seed=100 * drawn + seed, skill=0.4 + 0.2 * drawn, **changes)
+    settings = TrainConfig(
+        data=DataConfig(shards=Path(f"shards/{seed}"), bias_table=Path(f"bias/{number}")),
+        objective=loss,
+        optim=OptimConfig(lr=lr),
+        output=RunConfig(run=run, seed=seed, log_every_steps=number + 1),
+    )
+    (run / "config.yaml").write_text(cli.dump("train", settings))
+    found, flags = conditions.settings_of(run)
+    assert found == seed
+    return conditions.Run(result=results.read(run, "test"), seed=seed, settings=flags)
+
+
+CE, POE = LossConfig(loss="ce"), LossConfig(loss="poe", beta=0.5)
+
+
+def test_conditions_are_named_by_what_differs(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path, loss, seed) for seed in (0, 1) for loss in (POE, CE)]
+    assert list(conditions.group(runs)) == ["loss=poe beta=0.5", "loss=ce"]
+    assert [sorted(seeds) for seeds in conditions.group(runs).values()] == [[0, 1], [0, 1]]
+    runs.append(run_of(tmp_path, LossConfig(loss="poe", beta=1.0), 0))
+    runs.append(run_of(tmp_path, CE, 0, lr=1e-4))
+    runs.append(run_of(tmp_path, LossConfig(loss="mixture"), 0))
+    assert list(conditions.group(runs)) == [
+        "loss=poe beta=0.5 lr=3.0e-05",
+        "loss=ce lr=3.0e-05",
+        "loss=poe beta=1.0 lr=3.0e-05",
+        "loss=ce lr=0.0001",
+        "loss=mixture bias_ratio=0.1 lr=3.0e-05",
+    ]
+
+
+def test_settings_that_are_of_no_account_exist() -> None:
+    sections = (field.type for field in dataclasses.fields(TrainConfig))
+    flags = {field.name for section in sections for field in dataclasses.fields(section)}
+    assert flags.issuperset(conditions._SAME)
+    for loss, knobs in conditions._KNOBS.items():
+        assert {"loss", *knobs} <= flags, loss
+
+
+def test_every_loss_says_which_settings_it_reads() -> None:
+    fields = {field.name for field in dataclasses.fields(LossConfig)}
+    assert set(conditions._KNOBS) == set(typing.get_args(LossName))
+    assert fields.issuperset(name for names in conditions._KNOBS.values() for name in names)
+    assert fields.issuperset(conditions._EVERY_LOSS)
+
+
+def test_knobs_that_a_loss_does_not_read_divide_nothing(tmp_path: Path) -> None:
+    other = LossConfig(loss="ce", beta=0.9, bias_ratio=0.3)
+    runs = [run_of(tmp_path, CE, 0), run_of(tmp_path, other, 1), run_of(tmp_path, POE, 0)]
+    assert list(conditions.group(runs)) == ["loss=ce", "loss=poe beta=0.5"]
+
+
+def test_spread_and_gains_agree_with_scipy(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path, loss, s, drawn=d) for s in range(4) for d, loss in ((1, POE), (0, CE))]
+    found = conditions.compare(runs, "test")
+    found = json.loads(json.dumps(found, allow_nan=False))
+    assert found["baseline"] == "loss=ce"
+    assert found["conditions"]["loss=ce"]["gain"] is None
+    accuracy = {
+        loss: [
+            float((r.result.guess == r.result.label).mean())
+            for r in runs
+            if r.settings["loss"] == loss
+        ]
+        for loss in ("ce", "poe")
+    }
+    told = found["conditions"]["loss=poe beta=0.5"]
+    figures = told["figures"]["accuracy"]
+    assert list(figures["values"].values()) == pytest.approx(accuracy["poe"])
+    assert figures["mean"] == pytest.approx(np.mean(accuracy["poe"]))
+    assert figures["sd"] == pytest.approx(np.std(accuracy["poe"], ddof=1))
+    assert (figures["min"], figures["max"]) == (min(accuracy["poe"]), max(accuracy["poe"]))
+    gain, expected = told["gain"]["accuracy"], stats.ttest_rel(accuracy["poe"], accuracy["ce"])
+    interval = expected.confidence_interval()
+    assert gain["interval"] == pytest.approx([interval.low, interval.high])
+    pairs = zip(accuracy["poe"], accuracy["ce"], strict=True)
+    assert gain["gained"] == sum(poe > ce for poe, ce in pairs) > 0
+    assert set(told["figures"]) == {
+        "accuracy",
+        "balanced_accuracy",
+        "macro_f1",
+        "accuracy of bias-aligned",
+        "accuracy of bias-conflicting",
+    }
+
+
+def test_gains_are_over_shared_seeds_and_shared_subgroups(tmp_path: Path) -> None:
+    runs = [
+        run_of(tmp_path, CE, 0),
+        run_of(tmp_path, CE, 1, subgroups=None),
+        run_of(tmp_path, POE, 1, drawn=1),
+        run_of(tmp_path, POE, 2, drawn=1),
+        run_of(tmp_path, LossConfig(loss="mixture"), 5),
+    ]
+    found = conditions.compare(runs, "test")["conditions"]
+    gain = found["loss=poe beta=0.5"]["gain"]
+    assert list(gain["accuracy"]["values"]) == ["1"]
+    assert gain["accuracy"]["sd"] is None
+    assert gain["accuracy"]["interval"] is None
+    assert not any(name.startswith("accuracy of") for name in gain)
+    assert found["loss=mixture bias_ratio=0.1"]["gain"] is None
+
+
+def test_without_plain_cross_entropy_the_first_condition_is_the_baseline(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path, POE, 0), run_of(tmp_path, LossConfig(loss="mixture"), 0)]
+    assert conditions.compare(runs, "test")["baseline"] == "loss=poe beta=0.5"
+
+
+def test_a_run_twice_is_refused(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path, CE, 0), run_of(tmp_path, POE, 0), run_of(tmp_path, CE, 0)]
+    with pytest.raises(UserError, match=r"run-0 and .*run-2: got the same settings and seed 0"):
+        conditions.compare(runs, "test")
+
+
+def test_other_tracks_within_a_seed_are_refused(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path, CE, 0), run_of(tmp_path, CE, 1)]
+    runs.append(run_of(tmp_path, POE, 1, dataset_id="f" * 64))
+    with pytest.raises(UserError, match=r"data set of .*got 111111111111 and ffffffffffff"):
+        conditions.compare(runs, "test")
+
+
+def test_a_run_without_settings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"settings .*config\.yaml: got .*No such file"):
+        conditions.settings_of(tmp_path)
+    (tmp_path / "config.yaml").write_text("train: {output: {}}")
+    with pytest.raises(UserError, match="got 'seed'"):
+        conditions.settings_of(tmp_path)
+
+
+def test_the_picture_has_a_panel_a_figure(tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(comparison.figures, "seeds", lambda *args: drawn.append(args))
+    runs = [run_of(tmp_path, loss, seed) for seed in (0, 1) for loss in (POE, CE)]
+    comparison.draw_seeds(tmp_path / "x.png", conditions.compare(runs, "test"))
+    panels = drawn[0][1]
+    assert list(panels)[:2] == ["accuracy", "macro-F1"]
+    assert set(panels["macro-F1"]) == {"loss=ce", "loss=poe beta=0.5"}
+    assert sorted(panels["accuracy"]["loss=ce"]) == [0, 1]

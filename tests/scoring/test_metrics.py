@@ -1,0 +1,101 @@
+"""Figures against scikit-learn."""
+
+import numpy as np
+import pytest
+import sklearn.metrics as reference
+from sklearn.calibration import calibration_curve
+from sklearn.preprocessing import label_binarize
+
+from mgc_dist.scoring import metrics
+
+
+@pytest.fixture
+def drawn() -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [200, 5] and labels; genre 4 never occurs and is never predicted."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 4, 200)
+    logits = rng.normal(size=(200, 5)) + 1.5 * np.eye(5)[label]
+    logits[:, 4] -= 50
+    probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return probability, label
+
+
+def test_scores_agree_with_scikit_learn(drawn) -> None:
+    probability, label = drawn
+    guess = probability.argmax(1)
+    found = metrics.scores(probability, label)
+    names = list(range(5))
+    assert found.accuracy == pytest.approx(reference.accuracy_score(label, guess))
+    assert found.balanced_accuracy == pytest.approx(reference.balanced_accuracy_score(label, guess))
+    assert found.macro_f1 == pytest.approx(
+        reference.f1_score(label, guess, average="macro", labels=names, zero_division=0)
+    )
+    assert found.nll == pytest.approx(reference.log_loss(label, probability, labels=names))
+    assert (found.confusion == reference.confusion_matrix(label, guess, labels=names)).all()
+    each = reference.precision_recall_fscore_support(label, guess, labels=names, zero_division=0)
+    for k, row in enumerate(found.per_genre()):
+        assert list(row.values()) == pytest.approx([values[k] for values in each])
+
+
+def test_brier_score_agrees_with_scikit_learn_a_genre_at_a_time(drawn) -> None:
+    probability, label = drawn
+    onehot = label_binarize(label, classes=range(5))
+    each = [reference.brier_score_loss(onehot[:, k], probability[:, k]) for k in range(5)]
+    assert metrics.scores(probability, label).brier == pytest.approx(sum(each))
+
+
+def test_reliability_agrees_with_scikit_learn(drawn) -> None:
+    probability, label = drawn
+    guess, confidence = probability.argmax(1), probability.max(1)
+    found = metrics.reliability(probability, label, guess)
+    right, mean = calibration_curve(guess == label, confidence, n_bins=15)
+    filled = found.count > 0
+    assert found.accuracy[filled] == pytest.approx(right)
+    assert found.confidence[filled] == pytest.approx(mean)
+    assert np.isnan(found.accuracy[~filled]).all()
+    assert found.count.tolist() == np.histogram(confidence, found.edges)[0].tolist()
+    gap = np.abs(right - mean) * found.count[filled]
+    assert metrics.scores(probability, label).ece == pytest.approx(gap.sum() / 200)
+
+
+def test_figures_of_many_confusion_matrices_are_those_of_each(drawn) -> None:
+    _, label = drawn
+    rng = np.random.default_rng(3)
+    guesses = rng.integers(0, 5, (7, 200))
+    stack = np.stack([metrics.confusion_of(label, guess, 5) for guess in guesses])
+    accuracy, balanced, macro_f1 = metrics.figures_of(stack)
+    for k, guess in enumerate(guesses):
+        assert accuracy[k] == pytest.approx(reference.accuracy_score(label, guess))
+        with pytest.warns(UserWarning, match="not in y_true"):  # genre 4 is guessed at times
+            expected = reference.balanced_accuracy_score(label, guess)
+        assert balanced[k] == pytest.approx(expected)
+        assert macro_f1[k] == pytest.approx(
+            reference.f1_score(label, guess, average="macro", labels=range(5), zero_division=0)
+        )
+
+
+def test_a_model_that_has_diverged_is_still_counted() -> None:
+    found = metrics.scores(np.full((3, 2), np.nan), np.array([0, 1, 0]))
+    assert found.count == 3
+    assert np.isnan(found.nll)
+
+
+def test_tracks_are_means_of_their_segments_in_any_order() -> None:
+    probability = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.3, 0.7]])
+    tracks, mean = metrics.track_means(probability, np.array([7, 2, 7, 2]))
+    assert tracks.tolist() == [2, 7]
+    assert mean == pytest.approx(np.array([[0.25, 0.75], [0.65, 0.35]]))
+
+
+def test_calibration_error_by_hand() -> None:
+    probability = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [1.0, 0.0]])
+    label = np.array([0, 1, 0, 0])
+    # bins of 1/15: 0.9 (two, one right), 0.6 (one, right), 1.0 (one, right)
+    expected = (abs(1.8 - 1) + abs(0.6 - 1) + 0) / 4
+    assert metrics.expected_calibration_error(probability, label) == pytest.approx(expected)
+
+
+def test_effective_sample_size() -> None:
+    assert metrics.effective_sample_size(np.ones(10)) == pytest.approx(10)
+    assert metrics.effective_sample_size(np.array([1.0, 0, 0, 0])) == pytest.approx(1)
+    assert metrics.effective_sample_size(np.zeros(3)) == 0
