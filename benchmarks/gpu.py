@@ -203,6 +203,7 @@ def train(job: Job, case: Case) -> dict[str, Any]:
     from mgc_dist import journal
     from mgc_dist import train as command
     from mgc_dist.errors import UserError
+    from mgc_dist.training import setup
 
     windows = job.warm + job.timed
 
@@ -212,7 +213,7 @@ def train(job: Job, case: Case) -> dict[str, Any]:
             if event == "step" and values["step"] >= windows * job.every:
                 raise Enough
 
-    journal.Journal = Short  # type: ignore[misc]
+    setup.Journal = Short  # type: ignore[misc]
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         run, started = Path(folder) / "run", time.perf_counter()
         try:

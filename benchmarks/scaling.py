@@ -192,6 +192,7 @@ def train(folder: Path, point: Point, warm: int, timed: int) -> dict[str, Any]:
     count_collectives(counts)
     from mgc_dist import journal
     from mgc_dist import train as command
+    from mgc_dist.training import setup
 
     at: list[float] = []
     seen: list[Counter[str]] = []
@@ -205,7 +206,7 @@ def train(folder: Path, point: Point, warm: int, timed: int) -> dict[str, Any]:
                 if len(at) == warm + timed:
                     raise Enough
 
-    journal.Journal = Timed  # type: ignore[misc]
+    setup.Journal = Timed  # type: ignore[misc]
     size = replace(SIZES["small"], global_batch=point.global_batch, micro_batch=MICRO_BATCH)
     job = Job(model="small", case="table", freeze=FREEZE, folder=folder, size=size)
     config = our_config(job, folder / "runs" / str(point.number))

@@ -453,6 +453,7 @@ class Enough(Exception):
 def train_ours(job: Job, clock: Clock) -> dict[str, Any]:
     """The `train` command; a journal that looks at the clock ends it."""
     from mgc_dist import journal, train
+    from mgc_dist.training import setup
 
     class Timed(journal.Journal):
         def write(self, event: str, **values: Any) -> None:
@@ -464,7 +465,7 @@ def train_ours(job: Job, clock: Clock) -> dict[str, Any]:
                 if not more:
                     raise Enough
 
-    journal.Journal = Timed  # type: ignore[misc]
+    setup.Journal = Timed  # type: ignore[misc]
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         run = Path(folder) / "run"
         with suppress(Enough):

@@ -18,7 +18,7 @@ from mgc_dist.config import (
     TrainConfig,
 )
 from mgc_dist.journal import read_metrics
-from mgc_dist.training import loop as fit_module
+from mgc_dist.training.logbook import Logbook
 
 
 def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
@@ -121,11 +121,12 @@ def losses(run: Path) -> list[float]:
 
 def stop_after(step: int) -> None:
     """Make this rank signal itself once it has taken a step; inherited by forked ranks."""
-    take = fit_module.Fit._after_step
+    note = Logbook.all_note
 
-    def signalled(self: Any, now: int, *rest: Any) -> bool:
-        if now == step and self.ranks.rank == self.ranks.world - 1:
+    def signalled(self: Any, now: int, *rest: Any) -> None:
+        ranks = self._run.ranks
+        if now == step and ranks.rank == ranks.world - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return take(self, now, *rest)
+        note(self, now, *rest)
 
-    fit_module.Fit._after_step = signalled  # type: ignore[method-assign]
+    Logbook.all_note = signalled  # type: ignore[method-assign]

@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mgc_dist.cluster import lease
 from mgc_dist.cluster.ranks import Ranks
-from mgc_dist.config import RunConfig
+from mgc_dist.config import RunConfig, Select
 from mgc_dist.data.order import Plan
 from mgc_dist.errors import EXIT_NO_CHECKPOINT, UserError
 from mgc_dist.journal import read_metrics
 from mgc_dist.training import checkpoint
+from mgc_dist.training.setup import Run
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,98 @@ _OF_THE_ORDER = ("seed", "window-shards", "shards")
 
 Changes = dict[str, tuple[Any, Any]]
 """Key of the identity -> (what it is now, what it was)."""
+
+
+@dataclass
+class State:
+    """What a checkpoint remembers besides weights and optimizer.
+
+    Attributes:
+        samples_seen: positions consumed; the only state of the order.
+        best_by: the `--select` that the best validation was chosen by.
+        best_loss: what it was chosen by, the smaller the better; None before the first.
+        best_samples_seen: when it was reached; a tie goes to the later one.
+        refused_in_a_row: steps up to now whose gradient was not finite.
+        owes_validation: a validation of these weights is due and has not been made.
+    """
+
+    samples_seen: int = 0
+    best_by: Select = "nll"
+    best_loss: float | None = None
+    best_samples_seen: int = 0
+    refused_in_a_row: int = 0
+    owes_validation: bool = False
+
+    @classmethod
+    def restored(cls, values: dict[str, Any]) -> "State":
+        """From a checkpoint; version 0.1.0 wrote the best macro-F1, -1 before the first."""
+        values = dict(values)
+        macro_f1 = values.pop("best_macro_f1", None)
+        if macro_f1 is not None:
+            values |= {"best_by": "macro-f1", "best_loss": None if macro_f1 < 0 else -macro_f1}
+        return cls(**values)
+
+    def forget_best(self, select: Select) -> None:
+        """Seek the best model among the validations to come."""
+        self.best_by, self.best_loss, self.best_samples_seen = select, None, 0
+
+
+def restore(run: Run) -> tuple[State, Changes]:
+    """Weights, optimizer and state of the checkpoint that is asked for (a collective).
+
+    Returns:
+        The state, and in what this run was allowed to differ from the checkpoint's.
+
+    Raises:
+        UserError: the checkpoint is not whole, or of another run; or too many tries have ended
+            without a new one.
+    """
+    config, peers = run.config.output, run.ranks
+    folder = all_choose(config, peers)
+    changes: Changes = {}
+    if folder is None:
+        state = State(best_by=config.select)
+    else:
+        facts = checkpoint.facts(folder)
+        changes = refuse_change(
+            f"checkpoint {folder}", run.identity, facts["identity"], config.change
+        )
+        reshape = must_reshape(folder, world=peers.world, zero_stage=run.engine.zero_stage)
+        state = State.restored(run.engine.all_load(folder, reshape=reshape))
+        refuse_position(changes, run.plan, state.samples_seen)
+        _keep_best(run, state)
+        log.info("resuming from %s", folder)
+        if reshape:
+            log.info(
+                "it was saved by %s ranks at ZeRO-%s: the run goes on the same but for rounding",
+                *(facts["world"], facts["zero_stage"]),
+            )
+    tries = peers.all_decide(lambda: lease.fruitless_tries(config.run, state.samples_seen))
+    if tries >= config.max_tries and not config.fresh:
+        raise UserError(
+            f"run folder {config.run}",
+            got=f"{tries} tries in a row that ended without a new checkpoint",
+            expected=f"fewer than {config.max_tries} (--max-tries)",
+            cure=f"{config.run / 'train.log'} says what happened; then raise --max-tries once",
+        )
+    return state, changes
+
+
+def _keep_best(run: Run, state: State) -> None:
+    """Forget a best model that RUN/best does not hold, or that was chosen in another way.
+
+    The next validation is then the best. A collective.
+    """
+    output = run.config.output
+    best = (state.best_samples_seen, state.best_loss)
+    held = run.ranks.all_decide(lambda: holds_best(output.run, *best))
+    if held and state.best_by != output.select and run.ranks.is_first:
+        log.warning(
+            "--select is %s, and was %s: the best model is sought anew, from here on",
+            *(output.select, state.best_by),
+        )
+    if not held or state.best_by != output.select:
+        state.forget_best(output.select)
 
 
 def all_choose(config: RunConfig, ranks: Ranks) -> Path | None:

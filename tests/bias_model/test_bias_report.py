@@ -21,6 +21,7 @@ from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.journal import read_metrics
+from mgc_dist.training import logbook
 
 
 @pytest.fixture(scope="module")
@@ -212,14 +213,14 @@ def test_training_repeats_every_warning_on_rank_0(
     settings = TrainConfig(data=DataConfig(shards=shards, bias_table=Path("x.csv")))
     for first, count in ((True, 3), (False, 0)):
         caplog.clear()
-        fit = SimpleNamespace(
+        run = SimpleNamespace(
             objective=SimpleNamespace(table=table_of(noisy(label, 9.0))),
             shards=opened,
             config=settings,
             ranks=SimpleNamespace(is_first=first),
         )
         logging.getLogger("mgc_dist").propagate = True
-        train._warn_of_bias(fit)
+        logbook.warn_of_bias(run)
         lines = [record.getMessage() for record in caplog.records]
         assert len(lines) == count
         assert all(line.startswith("bias table x.csv: ") for line in lines)

@@ -29,7 +29,7 @@ from mgc_dist import cli, train
 from mgc_dist.config import TrainConfig
 from mgc_dist.journal import read_metrics, read_status
 from mgc_dist.training import checkpoint
-from mgc_dist.training import loop as fit
+from mgc_dist.training.logbook import Logbook
 
 Patch = Callable[[int], None]
 
@@ -134,14 +134,14 @@ def at_step(step: int, rank: int, act: Callable[[], Any]) -> Patch:
     """A patch that acts once on a rank after it has taken a step (counted from 1)."""
 
     def patch(this: int) -> None:
-        after = fit.Fit._after_step
+        note = Logbook.all_note
 
-        def acting(self: Any, now: int, *rest: Any) -> bool:
+        def acting(self: Any, now: int, *rest: Any) -> None:
             if this == rank and now + 1 == step:
                 act()
-            return after(self, now, *rest)
+            note(self, now, *rest)
 
-        fit.Fit._after_step = acting  # type: ignore[method-assign]
+        Logbook.all_note = acting  # type: ignore[method-assign]
 
     return patch
 
@@ -150,13 +150,13 @@ def slow_steps(seconds: float) -> Patch:
     """A patch that makes every step take longer, so that there is time for a signal."""
 
     def patch(this: int) -> None:
-        after = fit.Fit._after_step
+        note = Logbook.all_note
 
-        def napping(self: Any, *rest: Any) -> bool:
+        def napping(self: Any, *rest: Any) -> None:
             time.sleep(seconds)
-            return after(self, *rest)
+            note(self, *rest)
 
-        fit.Fit._after_step = napping  # type: ignore[method-assign]
+        Logbook.all_note = napping  # type: ignore[method-assign]
 
     return patch
 

@@ -29,7 +29,7 @@ from mgc_dist.journal import read_metrics, read_status
 from mgc_dist.models import trunk
 from mgc_dist.models.main import WaveClassifier, frozen_fingerprint
 from mgc_dist.training import cache
-from mgc_dist.training import loop as fit
+from mgc_dist.training.engine import Engine
 
 MODES = [  # freeze, cache, SpecAugment: off where it would lie below the boundary
     ("feature_encoder", "cnn", True),
@@ -599,8 +599,8 @@ def test_weights_that_are_not_finite_are_told(
     shards: Path, table: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     def broken(settings: TrainConfig) -> int:
-        give = fit.Engine.features
-        fit.Engine.features = lambda self, wave: give(self, wave) * float("inf")  # type: ignore
+        give = Engine.features
+        Engine.features = lambda self, wave: give(self, wave) * float("inf")  # type: ignore
         return train.run(settings)
 
     with pytest.raises(UserError, match="frozen features of row 0 that are not finite"):

@@ -22,9 +22,9 @@ from mgc_dist.journal import read_metrics, read_status
 from mgc_dist.models import flops
 from mgc_dist.models.folder import load_exported
 from mgc_dist.scoring.score import judge
-from mgc_dist.training import checkpoint
-from mgc_dist.training import loop as fit_module
-from mgc_dist.training.loop import State
+from mgc_dist.training import checkpoint, keeper, logbook, loop, run_folder
+from mgc_dist.training.engine import Engine
+from mgc_dist.training.resume import State
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_speed_is_told_in_the_models_own_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if peak:  # a CPU has none in the table
-        monkeypatch.setattr(fit_module, "peak_tflop_per_s", lambda device: peak)
+        monkeypatch.setattr(logbook, "peak_tflop_per_s", lambda device: peak)
     run = tmp_path / "run"
     knobs = {"zero_stage": 3, "epochs": 0.6, "freeze": "layers:1"}
     train_on(2, config(shards, tiny_model, run, **knobs))
@@ -252,23 +252,23 @@ def test_an_allowed_change_takes_effect_and_is_written_down(
 
 def changed_at(step: int, ours: dict[str, Any], settings: TrainConfig) -> int:
     """Train, and change the knobs of a live run before a step (counted from 0)."""
-    forward = fit_module.Fit._forward_backward
+    begin = loop.begin_step
 
-    def changing(self: Any, batch: Any, *rest: Any) -> Any:
-        if batch.plan.step == step:
-            optim = replace(self.config.optim, lr=ours["lr"])
-            self.config = replace(self.config, optim=optim)
-            own = self.objective
+    def changing(run: Any, now: int) -> None:
+        if now == step:
+            optim = replace(run.config.optim, lr=ours["lr"])
+            object.__setattr__(run, "config", replace(run.config, optim=optim))
+            own = run.objective
             own._config = replace(own._config, loss=ours["loss"])
-            self.engine._peak_lrs[0] = ours["lr"]
-            optimizer = self.engine._engine.optimizer
+            run.engine._peak_lrs[0] = ours["lr"]
+            optimizer = run.engine._engine.optimizer
             optimizer.clip_grad = ours["clip_norm"]  # stages 1 to 3
-            self.engine._engine._config.gradient_clipping = ours["clip_norm"]  # stage 0
+            run.engine._engine._config.gradient_clipping = ours["clip_norm"]  # stage 0
             for group in optimizer.param_groups:
                 group["weight_decay"] = ours["weight_decay"]
-        return forward(self, batch, *rest)
+        begin(run, now)
 
-    fit_module.Fit._forward_backward = changing  # type: ignore[method-assign]
+    loop.begin_step = changing
     return train.run(settings)
 
 
@@ -313,7 +313,7 @@ def fail_in_validation(settings: TrainConfig) -> int:
     def damaged(*args: Any, **kwargs: Any) -> None:
         raise UserError("damaged record", got="1", expected="2", cure="3")
 
-    fit_module.all_score = damaged
+    keeper.all_score = damaged
     return train.run(settings)
 
 
@@ -339,14 +339,14 @@ def test_a_validation_that_fails_costs_no_training(
 
 def run_out_of_memory(settings: TrainConfig, batch: int) -> int:
     """Let batches of so many rows ask for more memory than there is."""
-    forward = fit_module.Engine.__call__
+    forward = Engine.__call__
 
     def hungry(self: Any, wave: torch.Tensor) -> torch.Tensor:
         if len(wave) == batch:
             torch.empty(1 << 50)
         return forward(self, wave)
 
-    fit_module.Engine.__call__ = hungry  # type: ignore[method-assign]
+    Engine.__call__ = hungry  # type: ignore[method-assign]
     return train.run(settings)
 
 
@@ -363,7 +363,7 @@ def build_without_memory(settings: TrainConfig) -> int:
     def hungry(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    fit_module.Engine.__init__ = hungry  # type: ignore[method-assign]
+    Engine.__init__ = hungry  # type: ignore[method-assign]
     return train.run(settings)
 
 
@@ -460,7 +460,7 @@ def test_the_best_model_is_that_of_the_best_validation(
 
 def diverge_at(validation: int, settings: TrainConfig) -> int:
     """One validation gives a logit that is no number."""
-    score, seen = fit_module.all_score, []
+    score, seen = keeper.all_score, []
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         found = score(*args, **kwargs)
@@ -471,7 +471,7 @@ def diverge_at(validation: int, settings: TrainConfig) -> int:
         logits[5, 1] = np.nan
         return judge(logits, found.row_label, found.row_track, "validation")
 
-    fit_module.all_score = broken
+    keeper.all_score = broken
     return train.run(settings)
 
 
@@ -594,16 +594,16 @@ def test_the_commit_is_that_of_this_code_only(tmp_path: Path, monkeypatch: Any) 
         return done.stdout.strip()
 
     code = tmp_path / "train.py"
-    shutil.copy(train.__file__, code)
-    monkeypatch.setattr(train, "__file__", str(code))
-    assert train._commit() is None
+    shutil.copy(run_folder.__file__, code)
+    monkeypatch.setattr(run_folder, "__file__", str(code))
+    assert run_folder.commit_of_code() is None
     git("init")
     (tmp_path / "other").touch()
     git("add", "other")
     git("commit", "-m", "a repository around an installed copy")
-    assert train._commit() is None
+    assert run_folder.commit_of_code() is None
     git("add", "train.py")
     git("commit", "-m", "ours")
-    assert train._commit() == git("rev-parse", "--short", "HEAD")
+    assert run_folder.commit_of_code() == git("rev-parse", "--short", "HEAD")
     code.write_text("changed")
-    assert train._commit() == f"{git('rev-parse', '--short', 'HEAD')}-dirty"
+    assert run_folder.commit_of_code() == f"{git('rev-parse', '--short', 'HEAD')}-dirty"

@@ -19,7 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainings import config
 
 from mgc_dist import train
-from mgc_dist.training import loop as fit
+from mgc_dist.training import loop
+from mgc_dist.training.census import Census
+from mgc_dist.training.engine import Engine
+from mgc_dist.training.logbook import _clock
+from mgc_dist.training.meters import Tally
 from mgc_dist.training.objective import Objective
 
 Place = tuple[str, str]
@@ -93,25 +97,27 @@ def waits_of(settings: Any, wrong: bool = False) -> set[Place]:
 
         def waiting(self: Any, *args: Any) -> Any:
             lost = lose(self, *args)
-            assert fit._clock(float(lost.share))
+            assert _clock(float(lost.share))
             return lost
 
         Objective.micro_loss = waiting  # type: ignore[method-assign]
     closed = [False]
-    take = fit.Fit._take_census
+    add = Census.add
 
-    def census(self: Any) -> None:
-        take(self)
-        closed[0] = not self._census.is_open
+    def census(self: Any, grads: Any) -> None:
+        add(self, grads)
+        closed[0] = not self.is_open
 
-    fit.Fit._take_census = census  # type: ignore[method-assign]
+    Census.add = census  # type: ignore[method-assign]
     for kind, name in (
-        (fit.Fit, "_forward_backward"),
-        (fit.Fit, "_note_refusal"),
-        (fit.Fit, "_time_is_up"),
-        (fit.Engine, "step"),
-        (fit.Tally, "add"),
-        (fit.Tally, "reduce"),
+        (loop, "forward"),
+        (loop.Refusals, "keep"),
+        (loop.Refusals, "all_note"),
+        (loop.Deadline, "is_up"),
+        (Engine, "backward"),
+        (Engine, "step"),
+        (Tally, "add"),
+        (Tally, "reduce"),
     ):
         watch(kind, name, lambda: closed[0])
     train.run(replace(settings, output=replace(settings.output, log_every_steps=1000)))
@@ -156,4 +162,4 @@ def test_a_number_taken_in_the_step_is_seen(
 ) -> None:
     settings = config(shards, tiny_model, tmp_path / "run", epochs=0.8)
     (found,) = run_ranks(1, waits_of, settings, True)
-    assert found - HOST - REFUSING[2] == {("mgc_dist/training/loop.py", "_forward_backward")}
+    assert found - HOST - REFUSING[2] == {("mgc_dist/training/loop.py", "forward")}

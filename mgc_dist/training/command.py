@@ -1,0 +1,206 @@
+"""The body of `train`: open the data, agree on it, build, take the run folder, train."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from mgc_dist.bias_model import table
+from mgc_dist.cluster import lease, ranks
+from mgc_dist.cluster.lease import Lease
+from mgc_dist.cluster.meeting import Meeting
+from mgc_dist.cluster.ranks import Ranks
+from mgc_dist.cluster.stop import Stop
+from mgc_dist.cluster.watch import Watch
+from mgc_dist.config import TrainConfig
+from mgc_dist.data import fetch
+from mgc_dist.data.order import Plan
+from mgc_dist.data.reader import Batch, ShardSet
+from mgc_dist.errors import exit_code_of
+from mgc_dist.training import cache, forecast, logbook, loop, memory, run_folder, setup
+from mgc_dist.training.resume import State, restore
+from mgc_dist.training.setup import Run
+
+log = logging.getLogger(__name__)
+
+Outcome = Literal["done", "stopped", "already complete", "planned", "refused"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a training ended.
+
+    Attributes:
+        outcome: `done`; `stopped` on request, with a checkpoint; `already complete`; of a dry run
+            `planned`, or `refused` where something contradicts.
+        folder: the run folder.
+        samples_seen: positions of the order that were consumed; 0 where nothing was trained.
+        best_epoch: of the model in RUN/best; None without one.
+        is_first: whether this is rank 0, which speaks for all.
+    """
+
+    outcome: Outcome
+    folder: Path
+    samples_seen: int = 0
+    best_epoch: float | None = None
+    is_first: bool = True
+
+
+def train(config: TrainConfig, stop: Stop, meeting: Meeting) -> TrainResult:
+    """Train to the end of the plan, or to a stop that all ranks agree on (a collective).
+
+    Args:
+        config: of the run.
+        stop: what asks for a stop; it listens already.
+        meeting: of the ranks.
+
+    Raises:
+        UserError: data, table, model, arithmetic or run folder do not fit the configuration.
+        RunFailed: the run could not go on.
+    """
+    data, folder = config.data, config.output.run
+    place = fetch.at_hand(
+        data.shards,
+        source=data.shards_from,
+        stage_dir=data.stage_dir,
+        timeout_s=data.stage_timeout_s,
+    )
+    with ShardSet(place) as shards:
+        bias = None
+        if config.objective.needs_bias:
+            bias = table.read(data.table, shards.manifest, shards.keys)
+        plan = setup.plan_of(config, shards)
+        identity = setup.identity_of(config, shards, bias, plan)
+        meeting.all_same("data", {name: str(value) for name, value in identity.items()})
+        with ranks.join(config.engine.device, config.engine.group_timeout_s, meeting) as peers:
+            if config.output.dry_run:
+                outcome = _forecast(config, shards, plan, peers)
+                return TrainResult(outcome=outcome, folder=folder, is_first=peers.is_first)
+            if peers.all_decide(lambda: run_folder.is_complete(config, identity)):
+                done: Outcome = "already complete"
+                return TrainResult(outcome=done, folder=folder, is_first=peers.is_first)
+            try:
+                run = setup.build(config, identity, shards, bias, plan, peers, stop)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_short(error):
+                    raise
+                raise memory.no_room(config, error) from error
+            return _in_folder(run)
+
+
+def _forecast(config: TrainConfig, shards: ShardSet, plan: Plan, ranks: Ranks) -> Outcome:
+    """`--dry-run`: say what a run would be, and whether anything contradicts (rank 0)."""
+    if not ranks.is_first:
+        return "planned"
+    manifest = shards.manifest
+    planned = forecast.forecast(
+        config,
+        world=config.output.ranks or ranks.world,
+        plan=plan,
+        genres=manifest.genres,
+        segment_samples=manifest.segment_samples,
+        sample_rate=manifest.sample_rate,
+        cached_rows=manifest.splits["validation"][1],
+    )
+    forecast.show(planned)
+    return "refused" if planned.problems else "planned"
+
+
+def _in_folder(run: Run) -> TrainResult:
+    """Take the run folder, train, and give it back."""
+    folder, peers = run.folder, run.ranks
+
+    def take() -> Lease:
+        folder.mkdir(parents=True, exist_ok=True)
+        return lease.acquire(folder, lease.new_attempt())
+
+    held = peers.all_decide(take)
+    timeout_s = run.config.engine.hang_timeout_s
+    try:
+        run_folder.refuse_unseen(held, peers)
+        with Watch(held, peers.rank, peers.world, run.stop, hang_timeout_s=timeout_s) as watch:
+            try:
+                return _from_where_it_is(run, held, watch)
+            except RuntimeError as error:
+                raise _in_words(run, watch, error) from error
+    finally:
+        run.journal.close()
+        if peers.is_first:
+            held.release()
+            if not (folder / "config.yaml").exists():  # nothing has begun: the name stays free
+                lease.forget(folder)
+
+
+def _from_where_it_is(run: Run, held: Lease, watch: Watch) -> TrainResult:
+    """Train from where the run folder is, and write down how it ended."""
+    peers, journal = run.ranks, run.journal
+    state, changes = restore(run)  # what is refused up to here leaves the run folder as it was
+    peers.all_decide(lambda: run_folder.open_run(run, held, state, changes))
+    logbook.say_arithmetic(run, state)
+    logbook.warn_of_bias(run)
+    outcome: Literal["done", "stopped", "failed"] = "failed"
+    try:
+        logbook.begin(run, state, held.attempt)
+        if run.cached:
+            run = _with_features(run, watch)
+        ready = run.cached is None or run.features is not None
+        outcome = "done" if ready and loop.train(run, state, held, watch) else "stopped"
+        journal.write(outcome, samples_seen=state.samples_seen)
+        peers.all_decide(lambda: run_folder.close_run(run, held, state, outcome))
+    except BaseException as error:
+        told = _in_words(run, watch, error)
+        code, reason = exit_code_of(told), f"{type(told).__name__}: {told}"
+        if held.seems_ours():  # else status.json is of the run that has taken the folder over
+            journal.status("failed", reason=reason, exit_code=code, samples_seen=state.samples_seen)
+        raise told from error.__cause__ if told is error else error
+    finally:
+        if run.features:
+            run.features.close()
+        if peers.is_first:
+            lease.record_end(run.folder, held.attempt, state.samples_seen, outcome)
+    return TrainResult(
+        outcome=outcome,
+        folder=run.folder,
+        samples_seen=state.samples_seen,
+        best_epoch=_best_epoch(run, state),
+        is_first=peers.is_first,
+    )
+
+
+def _best_epoch(run: Run, state: State) -> float | None:
+    return None if state.best_loss is None else state.best_samples_seen / run.plan.rows
+
+
+def _with_features(run: Run, watch: Watch) -> Run:
+    """Open the cache that the run reads, and make it first if it is not there (a collective).
+
+    Returns:
+        The run with features; without, if it was asked to stop meanwhile.
+    """
+
+    def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            watch.progress(0, "making the cache")
+            yield batch
+
+    assert run.cached
+    run.engine.train(False)
+    features = cache.all_bring(
+        run.config.data.caches,
+        run.cached,
+        run.engine.features,
+        run.shards,
+        run.ranks,
+        batch=run.config.engine.micro_batch,
+        stopped=lambda: bool(run.stop.signal),
+        progress=watched,
+    )
+    return replace(run, features=features)
+
+
+def _in_words(run: Run, watch: Watch, error: BaseException) -> BaseException:
+    """What an error of torch means here: a rank was lost, or memory is short; else itself."""
+    if run.ranks.is_broken(error):
+        return watch.lost(error)
+    return memory.too_large(run, error) if memory.is_short(error) else error

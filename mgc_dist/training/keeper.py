@@ -1,0 +1,189 @@
+"""What is kept of a run: checkpoints, and the best model by validation."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from mgc_dist.cluster.lease import Lease
+from mgc_dist.cluster.watch import Watch
+from mgc_dist.data.reader import Batch
+from mgc_dist.errors import EXIT_IO, RunFailed
+from mgc_dist.models.folder import save_exported
+from mgc_dist.scoring.score import SplitScores, all_score, fit_temperature
+from mgc_dist.training import checkpoint
+from mgc_dist.training.resume import State
+from mgc_dist.training.setup import Run
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_SAVES = 3
+"""Checkpoints in a row that may fail to be written before the run ends."""
+
+
+class Keeper:
+    """Saves checkpoints, validates, and exports the best model.
+
+    Args:
+        run: that is trained.
+        held: the right to write into the run folder.
+        watch: told of what is done.
+
+    Attributes:
+        save_s: seconds of the last save.
+        validate_s: seconds of the longest validation so far, its export included.
+    """
+
+    def __init__(self, run: Run, held: Lease, watch: Watch) -> None:
+        self._run, self._held, self._watch = run, held, watch
+        self._failed_saves = 0
+        self.save_s = self.validate_s = 0.0
+
+    def is_at_end(self, state: State) -> bool:
+        """Whether all positions of the plan are consumed."""
+        return state.samples_seen == self._run.plan.total
+
+    def save_is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after an optimizer step, counted from 0."""
+        return self._is_due(self._run.config.output.checkpoint_every_epochs, step)
+
+    def validation_is_due(self, step: int) -> bool:
+        """Whether a validation is due after an optimizer step, counted from 0."""
+        return self._is_due(self._run.config.output.validate_every_epochs, step)
+
+    def _is_due(self, epochs: float, step: int) -> bool:
+        plan = self._run.plan
+        return plan.due(max(1, round(epochs * plan.rows)), step)
+
+    def all_save(self, step: int, state: State, *, last: bool) -> None:
+        """Commit a checkpoint; one that cannot be written is told, and the run goes on.
+
+        Args:
+            step: counted from 0.
+            state: what the checkpoint remembers.
+            last: whether the run ends here. A collective.
+
+        Raises:
+            RunFailed: with exit code 74, at the end of the run or the third time in a row.
+        """
+        run = self._run
+        self._watch.progress(step, "saving")
+        started = time.perf_counter()
+        root = run.folder / checkpoint.FOLDER
+        try:
+            folder = checkpoint.all_commit(
+                run.folder,
+                step + 1,
+                run.ranks,
+                lambda root, tag: run.engine.save(root, tag, asdict(state)),
+                facts={
+                    "world": run.ranks.world,
+                    "zero_stage": run.engine.zero_stage,
+                    "identity": run.identity,
+                },
+                keep=run.config.output.keep_checkpoints,
+                lease=self._held,
+                expected_bytes=run.ranks.all_decide(lambda: checkpoint.size_of_newest(root)),
+            )
+        except checkpoint.SaveFailed as error:
+            self._failed_saves += 1
+            self._tell_failure(step, str(error))
+            if last or self._failed_saves >= MAX_FAILED_SAVES:
+                raise RunFailed(
+                    f"no checkpoint could be saved at step {step + 1}: {error}; the last whole one "
+                    f"in {root} is untouched",
+                    EXIT_IO,
+                ) from error
+            return
+        self._failed_saves = 0
+        self.save_s = time.perf_counter() - started
+        run.journal.write(
+            "checkpoint", samples_seen=state.samples_seen, save_s=round(self.save_s, 3)
+        )
+        log.info("saved %s in %.1f s", folder, self.save_s)
+
+    def all_validate(self, step: int, state: State) -> None:
+        """Walk the validation split; export the model if it is the best so far (a collective)."""
+        run, started = self._run, time.perf_counter()
+        run.engine.train(False)
+        result = all_score(
+            run.engine,
+            run.shards,
+            "validation",
+            run.ranks,
+            batch=run.config.engine.eval_batch,
+            progress=lambda batches: self._watched(step, batches),
+            features=run.features,
+        )
+        run.engine.train(True)
+        select, broken = run.config.output.select, result.rows_not_finite
+        loss, least = result.loss_by(select), state.best_loss
+        better = not broken and (least is None or loss <= least)
+        exported = better and self._all_export(step, result)
+        if exported:
+            state.best_by, state.best_loss = select, loss
+            state.best_samples_seen = state.samples_seen
+        state.owes_validation = False
+        epoch, track = state.samples_seen / run.plan.rows, result.track
+        if broken and run.ranks.is_first:
+            log.warning(
+                "the logits of %d of %d validation segments are not finite: this model is not kept",
+                *(broken, len(result.logits)),
+            )
+        run.journal.write(
+            "validation",
+            exported=exported,
+            select=select,
+            select_loss=loss,
+            segments_not_finite=broken,
+            samples_seen=state.samples_seen,
+            epoch=round(epoch, 4),
+            track_accuracy=track.accuracy,
+            track_macro_f1=track.macro_f1,
+            track_nll=track.nll,
+            segment_accuracy=result.segment.accuracy,
+            confusion=track.confusion.tolist(),
+        )
+        log.info(
+            "validation after epoch %.2f: track NLL %.4f accuracy %.3f macro-F1 %.3f, "
+            "segment accuracy %.3f%s",
+            *(epoch, track.nll, track.accuracy, track.macro_f1, result.segment.accuracy),
+            " (best)" if better else "",
+        )
+        self.validate_s = max(self.validate_s, time.perf_counter() - started)
+
+    def _watched(self, step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._watch.progress(step, "validating")
+            yield batch
+
+    def _all_export(self, step: int, validation: SplitScores) -> bool:
+        """Write the model; whether it could be written. The next better one is tried again."""
+        run = self._run
+        self._watch.progress(step, "exporting")
+        weights = run.engine.all_weights()
+
+        def write() -> str:
+            manifest, folder = run.shards.manifest, run.folder / "best"
+            temperature = fit_temperature(
+                *(validation.logits, validation.row_label, validation.row_track),
+                [manifest.tracks[track].group for track in validation.tracks],
+            )
+            try:
+                self._held.check()
+                save_exported(
+                    run.model, weights, folder, manifest.sample_rate, temperature=temperature
+                )
+            except OSError as error:
+                return f"{folder}: {error}"
+            return ""
+
+        reason = run.ranks.all_decide(write)
+        if reason:
+            self._tell_failure(step, reason)
+        return not reason
+
+    def _tell_failure(self, step: int, reason: str) -> None:
+        if self._run.ranks.is_first:
+            log.error("not saved at step %d: %s; the run goes on", step + 1, reason)
+        self._run.journal.write("save_failed", step=step + 1, reason=reason)

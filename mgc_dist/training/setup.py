@@ -1,0 +1,206 @@
+"""What a training run is made of: the plan, the model, DeepSpeed around it, and its identity."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mgc_dist.bias_model.table import BiasTable
+from mgc_dist.cluster.ranks import Ranks
+from mgc_dist.cluster.stop import Stop
+from mgc_dist.cluster.watch import start_limit
+from mgc_dist.config import TrainConfig
+from mgc_dist.data.features import Facts, Features
+from mgc_dist.data.manifest import Manifest
+from mgc_dist.data.order import ORDER_VERSION, Layout, Plan, lay_out
+from mgc_dist.data.reader import ShardSet
+from mgc_dist.journal import Journal
+from mgc_dist.models.flops import SegmentFlops, count
+from mgc_dist.models.main import WaveClassifier, build_main, frozen_fingerprint
+from mgc_dist.training import cache
+from mgc_dist.training.engine import Engine
+from mgc_dist.training.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run, ready to go.
+
+    Attributes:
+        config: of the run.
+        identity: what a checkpoint must agree with to be resumed here.
+        shards: the data.
+        objective: the loss, with the bias table in it.
+        plan, layout: the order of rows, and how a step's rows lie over ranks.
+        flops: of a segment, but what a cache holds; None where the model's kind is not counted.
+        model, engine: the main model, and DeepSpeed around it.
+        ranks, journal, stop: peers, metrics.jsonl, and what asks for a stop.
+        cached: what the cache of the frozen part is of; None without a cache.
+        features: read in place of waves; None without a cache, and before it is there.
+    """
+
+    config: TrainConfig
+    identity: dict[str, Any]
+    shards: ShardSet
+    objective: Objective
+    plan: Plan
+    layout: Layout
+    flops: SegmentFlops | None
+    model: WaveClassifier
+    engine: Engine
+    ranks: Ranks
+    journal: Journal
+    stop: Stop
+    cached: Facts | None = None
+    features: Features | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.config.output.run
+
+
+def build(
+    config: TrainConfig,
+    identity: dict[str, Any],
+    shards: ShardSet,
+    table: BiasTable | None,
+    plan: Plan,
+    ranks: Ranks,
+    stop: Stop,
+) -> Run:
+    """Build the model and DeepSpeed around it (a collective).
+
+    Args:
+        config: of the run.
+        identity: from `identity_of`; what the model adds to it is added here.
+        shards: the data.
+        table: of the bias model; None where the loss needs none.
+        plan: from `plan_of`.
+        ranks: peers.
+        stop: what asks for a stop.
+    """
+    layout = lay_out(
+        global_batch=config.optim.global_batch,
+        world=ranks.world,
+        largest_micro_batch=config.engine.micro_batch,
+    )
+    model = _main_model(config, shards.manifest).to(ranks.device)
+    bf16, cached = _takes_bf16(config, ranks), None
+    if model.boundary is not None:
+        dtype = config.data.cache_dtype
+        cached = cache.describe(model, shards, device=ranks.device, bf16=bf16, dtype=dtype)
+    bf16_weights = config.engine.precision == "bf16-weights"
+    of_model = {
+        "frozen weights of --model": frozen_fingerprint(model),
+        "shapes of --model": _shapes(model),
+        "--cache": cached.description if cached else "none",
+        "--precision of the weights": "bf16" if bf16_weights else "fp32",
+    }
+    flops = count(model, shards.manifest.segment_samples)  # before ZeRO-3 leaves nothing in place
+    if flops and model.boundary is not None:
+        flops = flops.above(model.boundary)
+    with start_limit(ranks.rank, config.engine.group_timeout_s):
+        engine = Engine(
+            model,
+            layout,
+            ranks,
+            zero_stage=config.engine.zero_stage,
+            bf16=bf16,
+            lr=config.optim.lr,
+            head_lr=config.optim.head_lr,
+            weight_decay=config.optim.weight_decay,
+            clip_norm=config.optim.clip_norm,
+            bucket_elements=config.engine.bucket_elements,
+            bf16_weights=bf16_weights,
+            compile_model=config.engine.compile,
+        )
+    return Run(
+        config=config,
+        identity=identity | of_model,
+        shards=shards,
+        objective=Objective(config.objective, plan, shards, table),
+        plan=plan,
+        layout=layout,
+        flops=flops,
+        model=model,
+        engine=engine,
+        ranks=ranks,
+        journal=Journal(config.output.run, writes=ranks.is_first),
+        stop=stop,
+        cached=cached,
+    )
+
+
+def plan_of(config: TrainConfig, shards: ShardSet) -> Plan:
+    """The order of the training rows over the whole run."""
+    first, end = shards.rows_of("train")
+    return Plan(
+        rows=end - first,
+        total=max(1, round(config.optim.epochs * (end - first))),
+        global_batch=config.optim.global_batch,
+        seed=config.output.seed,
+        window_shards=config.data.window_shards,
+        shard_rows=shards.shard_rows_of("train"),
+    )
+
+
+def identity_of(
+    config: TrainConfig, shards: ShardSet, table: BiasTable | None, plan: Plan
+) -> dict[str, Any]:
+    """What must be the same for a checkpoint to go on here, under the user's names."""
+    objective, model, optim = asdict(config.objective), config.main.model, config.optim
+    return {
+        "--loss": " ".join(f"{key}={value}" for key, value in objective.items()),
+        "data set (--shards)": shards.manifest.dataset_id,
+        "genres": ", ".join(shards.manifest.genres),
+        "bias table (--bias-table)": table.sha256 if table else "none",
+        "order version": ORDER_VERSION,
+        "--seed": plan.seed,
+        "--window-shards": f"{plan.window_shards} of {plan.shard_rows[0]} rows"
+        if plan.window_shards
+        else 0,
+        "--global-batch": plan.global_batch,
+        "positions (--epochs)": plan.total,
+        "--model": str(Path(model).resolve()) if Path(model).exists() else model,
+        "--freeze": config.main.freeze,
+        "--spec-augment": config.main.spec_augment,
+        "--lr": optim.lr,
+        "--head-lr": optim.head_lr,
+        "--weight-decay": optim.weight_decay,
+        "--warmup-fraction": optim.warmup_fraction,
+        "--final-lr-fraction": optim.final_lr_fraction,
+        "--clip-norm": optim.clip_norm,
+    }
+
+
+def _main_model(config: TrainConfig, manifest: Manifest) -> WaveClassifier:
+    return build_main(
+        config.main.model,
+        manifest.genres,
+        freeze=config.main.freeze,
+        frozen_layers=config.main.frozen_layers,
+        activation_checkpointing=config.main.activation_checkpointing,
+        seed=config.output.seed,
+        segment_samples=manifest.segment_samples,
+        sample_rate=manifest.sample_rate,
+        learns_gain=config.objective.learns_gain,
+        cache=config.data.cache,
+        spec_augment=config.main.spec_augment,
+    )
+
+
+def _takes_bf16(config: TrainConfig, ranks: Ranks) -> bool:
+    precision, on_gpu = config.engine.precision, ranks.device.type == "cuda"
+    return precision == "bf16" or (
+        precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+
+
+def _shapes(model: nn.Module) -> str:
+    """A hash of what is trained and frozen, by name and shape: what an optimizer's state fits."""
+    lines = [f"{n} {tuple(p.shape)} {p.requires_grad}" for n, p in model.named_parameters()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
