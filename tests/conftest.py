@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import soundfile
 import torch
-from gpu_marker import device, pytest_configure, pytest_runtest_setup  # noqa: F401
+from gpu_marker import device, pytest_configure, pytest_runtest_setup, tell  # noqa: F401
 
 from mgc_dist import shard, synth
 from mgc_dist.config import BiasConfig, ShardConfig

@@ -6,6 +6,7 @@ torch before a test does, because xdist's workers and the tests of these hooks r
 
 import os
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 _ON = "ran on the GPU"
 """Property of a test that had a GPU; it travels with the report from the workers of xdist."""
+_FIGURE = "figure"
+"""Property of a test that has measured something."""
 
 
 def asks_for_gpu(config: pytest.Config) -> bool:
@@ -43,14 +46,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 class _CountGpuTests:
-    """Fails a run that asked for tests of a GPU and had none that ran on one."""
+    """Fails a run that asked for tests of a GPU and had none that ran on one; shows its figures."""
 
     def __init__(self, config: pytest.Config) -> None:
+        self._config = config
         self._ran, self._only_collects = 0, bool(config.option.collectonly)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         on_gpu = any(name == _ON for name, _ in report.user_properties)
         self._ran += on_gpu and report.when == "call" and report.outcome != "skipped"
+        writer = self._config.get_terminal_writer()
+        if report.when == "teardown":  # now, because a visit may be cut off before the end
+            for name, value in report.user_properties:
+                if name == _FIGURE:
+                    writer.line(f"\n{report.nodeid.rpartition('::')[2]}: {value}")
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if not self._ran and not self._only_collects:
@@ -67,3 +76,14 @@ def device(request: pytest.FixtureRequest) -> "torch.device":
     import torch
 
     return torch.device(request.param)
+
+
+@pytest.fixture
+def tell(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Says what a test has measured: on a GPU also where it passes."""
+
+    def say(text: str) -> None:
+        print(text)
+        record_property(_FIGURE, text)
+
+    return say

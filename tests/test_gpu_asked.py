@@ -18,7 +18,8 @@ import torch
 torch.cuda.is_available = lambda: "PRETEND" in os.environ
 
 @pytest.mark.gpu
-def test_sees_the_gpu():
+def test_sees_the_gpu(tell):
+    tell("just so many")
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == "0"
     if "SKIPS" in os.environ:
         pytest.skip("by itself")
@@ -61,6 +62,7 @@ def test_with_a_gpu_the_tests_see_it(workers: tuple[str, ...], tmp_path: Path) -
     code, said = run(tmp_path, "-m", "gpu", *workers, PRETEND="yes")
     assert code == 0, said
     assert "2 passed" in said
+    assert said.count("test_sees_the_gpu: just so many") == 1
     assert "NO GPU TEST RAN" not in said
 
 

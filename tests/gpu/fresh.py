@@ -13,6 +13,7 @@ from harness import Job, Patch, be_a_rank, prepare
 from mgc_dist.config import TrainConfig
 
 T = TypeVar("T")
+Tell = Callable[[str], None]
 
 
 def limit_s(device: str) -> float:

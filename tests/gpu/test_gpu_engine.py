@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import afresh, run_ranks, write_model
-from fresh import limit_s, run_alone
+from fresh import Tell, limit_s, run_alone
 from test_equality import CASES, Trajectory, build, models, reference, trajectory
 
 from mgc_dist import ranks
@@ -129,9 +129,11 @@ def compiled(file: Path, device: str) -> dict[str, Any]:
     return found
 
 
-def test_compiled_stages_follow_plain_autograd(device: torch.device, begun: Begun) -> None:
+def test_compiled_stages_follow_plain_autograd(
+    device: torch.device, begun: Begun, tell: Tell
+) -> None:
     (found,) = begun.compiled.result()
-    print(f"graphs: {found['graphs']}, seconds of each stage: {found['seconds']}")
+    tell(f"graphs: {found['graphs']}, seconds of each stage: {found['seconds']}")
     assert bool(found["graphs"].get("unique_graphs")) == (device.type == "cuda")
     for stage in range(3):
         assert_follows(found[str(stage)], found["true"])
@@ -190,9 +192,9 @@ def waiting_for_a_silent_rank(device: str) -> str:
     return "nothing was wrong"
 
 
-def test_a_silent_rank_is_a_lost_peer_in_time(begun: Begun) -> None:
+def test_a_silent_rank_is_a_lost_peer_in_time(begun: Begun, tell: Tell) -> None:
     said = begun.silent.result()[1]
-    print(said)
+    tell(said)
     assert said.startswith("rank 1 of 2 lost its peers")
 
 
@@ -211,10 +213,10 @@ def reducing_behind_a_kernel_that_never_ends(file: Path) -> None:
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
-def test_nccls_watchdog_ends_a_collective_that_hangs(begun: Begun) -> None:
+def test_nccls_watchdog_ends_a_collective_that_hangs(begun: Begun, tell: Tell) -> None:
     assert begun.hanging is not None
     code, said = begun.hanging.result(), begun.out.read_text(errors="replace")
-    print(f"exit code {code}: {said[-600:]}")
+    tell(f"exit code {code}: {said[-600:]}")
     assert begun.mark.exists(), said
     assert code is not None
     assert code < 0, "ended by a signal, SIGABRT"

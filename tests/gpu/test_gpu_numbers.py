@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE_FLAVOUR, write_model
+from fresh import Tell
 from test_cache import cut
 from test_equality import build, drawn
 from torch import Tensor, nn
@@ -78,14 +79,16 @@ def true_numbers(file: Path) -> Numbers:
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_float32_is_that_of_the_cpu(flavour: str, device: torch.device, tmp_path: Path) -> None:
+def test_float32_is_that_of_the_cpu(
+    flavour: str, device: torch.device, tmp_path: Path, tell: Tell
+) -> None:
     file = write_model(tmp_path / "m.json", **FLAVOURS[flavour])
     true = true_numbers(file)
     on_cpu = apart(numbers(build(file, "none", False), torch.device("cpu")), true)
     with float32():
         found = apart(numbers(build(file, "none", False), device), true)
     as_trained = apart(numbers(build(file, "none", False), device), true)
-    print(f"{flavour}: off by {found}; with torch's own TF32 {as_trained}; the CPU by {on_cpu}")
+    tell(f"{flavour}: off by {found}; with torch's own TF32 {as_trained}; the CPU by {on_cpu}")
     for figure, bound in zip(found, (2e-5, 2e-6, 1e-3), strict=True):
         assert figure < bound, found
     for figure, bound in zip(as_trained, (5e-3, 5e-3, 5e-2), strict=True):
@@ -106,11 +109,12 @@ def test_half_precision_is_within_bounds(
     bounds: tuple[float, ...],
     device: torch.device,
     tmp_path: Path,
+    tell: Tell,
 ) -> None:
     file = write_model(tmp_path / "m.json", **FLAVOURS[flavour], **WIDE)
     found = numbers(build(file, "none", False), device, autocast=autocast)
     figures = apart(found, true_numbers(file))
-    print(f"{flavour} {autocast}: off by {figures}, bounds {bounds}")
+    tell(f"{flavour} {autocast}: off by {figures}, bounds {bounds}")
     for figure, bound in zip(figures, bounds, strict=True):
         assert 1e-9 < figure < bound, figures
 
@@ -119,7 +123,12 @@ def test_half_precision_is_within_bounds(
 @pytest.mark.parametrize("at", ["cnn", "layers:1", "backbone"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_both_halves_of_a_cached_model_are_the_whole(
-    flavour: str, at: str, autocast: torch.dtype | None, device: torch.device, tmp_path: Path
+    flavour: str,
+    at: str,
+    autocast: torch.dtype | None,
+    device: torch.device,
+    tmp_path: Path,
+    tell: Tell,
 ) -> None:
     model, wave = cut(write_model(tmp_path / "m.json", **FLAVOURS[flavour]), at)
     model, wave = model.to(device).train(), wave.to(device)
@@ -131,7 +140,7 @@ def test_both_halves_of_a_cached_model_are_the_whole(
         seed_everything(0)
         halves = model(inner)
     off = float((whole.float() - halves.float()).abs().max() / whole.float().abs().max())
-    print(f"{flavour} at {at}, {autocast}: off by {off}")
+    tell(f"{flavour} at {at}, {autocast}: off by {off}")
     assert off <= 1e-6
 
 
