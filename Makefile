@@ -5,7 +5,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Tests wait for processes more than they compute: three at a time keep two cores busy.
 PYTEST := python -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test test-slow test-slurm soak check bench speed gpu shortcut clean
+.PHONY: demo test test-slow test-slurm test-gpu soak check bench speed gpu shortcut clean
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -15,16 +15,19 @@ PYTEST := python -m pytest -n 3 --dist worksteal
 demo: .venv/installed  ## the whole way on synthetic music, two ranks on the CPU
 	$(RUN) python launch/demo.py
 
-test: .venv/installed  ## everything but the slow tests and the cluster's
-	$(RUN) $(PYTEST) -m "not slow and not slurm"
+test: .venv/installed  ## everything but the slow tests, the cluster's and the GPU's
+	$(RUN) $(PYTEST) -m "not slow and not slurm and not gpu"
 
 test-slow: .venv/installed  ## the real size with random weights: 16 GB of memory, 10 GB of disk
-	$(RUN) $(PYTEST) -m "slow and not slurm"
+	$(RUN) $(PYTEST) -m "slow and not slurm and not gpu"
 
 # One test at a time: they time signals, and share a cluster. It installs slurm-wlm where it is missing.
 SLURM_TESTS ?= slurm
 test-slurm: .venv/installed  ## the batch files on a real Slurm of two nodes; root on Debian or Ubuntu
 	$(RUN) python -m pytest tests/slurm -m "$(SLURM_TESTS)"
+
+test-gpu: .venv/installed  ## what only a GPU shows, on one of them, in three minutes; fails without one
+	$(RUN) python -m pytest tests/gpu -m gpu
 
 soak: .venv/installed  ## 60 random faults to two runs, and what they lost: nothing; 35 minutes
 	$(RUN) PYTHONPATH=tests:tests/faults OMP_NUM_THREADS=1 python tests/faults/soak.py

@@ -1,10 +1,14 @@
-"""Fixtures: ranks by fork, a tiny packed data set, a tiny wav2vec2. No network, no GPU."""
+"""Fixtures: ranks by fork, a tiny packed data set, a tiny wav2vec2. No network.
+
+No GPU either: it is hidden from torch, but for a run that asks for the tests of one, `-m gpu`.
+"""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two ranks on two cores
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Asking whether there is a GPU starts CUDA, which no fork survives; asking the driver does not.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import json
 import multiprocessing
@@ -13,12 +17,14 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import soundfile
 import torch
+from gpu_marker import device, pytest_configure, pytest_runtest_setup, tell  # noqa: F401
 
 from mgc_dist import shard, synth
 from mgc_dist.config import BiasConfig, ShardConfig
@@ -28,6 +34,21 @@ if TYPE_CHECKING:
     from cluster import Cluster
 
 torch.set_num_threads(1)
+
+_NEEDED = ("deepspeed", "transformers.models.wav2vec2.modeling_wav2vec2", "mgc_dist.training.loop")
+"""What a rank imports, in 10 s: once, in a server that ranks are forked from."""
+
+
+@cache
+def afresh() -> str:
+    """The way to start a rank that may use the GPU, whatever this process has done with it.
+
+    Ranks are forked from a server that has imported all, unless an import starts CUDA.
+    """
+    multiprocessing.set_forkserver_preload(list(_NEEDED))
+    (starts,) = run_ranks(1, torch.cuda._is_in_bad_fork, method="forkserver")
+    return "spawn" if starts else "forkserver"
+
 
 TINY = {
     "model_type": "wav2vec2",
@@ -62,11 +83,18 @@ BASE_FLAVOUR = {"conv_bias": False, "feat_extract_norm": "group", "do_stable_lay
 
 
 def run_ranks(
-    world: int, body: Callable[..., Any], *args: Any, timeout_s: float = 180
+    world: int,
+    body: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 180,
+    method: str = "fork",
 ) -> list[Any]:
-    """Call body(*args) on forked ranks; returns each rank's value, raises the first error."""
+    """Call body(*args) on ranks of their own; returns each rank's value, raises the first error.
+
+    Ranks that use a GPU need the method `afresh()`, and a body that another process can import.
+    """
     port = _free_port()
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context(method)
     pipes, processes = [], []
     for rank in range(world):
         here, there = context.Pipe(duplex=False)
@@ -80,21 +108,30 @@ def run_ranks(
         }
         process = context.Process(target=_child, args=(there, environment, body, args))
         process.start()
+        there.close()
         pipes.append(here)
         processes.append(process)
     results, errors = [], []
     for rank, pipe in enumerate(pipes):
-        if pipe.poll(0.0 if errors else timeout_s):
-            kind, value = pipe.recv()
-            (results if kind == "value" else errors).append(value)
-        else:
-            errors.append(f"rank {rank} gave no answer")
+        kind, value = _answer(pipe, 0.0 if errors else timeout_s) or (
+            "error",
+            f"rank {rank} gave no answer",
+        )
+        (results if kind == "value" else errors).append(value)
     for process in processes:
         process.join(1.0 if errors else 30.0)
         process.kill()
     if errors:
         raise next((e for e in errors if isinstance(e, BaseException)), RuntimeError(errors))
     return results
+
+
+def _answer(pipe: Any, timeout_s: float) -> tuple[str, Any] | None:
+    """What a rank has sent; None if it has died or is late."""
+    try:
+        return pipe.recv() if pipe.poll(timeout_s) else None
+    except EOFError:
+        return None
 
 
 def _child(pipe: Any, environment: dict[str, str], body: Callable[..., Any], args: Any) -> None:

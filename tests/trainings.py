@@ -57,6 +57,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "activation_checkpointing": False,
         "spec_augment": True,
         "compile": False,
+        "device": "cpu",
     } | changes
     return TrainConfig(
         data=DataConfig(
@@ -89,7 +90,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
             micro_batch=knobs["micro_batch"],
             eval_batch=knobs["eval_batch"],
             precision=knobs["precision"],
-            device="cpu",
+            device=knobs["device"],
             compile=knobs["compile"],
             hang_timeout_s=knobs["hang_timeout_s"],
             max_refused_steps=knobs["max_refused_steps"],

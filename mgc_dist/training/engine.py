@@ -105,7 +105,10 @@ class Engine:
                 "data_types": {"grad_accum_dtype": "fp32"},
             }
         self._scale = layout.world * layout.accumulation
+        # DeepSpeed would take GPU number LOCAL_RANK, where Slurm may show each task only its own
+        on_gpu = ranks.device.type == "cuda"
         self._engine, *_ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=ranks.device.index) if on_gpu else None,
             model=model,
             model_parameters=[{"params": p, "lr": peak} for p, peak in groups if p],
             config=self.config,

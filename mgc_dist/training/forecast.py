@@ -153,7 +153,7 @@ def forecast(
     )
     parts = count_parts(model)
     every, trained = (sum(counts) for counts in zip(*parts.values(), strict=True))
-    bucket = min(config.engine.bucket_elements, trained)
+    bucket = config.engine.bucket_elements
     each = 2 if config.engine.precision == "bf16-weights" else 4
     memory = {s: memory_of(s, every, trained, world, bucket, weight_bytes=each) for s in STAGES}
     counted = flops.count(model, segment_samples)
@@ -214,15 +214,17 @@ def memory_of(
         weight_bytes: of an element of the weights that are computed with, 4 or 2.
 
     Source: Rajbhandari et al., "ZeRO", SC 2020, section 5, for float32 weights; stages 1 to 3
-    of DeepSpeed 0.19 keep a float32 copy of the trained weights in the optimizer.
+    of DeepSpeed 0.19 keep a float32 copy of the trained weights in the optimizer, and a whole
+    bucket for gradients, on one rank and for the smallest model too.
     """
     share = -(-trained // world)
     copy = 4 * share if stage else 0
+    gathered = min(bucket, trained) if world > 1 else 0
     return Memory(
         weights=weight_bytes * (-(-every // world) if stage == 3 else every) + copy,
         gradients=4 * (share if stage >= 2 else trained),
         optimizer=8 * (share if stage else trained),
-        buckets=4 * bucket * (2 if stage else 1) if world > 1 else 0,
+        buckets=4 * (gathered + (bucket if stage else 0)),
     )
 
 

@@ -75,27 +75,34 @@ class Job:
 
 def start(settings: TrainConfig, work: Path, *, world: int = 2, patch: Patch | None = None) -> Job:
     """Start the ranks of a training run."""
+    file, environments = prepare(settings, work, world)
+    pids = []
+    for rank, environment in enumerate(environments):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            be_a_rank(file.with_name(f"rank{rank}.txt"), environment, file, patch)
+        pids.append(pid)
+    return Job(folder=file.parent, pids=pids)
+
+
+def prepare(settings: TrainConfig, work: Path, world: int = 1) -> tuple[Path, list[dict[str, str]]]:
+    """Write the settings into a new folder; the file, and the variables of each rank."""
     work.mkdir(parents=True, exist_ok=True)
     folder = work / f"try-{len(list(work.glob('try-*')))}"
     folder.mkdir()
     file = folder / "config.yaml"
     file.write_text(cli.dump("train", settings))
-    port = str(_free_port())
-    pids = []
+    port, environments = str(_free_port()), []
     for rank in range(world):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world}
         environment = {key: str(value) for key, value in numbers.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            _be_a_rank(folder / f"rank{rank}.txt", environment, file, patch)
-        pids.append(pid)
-    return Job(folder=folder, pids=pids)
+        environments.append(environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    return file, environments
 
 
-def _be_a_rank(out: Path, environment: dict[str, str], file: Path, patch: Patch | None) -> None:
+def be_a_rank(out: Path, environment: dict[str, str], file: Path, patch: Patch | None) -> None:
     code = 1
     try:
         handle = os.open(out, os.O_WRONLY | os.O_CREAT)

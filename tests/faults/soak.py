@@ -6,10 +6,13 @@ fault, and must end no further from an uninterrupted run than twice what those d
 In both, a ledger of consumed rows must show every row exactly as planned.
 """
 
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before deepspeed, which would compute on a GPU
+
 import argparse
 import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess

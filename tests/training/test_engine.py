@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +99,46 @@ def test_a_step_is_the_mean_over_true_rows_by_plain_autograd(
             assert np.abs(weights[name] - value).mean() < 1e-5, name
         if "feature_extractor" in name:
             assert (value == before[name].numpy()).all()
+
+
+def test_deepspeed_takes_the_gpu_that_slurm_has_bound(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Local rank 3 sees one GPU, number 0, as `device_of` says; number LOCAL_RANK is not there."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    class FoundDevice(Exception):
+        pass
+
+    def initialize(*, args: Any, **words: Any) -> None:
+        bare = DeepSpeedEngine.__new__(DeepSpeedEngine)
+        torch.nn.Module.__init__(bare)
+        bare.local_rank = 3
+        bare._set_distributed_vars(args)
+        raise FoundDevice(taken)
+
+    taken: list[int] = []
+    accelerator = SimpleNamespace(set_device=taken.append, device_name=lambda n: f"cuda:{n}")
+    monkeypatch.setattr("deepspeed.runtime.engine.get_accelerator", lambda: accelerator)
+    monkeypatch.setattr("deepspeed.comm.get_world_size", lambda: 4)
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 3)
+    fake = SimpleNamespace(initialize=initialize)
+    monkeypatch.setattr("mgc_dist.engine._import_deepspeed", lambda peers: fake)
+    peers = ranks.Ranks(rank=3, world=4, local_rank=3, device=torch.device("cuda", 0))
+    with pytest.raises(FoundDevice):
+        Engine(
+            classifier(tiny_model),
+            lay_out(global_batch=8, world=4, largest_micro_batch=2),
+            peers,
+            zero_stage=2,
+            bf16=False,
+            lr=1e-3,
+            head_lr=1e-3,
+            weight_decay=0.0,
+            clip_norm=1.0,
+            bucket_elements=1000,
+        )
+    assert taken == [0]
 
 
 def test_schedule_rises_linearly_and_follows_a_cosine() -> None:

@@ -59,9 +59,10 @@ def factor(step: int) -> float:
     return lr_factor(PLAN.seen_after(step), PLAN.total, warmup=0.3, final=0.1)
 
 
-def reference(file: Path, freeze: str) -> Trajectory:
+def reference(file: Path, freeze: str, device: str = "cpu") -> Trajectory:
     """Losses, gradients of the first step before clipping, and norms, by torch alone."""
-    net, (wave, label) = build(file, freeze, False).train(), drawn()
+    net, (wave, label) = build(file, freeze, False).to(device).train(), drawn()
+    wave, label = wave.to(device), label.to(device)
     head, backbone = net.head_and_backbone()
     groups = [{"params": p, "lr": lr} for p, lr in ((backbone, LR), (head, HEAD_LR)) if p]
     peaks = [group["lr"] for group in groups]
@@ -74,7 +75,7 @@ def reference(file: Path, freeze: str) -> Trajectory:
         loss.backward()
         trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
         if step == 0:
-            first = {name: p.grad.numpy().copy() for name, p in trained}
+            first = {name: p.grad.cpu().numpy().copy() for name, p in trained}
         norms.append(float(nn.utils.clip_grad_norm_([p for _, p in trained], CLIP)))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor(step)
@@ -83,9 +84,11 @@ def reference(file: Path, freeze: str) -> Trajectory:
     return losses, first, norms
 
 
-def make_engine(model: WaveClassifier, peers: ranks.Ranks, stage: int, bf16: bool) -> Engine:
+def make_engine(
+    model: WaveClassifier, peers: ranks.Ranks, stage: int, bf16: bool, compiled: bool = False
+) -> Engine:
     return Engine(
-        model,
+        model.to(peers.device),
         lay_out(global_batch=6, world=peers.world, largest_micro_batch=2),
         peers,
         zero_stage=stage,
@@ -95,18 +98,22 @@ def make_engine(model: WaveClassifier, peers: ranks.Ranks, stage: int, bf16: boo
         weight_decay=0.01,
         clip_norm=CLIP,
         bucket_elements=3000,
+        compile_model=compiled,
     )
 
 
-def trajectory(model: WaveClassifier, peers: ranks.Ranks, stage: int, bf16: bool) -> Trajectory:
+def trajectory(
+    model: WaveClassifier, peers: ranks.Ranks, stage: int, bf16: bool, compiled: bool = False
+) -> Trajectory:
     """The same through DeepSpeed, on all ranks."""
-    engine, (wave, label) = make_engine(model, peers, stage, bf16), drawn()
+    engine, (wave, label) = make_engine(model, peers, stage, bf16, compiled), drawn()
+    wave, label = wave.to(peers.device), label.to(peers.device)
     engine.train(True)
     layout = lay_out(global_batch=6, world=peers.world, largest_micro_batch=2)
     losses, norms, first = [0.0] * PLAN.steps, [], {}
     for micro in training_batches(PLAN, layout, peers.rank, 0):
         engine.set_lr(factor(micro.step))
-        true = torch.from_numpy(micro.place >= 0)
+        true = torch.from_numpy(micro.place >= 0).to(peers.device)
         rows = torch.from_numpy(np.maximum(micro.place, 0))
         found = row_losses(LossConfig(loss="ce"), engine(wave[rows]), label[rows])
         share = masked_sum(found, true.float()) / PLAN.true_rows(micro.step)
@@ -114,7 +121,8 @@ def trajectory(model: WaveClassifier, peers: ranks.Ranks, stage: int, bf16: bool
         losses[micro.step] += share.item()
         if micro.micro_step == layout.accumulation - 1:
             if micro.step == 0:
-                first = {n: g.detach().float().numpy().copy() for n, g in engine.all_grads()}
+                grads = engine.all_grads()
+                first = {n: g.detach().float().cpu().numpy().copy() for n, g in grads}
             assert engine.step()
             norms.append(engine.grad_norm() or 0.0)
         else:

@@ -26,6 +26,7 @@ from mgc_dist.training.forecast import (
     checkpoint_bytes,
     count_parts,
     forecast,
+    memory_of,
 )
 
 PLAN = Plan(rows=1000, total=3000, global_batch=16, seed=0)
@@ -127,6 +128,46 @@ def test_checkpoints_are_as_large_as_was_said(stage: int, tmp_path: Path) -> Non
         assert size == pytest.approx(checkpoint_bytes(every, trained), rel=0.1)
 
 
+def largest_buffer(file: Path, stage: int, bucket: int) -> int:
+    """Elements of the largest tensor that DeepSpeed makes for itself in a start and a step."""
+    empty, sizes = torch.empty, [0]
+
+    def noted(*args: Any, **words: Any) -> torch.Tensor:
+        made = empty(*args, **words)
+        sizes.append(made.numel())
+        return made
+
+    with ranks.join("cpu") as peers:
+        model = build_tiny(file)
+        torch.empty = noted
+        engine = Engine(
+            model,
+            lay_out(global_batch=1, world=1, largest_micro_batch=1),
+            peers,
+            zero_stage=stage,
+            bf16=False,
+            lr=1e-3,
+            head_lr=1e-3,
+            weight_decay=0.0,
+            clip_norm=1.0,
+            bucket_elements=bucket,
+        )
+        engine.train(True)
+        engine.backward(engine(torch.ones((1, 8000), dtype=torch.int16)).sum())
+        engine.step()
+    return max(sizes)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_rank_needs_a_bucket_too(stage: int, tiny_model: Path, tmp_path: Path) -> None:
+    """However small the model is: 190 MiB of a GPU with the usual bucket."""
+    bucket = 1_000_000
+    (found,) = run_ranks(1, largest_buffer, tiny_model, stage, bucket)
+    buckets = memory_of(stage, 34_000, 34_000, 1, bucket).buckets
+    assert buckets == 4 * (found if found >= bucket else 0)
+    assert (buckets > 0) == (stage > 0)
+
+
 def test_the_large_model_needs_no_weights(tmp_path: Path) -> None:
     file = tmp_path / "large.json"
     file.write_text(json.dumps({"model_type": "wav2vec2", **LARGE}))
@@ -219,12 +260,12 @@ def test_the_micro_batch_that_a_gpu_has_room_for(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a batch fits by the same arithmetic, and one of a tenth more does not."""
-    total = 2**26
+    total = 2**29
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     about = SimpleNamespace(total_memory=total)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: about)
     (note,) = of(tiny_model, tmp_path, micro_batch=2, global_batch=16).notes
-    assert note.startswith("the GPU's 64.0 MiB have room for about --micro-batch ")
+    assert note.startswith("the GPU's 0.50 GiB have room for about --micro-batch ")
     most = int(note.split("--micro-batch ")[1].split()[0])
     knobs = {"world": 1, "zero_stage": 2}
     fits = of(tiny_model, tmp_path, micro_batch=most, global_batch=most, **knobs)
