@@ -9,13 +9,8 @@ from mgc_dist.config import PredictConfig
 from mgc_dist.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from mgc_dist.models.predictor import Prediction
 
-    from mgc_dist.models.main import WaveClassifier
-
-SHORTEST_S = 0.5
-"""Shorter files hold too little to name a genre."""
 ROWS = 20
 """Of a file's timeline on the terminal; neighbouring segments are merged to as many at most."""
 BAR = 24
@@ -31,8 +26,9 @@ def run(config: PredictConfig) -> int:
     Raises:
         UserError: no model, or no file given.
     """
-    from mgc_dist.cluster import ranks
-    from mgc_dist.models import folder as exported
+    # here, not above: they import torch, which takes seconds, and --help answers without
+    from mgc_dist.cluster.ranks import device_of
+    from mgc_dist.models.predictor import Predictor
     from mgc_dist.report import timeline
 
     if not config.files:
@@ -43,29 +39,26 @@ def run(config: PredictConfig) -> int:
             cure="python -m mgc_dist.predict RUN FILE...",
         )
     pictures = _pictures(config)
-    folder = exported.find_exported(config.run)
-    classifier = exported.load_exported(folder)
-    classifier = classifier.to(ranks.device_of(config.device, 0))
-    sample_rate = exported.sample_rate_of(folder)
+    predictor = Predictor.load(config.run, device_of(config.device, 0))
     failed: list[UserError] = []
     results = []
     for path in config.files:
         try:
-            starts_s, probabilities, segment_s = _predict(config, classifier, path, sample_rate)
+            found = predictor.predict(path, hop_s=config.hop_s, batch=config.batch)
         except UserError as error:
             failed.append(error)
             continue
         if config.json:
-            results.append(_as_json(path, classifier.genres, starts_s, probabilities))
+            results.append(found.to_json())
         else:
-            _print(config, path, classifier.genres, starts_s, probabilities, segment_s)
+            _print(found, config.top)
         if path in pictures:
             timeline.draw(
                 pictures[path],
                 path.name,
-                classifier.genres,
-                starts_s,
-                probabilities,
+                found.genres,
+                found.starts_s,
+                found.probabilities,
                 hop_s=config.hop_s,
             )
     if config.json:
@@ -99,76 +92,20 @@ def _pictures(config: PredictConfig) -> dict[Path, Path]:
     return found
 
 
-def _predict(
-    config: PredictConfig, classifier: "WaveClassifier", path: Path, sample_rate: int
-) -> "tuple[list[float], NDArray[np.float64], float]":
-    """Start of each segment, its probabilities float64 [S, K]; a segment's length in seconds."""
-    import numpy as np
-    import torch
-    from scipy.special import softmax
-
-    from mgc_dist.data import audio
-
-    wave = audio.to_int16(audio.read(path, sample_rate))
-    if len(wave) < SHORTEST_S * sample_rate:
-        raise UserError(
-            f"audio file {path}",
-            got=f"{len(wave) / sample_rate:.2f} s",
-            expected=f"at least {SHORTEST_S} s",
-            cure="give a longer recording",
-        )
-    length = min(classifier.segment_samples, len(wave))
-    hop = round(config.hop_s * sample_rate)
-    windows = audio.segments(wave, length, hop)  # [S, T]
-    device = next(classifier.parameters()).device
-    parts = []
-    with torch.inference_mode():
-        for first in range(0, len(windows), config.batch):
-            batch = torch.from_numpy(np.array(windows[first : first + config.batch]))
-            logits = classifier.calibrated(batch.to(device))  # [B, K]
-            parts.append(logits.double().cpu().numpy())
-    starts_s = [segment * hop / sample_rate for segment in range(len(windows))]
-    return starts_s, softmax(np.concatenate(parts), axis=1), length / sample_rate
-
-
-def _as_json(
-    path: Path,
-    genres: tuple[str, ...],
-    starts_s: list[float],
-    probabilities: "NDArray[np.float64]",
-) -> dict[str, object]:
-    mean = probabilities.mean(axis=0)
-    return {
-        "file": str(path),
-        "genre": genres[int(mean.argmax())],
-        "probabilities": dict(zip(genres, mean.tolist(), strict=True)),
-        "segments": [
-            {"start_s": start, "probabilities": dict(zip(genres, row.tolist(), strict=True))}
-            for start, row in zip(starts_s, probabilities, strict=True)
-        ],
-    }
-
-
-def _print(
-    config: PredictConfig,
-    path: Path,
-    genres: tuple[str, ...],
-    starts_s: list[float],
-    probabilities: "NDArray[np.float64]",
-    segment_s: float,
-) -> None:
+def _print(found: "Prediction", top: int) -> None:
     """The genre of a file, then a line a stretch of it: start, genre, a bar of its probability."""
     from mgc_dist.report.timeline import clock, merge
 
-    mean = probabilities.mean(axis=0)
-    best = mean.argsort()[::-1][: max(1, config.top)]
+    genres, mean = found.genres, found.mean
+    best = mean.argsort()[::-1][: max(1, top)]
     named = ", ".join(f"{genres[k]} {mean[k]:.3f}" for k in best)
-    print(f"{path}: {genres[int(best[0])]}  ({named})")
-    stretches = merge(starts_s, probabilities, segment_s=segment_s, most=ROWS)
+    print(f"{found.path}: {found.genre}  ({named})")
+    stretches = merge(found.starts_s, found.probabilities, segment_s=found.segment_s, most=ROWS)
     width = max(len(genres[stretch.best]) for stretch in stretches)
     last = max(len(clock(stretch.start_s)) for stretch in stretches)
     if stretches[0].segments > 1:
-        print(f"  a line is {stretches[0].segments} of {len(starts_s)} segments, their mean")
+        count = len(found.starts_s)
+        print(f"  a line is {stretches[0].segments} of {count} segments, their mean")
     for stretch in stretches:
         sure = float(stretch.probabilities[stretch.best])
         print(

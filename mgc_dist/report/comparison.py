@@ -1,11 +1,57 @@
-"""Pictures of comparisons: of two runs on the same tracks, of settings over seeds."""
+"""The body of `compare`: two runs on the same tracks, or settings over seeds, and pictures."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mgc_dist.config import CompareConfig
+from mgc_dist.files import replace_text
 from mgc_dist.report import figures
+from mgc_dist.scoring import conditions, paired, results
 
 Report = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        figures: as they are written to comparison.json.
+        is_pair: whether they are of two runs; else of settings over seeds.
+        folder: where comparison.json and comparison.png are.
+    """
+
+    figures: Report
+    is_pair: bool
+    folder: Path
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Compare runs from their predictions, and write comparison.json and .png.
+
+    Raises:
+        UserError: a run was not evaluated, or the runs were not measured on the same tracks.
+    """
+    found = [results.read(run, config.result_name) for run in config.runs]
+    picture, is_pair = config.folder / "comparison.png", len(found) == 2
+    if is_pair:
+        report = paired.compare(
+            found[0], found[1], config.result_name, resamples=config.resamples, seed=config.seed
+        )
+        draw_pair(picture, report)
+    else:
+        runs = []
+        for result in found:
+            seed, settings = conditions.settings_of(result.run)
+            runs.append(conditions.Run(result=result, seed=seed, settings=settings))
+        report = conditions.compare(runs, config.result_name)
+        draw_seeds(picture, report)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    replace_text(config.folder / "comparison.json", text)
+    return Comparison(figures=report, is_pair=is_pair, folder=config.folder)
 
 
 def draw_pair(path: Path, found: Report) -> None:

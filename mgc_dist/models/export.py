@@ -1,0 +1,99 @@
+"""The best model of a run as a folder for transformers, with a card that says what it is."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mgc_dist import cli
+from mgc_dist.config import TrainConfig
+from mgc_dist.errors import UserError
+from mgc_dist.models import folder
+
+CARD = """---
+pipeline_tag: audio-classification
+---
+# {name}
+
+A music genre classifier, trained with mgc_dist. Give it {seconds:g} s of mono audio at
+{sample_rate} Hz:
+
+```python
+from transformers import pipeline
+
+classify = pipeline("audio-classification", model="{folder}", top_k=None)
+classify({{"array": wave, "sampling_rate": {sample_rate}}})
+```
+
+A track's genre is the mean of its segments' probabilities; `python -m mgc_dist.predict` does that.
+
+- probabilities: {calibration}
+- genres: {genres}
+- loss: {loss}; main model: {model}
+- data set: {dataset_id}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """An exported model.
+
+    Attributes:
+        folder: that transformers loads.
+        temperature: that its last layer was divided by; None if by none.
+    """
+
+    folder: Path
+    temperature: float | None
+
+
+def export(run: Path, out: Path) -> Export:
+    """Copy the best model of a run, with a card that says what it was trained on.
+
+    Args:
+        run: the run folder.
+        out: a new or empty folder.
+
+    Raises:
+        UserError: no best model in the run, one that transformers cannot load, or a folder with
+            files in the way.
+    """
+    source = run / "best"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"OUT {out}",
+            got="something that is there already",
+            expected="a new or empty folder",
+            cure="choose another name",
+        )
+    classifier = folder.load_exported(source)  # refuses a folder that lacks weights
+    if classifier.needs_our_code:
+        raise UserError(
+            f"main model of {run}",
+            got="logmel-cnn, which transformers cannot load without our code",
+            expected="a model of transformers",
+            cure=f"`predict` and `evaluate` take {source} as it is",
+        )
+    trained = cli.parse("train", TrainConfig, ["--config", str(run / "config.yaml")])
+    environment = json.loads((run / "env.json").read_text())
+    sample_rate, temperature = folder.sample_rate_of(source), classifier.temperature
+    if temperature is None:
+        shutil.copytree(source, out, dirs_exist_ok=True)
+    else:
+        folder.save_calibrated(classifier, out, sample_rate)
+    card = CARD.format(
+        name=out.name,
+        seconds=classifier.segment_samples / sample_rate,
+        sample_rate=sample_rate,
+        folder=out,
+        calibration="as trained"
+        if temperature is None
+        else f"the last layer is divided by {temperature:.3f}, a temperature fitted on "
+        "validation tracks",
+        genres=", ".join(classifier.genres),
+        loss=trained.objective.description,
+        model=trained.main.model,
+        dataset_id=environment["dataset_id"],
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
+    return Export(folder=out, temperature=temperature)

@@ -1,0 +1,121 @@
+"""A trained model on any audio file: a genre, and probabilities over its time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from mgc_dist.data import audio
+from mgc_dist.errors import UserError
+from mgc_dist.models import folder
+from mgc_dist.models.main import WaveClassifier
+
+SHORTEST_S = 0.5
+"""Shorter files hold too little to name a genre."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a model says about a file.
+
+    Attributes:
+        path: of the file.
+        genres: names in label order.
+        starts_s: start of each segment in seconds, S of them.
+        segment_s: length of a segment in seconds.
+        probabilities: float64 [S, K] of the segments.
+    """
+
+    path: Path
+    genres: tuple[str, ...]
+    starts_s: list[float]
+    segment_s: float
+    probabilities: NDArray[np.float64]
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Probabilities of the whole file: the mean over its segments, float64 [K]."""
+        return np.asarray(self.probabilities.mean(axis=0))
+
+    @property
+    def genre(self) -> str:
+        """The most probable one."""
+        return self.genres[int(self.mean.argmax())]
+
+    def to_json(self) -> dict[str, object]:
+        """The file, its genre, and the probabilities of the whole and of each segment."""
+
+        def named(row: NDArray[np.float64]) -> dict[str, float]:
+            return dict(zip(self.genres, row.tolist(), strict=True))
+
+        return {
+            "file": str(self.path),
+            "genre": self.genre,
+            "probabilities": named(self.mean),
+            "segments": [
+                {"start_s": start, "probabilities": named(row)}
+                for start, row in zip(self.starts_s, self.probabilities, strict=True)
+            ],
+        }
+
+
+class Predictor:
+    """A model that predicts files.
+
+    Args:
+        classifier: in eval mode, on its device.
+        sample_rate: in Hz, of the segments that it was trained on.
+    """
+
+    def __init__(self, classifier: WaveClassifier, sample_rate: int) -> None:
+        self._classifier, self._sample_rate = classifier, sample_rate
+
+    @classmethod
+    def load(cls, run_or_export: Path, device: torch.device) -> "Predictor":
+        """The best model of a run folder, or an exported one.
+
+        Raises:
+            UserError: there is none.
+        """
+        place = folder.find_exported(run_or_export)
+        return cls(folder.load_exported(place).to(device), folder.sample_rate_of(place))
+
+    def predict(self, path: Path, *, hop_s: float, batch: int) -> Prediction:
+        """The genre of a file of any length, format, rate and number of channels.
+
+        Args:
+            path: of the file.
+            hop_s: seconds from the start of a segment to that of the next one.
+            batch: segments at a time.
+
+        Raises:
+            UserError: it cannot be decoded, or is shorter than SHORTEST_S.
+        """
+        classifier, rate = self._classifier, self._sample_rate
+        wave = audio.to_int16(audio.read(path, rate))
+        if len(wave) < SHORTEST_S * rate:
+            raise UserError(
+                f"audio file {path}",
+                got=f"{len(wave) / rate:.2f} s",
+                expected=f"at least {SHORTEST_S} s",
+                cure="give a longer recording",
+            )
+        length, hop = min(classifier.segment_samples, len(wave)), round(hop_s * rate)
+        windows = audio.segments(wave, length, hop)  # [S, T]
+        device = next(classifier.parameters()).device
+        parts = []
+        with torch.inference_mode():
+            for first in range(0, len(windows), batch):
+                rows = torch.from_numpy(np.array(windows[first : first + batch]))
+                logits = classifier.calibrated(rows.to(device))  # [B, K]
+                parts.append(logits.double().cpu().numpy())
+        return Prediction(
+            path=path,
+            genres=classifier.genres,
+            starts_s=[segment * hop / rate for segment in range(len(windows))],
+            segment_s=length / rate,
+            probabilities=softmax(np.concatenate(parts), axis=1),
+        )
