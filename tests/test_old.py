@@ -1,0 +1,99 @@
+"""What version 0.1.0 wrote is read: shards, bias table, cache, a run, its checkpoint, its figures.
+
+`tests/old/make.py` made the archive with the code of that version.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import run_ranks
+
+from mgc_dist import bias, cli, compare, evaluate, predict, shard, train
+from mgc_dist.config import (
+    BiasConfig,
+    CompareConfig,
+    EvaluateConfig,
+    PredictConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+from mgc_dist.journal import read_metrics
+
+ARCHIVE = Path(__file__).parent / "old" / "v0_1_0.tar.xz"
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which version 0.1.0 worked; its paths are relative to it."""
+    with tarfile.open(ARCHIVE) as tar:
+        tar.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def resumed(run: Path, *flags: str) -> TrainConfig:
+    """As `train --config RUN/config.yaml --resume auto` is parsed."""
+    words = ["--config", str(run / "config.yaml"), "--resume", "auto", "--time-limit-s", "0"]
+    return cli.parse("train", TrainConfig, [*words, *flags])
+
+
+def test_shards_and_bias_table(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard.verify(VerifyConfig(shards=Path("shards")))
+    made = (old / "shards/bias/log_probability.npy").stat().st_mtime_ns
+    settings = BiasConfig(shards=Path("shards"), backbone="logmel", folds=2, device="cpu")
+    run_ranks(1, bias.run, settings)
+    assert (old / "shards/bias/log_probability.npy").stat().st_mtime_ns == made
+
+
+def test_a_run_is_measured_and_predicts(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads(Path("runs/done/evaluation/test.json").read_text())
+    said = Path("runs/done/predictions/test.jsonl").read_bytes()
+    run_ranks(1, evaluate.run, EvaluateConfig(run=Path("runs/done"), device="cpu"))
+    after = json.loads(Path("runs/done/evaluation/test.json").read_text())
+    assert {key: after[key] for key in before} == before
+    assert Path("runs/done/predictions/test.jsonl").read_bytes() == said
+    capsys.readouterr()
+    wave = 0.3 * np.sin(2 * np.pi * 200 * np.arange(16_000) / 16_000)
+    soundfile.write(old / "tone.wav", wave, 16_000)
+    predict.run(
+        PredictConfig(run=Path("runs/done"), files=(old / "tone.wav",), device="cpu", json=True)
+    )
+    assert json.loads(capsys.readouterr().out)[0]["genre"] in before["genres"]
+    assert (old / "runs/done/report.html").is_file()
+
+
+def test_figures_are_compared(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(ARCHIVE) as tar:
+        members = [m for m in tar.getmembers() if m.name.startswith("runs/done")]
+        tar.extractall(old / "twin", members, filter="data")
+    compare.run(CompareConfig(runs=(Path("runs/done"), Path("twin/runs/done"))))
+    assert "p = 1" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on(old: Path) -> None:
+    run = Path("runs/stopped")
+    first = read_metrics(run, "step")[-1]["step"]
+    assert run_ranks(1, train.run, resumed(run)) == [0]
+    steps = [line["step"] for line in read_metrics(run, "step")]
+    assert steps == list(range(1, 15)), f"{first} steps were taken before"
+    assert (run / "DONE").is_file()
+    assert (run / "best" / "model.safetensors").is_file()
+
+
+def test_a_complete_run_is_left_alone_and_its_cache_is_used(
+    old: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Path("runs/done")
+    before = (run / "metrics.jsonl").read_bytes()
+    assert run_ranks(1, train.run, resumed(run, "--change", "model")) == [0]
+    assert "already complete" in capfd.readouterr().out
+    assert (run / "metrics.jsonl").read_bytes() == before
+    held = {path: path.stat().st_mtime_ns for path in Path("shards/cache").rglob("features.npy")}
+    assert held
+    again = resumed(run, "--run", "runs/new", "--fresh", "--resume", "never")
+    assert run_ranks(1, train.run, again) == [0]
+    assert held == {path: path.stat().st_mtime_ns for path in held}, "made again"
