@@ -275,7 +275,7 @@ def test_the_index_of_another_data_set_is_refused(copy: Path, shards: Path) -> N
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from mgc_dist.data.reader import reader as data
+from mgc_dist.data import reader as data
 data._OTHER_FILES = 30
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
 try:

@@ -118,7 +118,7 @@ def test_a_signal_at_the_last_step_ends_as_usual(
     patch = at_step(13, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     job = start(config(shards, noisy, run, **KNOBS), tmp_path, patch=patch)
     job.wait()
-    assert_survived(job, run, undisturbed, codes=[0, 0], message="done; best validation")
+    assert_survived(job, run, undisturbed, codes=[0, 0], message="done; the best model")
     assert (run / "DONE").exists()
 
 
