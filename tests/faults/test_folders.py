@@ -97,7 +97,7 @@ def test_a_stale_lock_of_a_killed_build_holds_nothing_up(
     run = tmp_path / "run"
     job = start(config(shards, noisy, run, **KNOBS), tmp_path)
     job.wait()
-    assert_survived(job, run, undisturbed, codes=[0, 0], message="done; best")
+    assert_survived(job, run, undisturbed, codes=[0, 0], message="done; the best")
 
 
 def test_a_crash_loop_is_ended(shards: Path, noisy: Path, undisturbed: str, tmp_path: Path) -> None:
