@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mgc_dist import cli
-from mgc_dist.config import EvaluateConfig, TrainConfig
+from mgc_dist.config import EvaluateConfig, TrainConfig, identity
 from mgc_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,15 +32,10 @@ def run(config: EvaluateConfig) -> None:
     from mgc_dist.data.reader import ShardSet
     from mgc_dist.models import folder as exported
 
-    with rendezvous.meet(cli.flags_of(config), wait_s=config.stage_timeout_s) as meeting:
+    with rendezvous.meet(cli.flags_of(config), wait_s=config.source.stage_timeout_s) as meeting:
         folder = exported.find_exported(config.run)
         classifier = exported.load_exported(folder)
-        place = stage.at_hand(
-            config.data or _own_shards(config),
-            source=config.shards_from,
-            stage_dir=config.stage_dir,
-            timeout_s=config.stage_timeout_s,
-        )
+        place = stage.at_hand(config.data or _own_shards(config), config.source)
         with ShardSet(place) as shards:
             meeting.all_same("data", {"data set (--data)": shards.manifest.dataset_id})
             if config.data is None:
@@ -145,8 +140,8 @@ def _bias_table(config: EvaluateConfig, shards: "ShardSet") -> "tuple[BiasTable 
         if not trained.objective.needs_bias:  # the run has never read it
             return None, [f"no bias subgroups: {error}"]
         raise
-    settings = json.loads((config.run / "env.json").read_text())["identity"]
-    if trained.objective.needs_bias and settings["bias table (--bias-table)"] != table.sha256:
+    trained_with = identity.read(json.loads((config.run / "env.json").read_text())["identity"])
+    if trained.objective.needs_bias and trained_with["bias_table"] != table.sha256:
         return table, [f"{place} is not the table of the training: it was made again since"]
     return table, []
 
@@ -167,7 +162,7 @@ def _own_shards(config: EvaluateConfig) -> Path:
     """Where the shards were that a run was trained on."""
     run_folder = config.run
     shards = _trained_with(run_folder).data.shards
-    if not shards.is_dir() and not config.shards_from:
+    if not shards.is_dir() and not config.source.shards_from:
         raise UserError(
             f"shards of {run_folder}",
             got=f"no folder {shards} here",

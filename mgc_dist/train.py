@@ -3,13 +3,13 @@
 import hashlib
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mgc_dist import cli
 from mgc_dist.cluster.stop import Stop
-from mgc_dist.config import TrainConfig
+from mgc_dist.config import TrainConfig, identity
 from mgc_dist.errors import EXIT_BAD_INPUT, UserError, exit_code_of
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ def run(config: TrainConfig) -> int:
     from mgc_dist.cluster import meeting as rendezvous
 
     wait_s = config.engine.group_timeout_s
-    if config.data.shards_from or config.data.stage_dir:  # nodes may be done long after one another
-        wait_s += config.data.stage_timeout_s
+    source = config.data.source
+    if source.shards_from or source.stage_dir:  # nodes may be done long after one another
+        wait_s += source.stage_timeout_s
     with rendezvous.meet(cli.flags_of(config), wait_s=wait_s) as meeting:
         return _run(config, stop, meeting)
 
@@ -67,28 +68,23 @@ def _run(config: TrainConfig, stop: Stop, meeting: "Meeting") -> int:
     from mgc_dist.data.reader import ShardSet
 
     data = config.data
-    folder = stage.at_hand(
-        data.shards,
-        source=data.shards_from,
-        stage_dir=data.stage_dir,
-        timeout_s=data.stage_timeout_s,
-    )
+    folder = stage.at_hand(data.shards, data.source)
     with ShardSet(folder) as shards:
         table = None
         if config.objective.needs_bias:
             table = logits.read(data.table, shards.manifest, shards.keys)
         plan = _plan(config, shards)
-        identity = _identity(config, shards, table, plan)
-        meeting.all_same("data", {name: str(value) for name, value in identity.items()})
+        own = _identity(config, shards, table, plan)
+        meeting.all_same("data", {identity.words(name): str(each) for name, each in own.items()})
         with ranks.join(config.engine.device, config.engine.group_timeout_s, meeting) as peers:
             if config.output.dry_run:
                 return _forecast(config, shards, plan, peers)
-            if peers.all_decide(lambda: _is_complete(config, identity)):
+            if peers.all_decide(lambda: _is_complete(config, own)):
                 if peers.is_first:
                     print(f"{config.output.run} is already complete.")
                 return 0
             try:
-                fit, cached = _build(config, identity, shards, table, plan, peers, stop)
+                fit, cached = _build(config, own, shards, table, plan, peers, stop)
             except (RuntimeError, MemoryError) as error:
                 if not _is_short_of_memory(error):
                     raise
@@ -284,7 +280,7 @@ def _plan(config: TrainConfig, shards: "ShardSet") -> "Plan":
 
 def _build(
     config: TrainConfig,
-    identity: dict[str, Any],
+    own: dict[str, Any],
     shards: "ShardSet",
     table: "BiasTable | None",
     plan: "Plan",
@@ -313,13 +309,11 @@ def _build(
     if model.boundary is not None:
         dtype = config.data.cache_dtype
         facts = cache.describe(model, shards, device=peers.device, bf16=bf16, dtype=dtype)
-    identity = identity | {
-        "frozen weights of --model": frozen_fingerprint(model),
-        "shapes of --model": _shapes(model),
-        "--cache": facts.description if facts else "none",
-        "--precision of the weights": "bf16"
-        if config.engine.precision == "bf16-weights"
-        else "fp32",
+    own = own | {
+        "frozen_weights": frozen_fingerprint(model),
+        "shapes": _shapes(model),
+        "cache": facts.description if facts else "none",
+        "weights_precision": "bf16" if config.engine.precision == "bf16-weights" else "fp32",
     }
     flops = count(model, shards.manifest.segment_samples)  # before ZeRO-3 leaves nothing in place
     if flops and model.boundary is not None:
@@ -341,7 +335,7 @@ def _build(
         )
     fit = Fit(
         config=config,
-        identity=identity,
+        identity=own,
         shards=shards,
         objective=Objective(config.objective, plan, shards, table),
         plan=plan,
@@ -436,35 +430,25 @@ def _warn_of_bias(fit: "Fit") -> None:
 def _identity(
     config: TrainConfig, shards: "ShardSet", table: "BiasTable | None", plan: "Plan"
 ) -> dict[str, Any]:
-    """What must be the same for a checkpoint to go on here, under the user's names."""
+    """What must be the same for a checkpoint to go on here: knobs, and what they have found."""
     from mgc_dist.data.order import ORDER_VERSION
 
-    objective, model, optim = asdict(config.objective), config.main.model, config.optim
-    return {
-        "--loss": " ".join(f"{key}={value}" for key, value in objective.items()),
-        "data set (--shards)": shards.manifest.dataset_id,
+    model, window = config.main.model, plan.window_shards
+    found = {
+        "shards": shards.manifest.dataset_id,
         "genres": ", ".join(shards.manifest.genres),
-        "bias table (--bias-table)": table.sha256 if table else "none",
-        "order version": ORDER_VERSION,
-        "--seed": plan.seed,
-        "--window-shards": f"{plan.window_shards} of {plan.shard_rows[0]} rows"
-        if plan.window_shards
-        else 0,
-        "--global-batch": plan.global_batch,
-        "positions (--epochs)": plan.total,
-        "--model": str(Path(model).resolve()) if Path(model).exists() else model,
-        "--freeze": config.main.freeze,
-        "--spec-augment": config.main.spec_augment,
-        "--lr": optim.lr,
-        "--head-lr": optim.head_lr,
-        "--weight-decay": optim.weight_decay,
-        "--warmup-fraction": optim.warmup_fraction,
-        "--final-lr-fraction": optim.final_lr_fraction,
-        "--clip-norm": optim.clip_norm,
+        "order_version": ORDER_VERSION,
+    }
+    return found | {
+        **identity.own(config),
+        "window_shards": f"{window} of {plan.shard_rows[0]} rows" if window else 0,
+        "epochs": plan.total,
+        "model": str(Path(model).resolve()) if Path(model).exists() else model,
+        "bias_table": table.sha256 if table else "none",
     }
 
 
-def _is_complete(config: TrainConfig, identity: dict[str, Any]) -> bool:
+def _is_complete(config: TrainConfig, own: dict[str, Any]) -> bool:
     """Whether the run folder holds a complete run.
 
     Raises:
@@ -481,14 +465,14 @@ def _is_complete(config: TrainConfig, identity: dict[str, Any]) -> bool:
             expected="a new or empty one",
             cure="continue it with --resume auto, begin again with --fresh, or name another --run",
         )
-    from mgc_dist.training.resume import CHANGEABLE, refuse_change
+    from mgc_dist.training.resume import refuse_change
 
     complete = used and resume == "auto" and (run / DONE).is_file()
     if complete or _comes_from_elsewhere(config):
         trained = json.loads((run / "env.json").read_text())["identity"]
         what = f"--run {run}, which {'is complete' if complete else 'holds another run'}"
-        changes = refuse_change(what, identity, trained, config.output.change)
-        return complete and CHANGEABLE["epochs"] not in changes
+        changes = refuse_change(what, own, trained, config.output.change)
+        return complete and "epochs" not in changes
     return False
 
 
@@ -597,7 +581,8 @@ def _open_run(fit: "Fit", held: "Lease", state: "State", changes: "Changes") -> 
     replace_text(fit.run / "env.json", json.dumps(content, indent=1))
     replace_text(fit.run / "ds_config.json", json.dumps(fit.engine.config, indent=1))
     display.start_logging(fit.ranks.rank, fit.run / "train.log")
-    for key, (ours, theirs) in changes.items():
+    for name, (ours, theirs) in changes.items():
+        key = identity.words(name)
         log.info(
             "changed from samples_seen %d on: %s", state.samples_seen, f"{key}: {theirs} -> {ours}"
         )
