@@ -35,13 +35,8 @@ def run(config: BiasConfig) -> None:
     from mgc_dist.data import fetch as stage
     from mgc_dist.data.reader import ShardSet
 
-    with rendezvous.meet(cli.flags_of(config), wait_s=config.stage_timeout_s) as meeting:
-        folder = stage.at_hand(
-            config.shards,
-            source=config.shards_from,
-            stage_dir=config.stage_dir,
-            timeout_s=config.stage_timeout_s,
-        )
+    with rendezvous.meet(cli.flags_of(config), wait_s=config.source.stage_timeout_s) as meeting:
+        folder = stage.at_hand(config.shards, config.source)
         with ShardSet(folder) as shards:
             meeting.all_same("data", {"data set (--shards)": shards.manifest.dataset_id})
             with ranks.join(config.device, meeting=meeting) as peers, ExitStack() as held:

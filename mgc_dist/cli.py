@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 import yaml
 
+from mgc_dist.config import knobs
 from mgc_dist.errors import EXIT_BROKEN_PIPE, PeerLost, RunFailed, UserError, exit_code_of
 
 C = TypeVar("C")
@@ -106,9 +107,16 @@ def parse(command: str, config_type: type[C], argv: Sequence[str]) -> C:
 def dump(command: str, config: object) -> str:
     """YAML text that `--config` reads back to an equal configuration."""
 
+    def section(of: object) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for name, hint in knobs.hints(type(of)).items():
+            value = getattr(of, name)
+            found |= section(value) if knobs.mark(hint, knobs.Flat) else {name: plain(value)}
+        return found
+
     def plain(value: object) -> object:
         if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return section(value)
         if isinstance(value, tuple):
             return [plain(item) for item in value]
         return value if isinstance(value, (bool, int, float, NoneType)) else str(value)
@@ -118,14 +126,7 @@ def dump(command: str, config: object) -> str:
 
 def flags_of(config: object) -> dict[str, str]:
     """Flag -> value of every knob, to be compared between ranks."""
-    found: dict[str, str] = {}
-    for each in dataclasses.fields(typing.cast(typing.Any, config)):
-        value = getattr(config, each.name)
-        if dataclasses.is_dataclass(value):
-            found |= flags_of(value)
-        else:
-            found[f"--{each.name.replace('_', '-')}"] = str(value)
-    return found
+    return {knobs.flag(name): str(value) for name, value in knobs.values(config)}
 
 
 def flags_of_file(file: Path, command: str, config_type: type[Any]) -> list[str]:
@@ -208,7 +209,10 @@ def _preset(name: str) -> Path:
 
 
 def _flags(file: Path, section: dict[str, Any], config_type: type[Any]) -> list[str]:
-    hints = typing.get_type_hints(config_type, include_extras=True)
+    hints = dict(knobs.hints(config_type))
+    for name, hint in tuple(hints.items()):
+        if knobs.mark(hint, knobs.Flat):
+            hints |= knobs.hints(knobs.bare(hints.pop(name)))
     _refuse_unknown(file, "key", section, set(hints))
     flags: list[str] = []
     for key, value in section.items():
@@ -227,17 +231,17 @@ def _flags(file: Path, section: dict[str, Any], config_type: type[Any]) -> list[
 
 
 def _flag(file: Path, key: str, value: object, hint: object) -> list[str]:
-    name = "--" + key.replace("_", "-")
+    name, kind = knobs.flag(key), knobs.bare(hint)
     if isinstance(value, list):
         if tyro.conf.UseAppendAction in getattr(hint, "__metadata__", ()):
             return [word for item in value for word in (name, str(item))]
         return [name, *map(str, value)]
     text = str(value)
-    if hint is bool:
+    if kind is bool:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{file}: {key}", got=text, expected="true or false", cure="correct it")
         return [name if text.lower() == "true" else f"--no-{name[2:]}"]
-    if NoneType in typing.get_args(hint) and text.lower() in ("null", "~", ""):
+    if NoneType in typing.get_args(kind) and text.lower() in ("null", "~", ""):
         text = "None"
     return [f"{name}={text}"]
 

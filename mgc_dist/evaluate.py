@@ -19,7 +19,7 @@ def run(config: EvaluateConfig) -> None:
     from mgc_dist.cluster.meeting import meet
     from mgc_dist.report import measure, page, tables
 
-    with meet(cli.flags_of(config), wait_s=config.stage_timeout_s) as meeting:
+    with meet(cli.flags_of(config), wait_s=config.source.stage_timeout_s) as meeting:
         found = measure.evaluate(config, meeting)
         if not found.is_first:
             return

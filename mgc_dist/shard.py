@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from mgc_dist.data.manifest import Manifest
     from mgc_dist.data.tracks import Track
     from mgc_dist.packing.cut import Cut, PackPlan
-    from mgc_dist.packing.pack import Waves
-
-Settings = dict[str, int | float | str]
+    from mgc_dist.packing.pack import Settings, Waves
 
 
 def run(config: ShardConfig) -> None:
@@ -92,8 +90,8 @@ def _pack(config: ShardConfig, found: "list[Track]", cut: "Cut") -> "Manifest | 
     from mgc_dist.packing.pack import SourceFiles, pack
 
     rule = split.choose(config.split, found, config.split_file)
-    settings = _settings(config, rule)
-    listed, left_out = _by_list(config, rule, found)
+    settings, by_list = split.settings(rule, config), split.RULES[rule].by_list
+    listed, left_out = by_list(found, config) if by_list else (found, {})
     existing = _existing(config)
     waves: Waves = SourceFiles(sample_rate=cut.sample_rate)
     if config.join and not existing:
@@ -160,32 +158,6 @@ def _decode_part(config: ShardConfig, found: "Sequence[Track]", cut: "Cut") -> N
     )
 
 
-def _settings(config: ShardConfig, rule: str) -> Settings:
-    if rule == "stratified":
-        return {
-            "split": rule,
-            "seed": config.seed,
-            "validation_fraction": config.validation_fraction,
-            "test_fraction": config.test_fraction,
-        }
-    if rule == "kfold":
-        return {"split": rule, "seed": config.seed, "folds": config.folds, "fold": config.fold}
-    return {"split": rule}
-
-
-def _by_list(
-    config: ShardConfig, rule: str, found: "list[Track]"
-) -> "tuple[list[Track], dict[str, str]]":
-    """Tracks that a list of splits names, and id -> reason of those that it leaves out."""
-    from mgc_dist.packing import splits as split
-
-    if rule == "fault-filtered":
-        return split.split_fault_filtered(found)
-    if rule == "table":
-        return split.split_table(found, config.split_file)
-    return found, {}
-
-
 def _other_bad(
     config: ShardConfig,
     listed: "Sequence[Track]",
@@ -231,15 +203,8 @@ def _plan(
 
     excluded = judge_bad(bad, config.allow_bad)
     usable = [track for track in listed if track.id not in excluded]
-    if rule == "stratified":
-        usable = split.split_stratified(
-            usable,
-            validation=config.validation_fraction,
-            test=config.test_fraction,
-            seed=config.seed,
-        )
-    elif rule == "kfold":
-        usable = split.split_kfold(usable, folds=config.folds, fold=config.fold, seed=config.seed)
+    if deal := split.RULES[rule].deal:
+        usable = deal(usable, config)
     return make_plan(usable, segments, left_out | excluded, cut)
 
 
@@ -253,7 +218,7 @@ def _existing(config: ShardConfig) -> "Manifest | None":
 
 
 def _is_there(
-    config: ShardConfig, existing: "Manifest", plan: "PackPlan", settings: Settings
+    config: ShardConfig, existing: "Manifest", plan: "PackPlan", settings: "Settings"
 ) -> bool:
     """True if the data set that is there is just the planned one; another one is an error."""
     from mgc_dist.packing.pack import damage, is_packed

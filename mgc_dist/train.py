@@ -28,8 +28,9 @@ def run(config: TrainConfig) -> int:
     from mgc_dist.training import command
 
     wait_s = config.engine.group_timeout_s
-    if config.data.shards_from or config.data.stage_dir:  # nodes may be done long after one another
-        wait_s += config.data.stage_timeout_s
+    source = config.data.source
+    if source.shards_from or source.stage_dir:  # nodes may be done long after one another
+        wait_s += source.stage_timeout_s
     with meet(cli.flags_of(config), wait_s=wait_s) as meeting:
         result = command.train(config, stop, meeting)
         if result.outcome == "done" and result.is_first:

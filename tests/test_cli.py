@@ -78,7 +78,7 @@ def test_changes_are_named_one_by_one(tmp_path: Path) -> None:
     assert made.output.change == ("lr", "epochs")
     (tmp_path / "c.yaml").write_text(cli.dump("train", made))
     assert parse("--config", str(tmp_path / "c.yaml")) == made
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--change: got freeze, expected one of shards, bias-table"):
         parse("--change", "freeze")
 
 
@@ -150,16 +150,6 @@ def _plain() -> dict[str, dict[str, object]]:
     [
         (lambda: config.ModelConfig(freeze="layers:0"), "--freeze"),
         (lambda: config.ModelConfig(freeze="half"), "layers:N"),
-        (lambda: OptimConfig(global_batch=0), "--global-batch"),
-        (lambda: OptimConfig(epochs=0), "--epochs"),
-        (lambda: OptimConfig(warmup_fraction=1.0), "--warmup-fraction"),
-        (lambda: OptimConfig(clip_norm=0), "--clip-norm"),
-        (lambda: LossConfig(beta=-1), "--beta"),
-        (lambda: LossConfig(bias_ratio=1.0), "--bias-ratio"),
-        (lambda: BiasConfig(folds=1), "--folds"),
-        (lambda: RunConfig(keep_checkpoints=0), "--keep-checkpoints"),
-        (lambda: config.EngineConfig(micro_batch=0), "--micro-batch"),
-        (lambda: config.EngineConfig(eval_batch=0), "--eval-batch"),
         (
             lambda: config.EngineConfig(precision="bf16-weights", zero_stage=1),
             "bf16-weights with --zero-stage 1",
@@ -174,30 +164,17 @@ def _plain() -> dict[str, dict[str, object]]:
         (lambda: config.ShardConfig(test_fraction=0.9, validation_fraction=0.2), "below 1"),
         (lambda: config.ShardConfig(segment_s=0.001), "--segment-s"),
         (lambda: config.ShardConfig(hop_s=0), "--hop-s"),
-        (lambda: config.SynthConfig(out=Path("x"), tracks_per_genre=0), "--tracks-per-genre"),
-        (lambda: config.SynthConfig(out=Path("x"), jobs=-1), "--jobs"),
-        (lambda: config.ShardConfig(jobs=-1), "--jobs"),
-        (lambda: config.ShardConfig(folds=2), "--folds"),
         (lambda: config.ShardConfig(fold=5), "--fold"),
         (lambda: config.ShardConfig(part="0/4"), "--part"),
         (lambda: config.ShardConfig(part="5/4"), "--part"),
         (lambda: config.ShardConfig(part="one"), "--part"),
         (lambda: config.ShardConfig(part="1/4", join=True), "--part"),
-        (lambda: config.VerifyConfig(jobs=-1), "--jobs"),
-        (lambda: config.DataConfig(read_ahead=0), "--read-ahead"),
-        (lambda: config.DataConfig(reader_threads=0), "--reader-threads"),
-        (lambda: config.DataConfig(window_shards=-1), "--window-shards"),
-        (lambda: config.EvaluateConfig(run=Path("x"), batch=0), "--batch"),
         (lambda: config.EvaluateConfig(run=Path("x"), name="a/b"), "--name"),
-        (lambda: config.EvaluateConfig(run=Path("x"), resamples=10), "--resamples"),
         (lambda: config.CompareConfig(runs=(Path("x"),)), "RUN: got 1 run folders"),
         (lambda: config.CompareConfig(runs=(Path("x"), Path("y")), name=".."), "--name"),
-        (lambda: config.CompareConfig(runs=(Path("x"), Path("y")), resamples=0), "--resamples"),
-        (lambda: config.PredictConfig(run=Path("x"), files=(), hop_s=0.0), "--hop-s"),
-        (lambda: config.PredictConfig(run=Path("x"), files=(), batch=0), "--batch"),
     ],
 )
-def test_values_out_of_range_are_refused(make, message: str) -> None:
+def test_values_that_do_not_go_together_are_refused(make, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
 

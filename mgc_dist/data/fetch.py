@@ -21,6 +21,7 @@ from subprocess import Popen
 from typing import BinaryIO, cast
 from urllib.parse import unquote, urlparse
 
+from mgc_dist.config import SourceConfig
 from mgc_dist.data import manifest
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.errors import UserError
@@ -32,26 +33,25 @@ _LOCK, _INCOMING = ".staging.lock", ".incoming"
 _BLOCK = 1 << 20
 
 
-def at_hand(shards: Path, *, source: str | None, stage_dir: str | None, timeout_s: float) -> Path:
+def at_hand(shards: Path, source: SourceConfig) -> Path:
     """Where this node reads a data set from, after copying it there if that is asked for.
 
     Args:
         shards: folder of the data set.
-        source: where to copy it from first, as for `stage`.
-        stage_dir: folder of this node to copy `shards` into, under the name of its content.
-        timeout_s: how long to wait for another process that copies.
+        source: where to copy it from first, and the folder of this node to read it from.
 
     Raises:
-        UserError: what `stage` raises, or stage_dir names a variable that is not set here.
+        UserError: what `stage` raises, or --stage-dir names a variable that is not set here.
     """
-    if source:
-        stage(shards, source, timeout_s=timeout_s)
-    if stage_dir is None:
+    timeout_s = source.stage_timeout_s
+    if source.shards_from:
+        stage(shards, source.shards_from, timeout_s=timeout_s)
+    if source.stage_dir is None:
         return shards
-    parent = os.path.expandvars(os.path.expanduser(stage_dir))
+    parent = os.path.expandvars(os.path.expanduser(source.stage_dir))
     if "$" in parent:
         raise UserError(
-            f"--stage-dir {stage_dir}",
+            f"--stage-dir {source.stage_dir}",
             got=f"{parent} on {socket.gethostname()}",
             expected="variables that are set on every node",
             cure="name a folder of the node, such as /tmp",

@@ -9,6 +9,7 @@ from rich.table import Table
 from mgc_dist.data.manifest import Manifest, twins
 from mgc_dist.data.tracks import SPLITS
 from mgc_dist.files import replace_text
+from mgc_dist.packing.splits import rule_of
 
 NAME = "README-DATASET.md"
 
@@ -44,8 +45,8 @@ def show(folder: Path, found: Manifest) -> None:
 
 def not_controlled(rule: str, unknown: int, tracks: int) -> str:
     """What a split rule cannot see to, given how many tracks have no known artist; or ""."""
-    if not unknown or (rule == "fault-filtered" and unknown == tracks):
-        return ""  # the fault-filtered lists were made by artist
+    if not unknown or (rule_of({"split": rule}).by_artist and unknown == tracks):
+        return ""
     return (
         f"{unknown} tracks have no known artist (--groups FILE names them); "
         "tracks of one artist may be in two splits, which raises test accuracy"

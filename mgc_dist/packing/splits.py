@@ -2,16 +2,19 @@
 
 `fault-filtered` and `table` take what others have decided, `stratified` and `kfold` deal:
 groups are taken largest first, each to the part that is emptiest relative to its share.
+A new rule is an entry of RULES.
 """
 
 import ast
+import difflib
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mgc_dist.config import ShardConfig
 from mgc_dist.data.tracks import KNOWN_BAD, SPLITS, Track, group_key, read_table, split_name
 from mgc_dist.errors import UserError
 
@@ -25,6 +28,38 @@ BY_LIST = (NOT_LISTED, NO_FILE, NOT_NAMED, NOT_FOUND)
 
 _M64 = (1 << 64) - 1
 
+Listed = tuple[list[Track], dict[str, str]]
+"""Tracks with their split, and id -> reason of those left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How tracks come into splits: by a list that names them, or dealt.
+
+    Attributes:
+        by_list: takes all tracks that were found; before their files are looked at.
+        deal: gives a split to each of the usable tracks.
+        knobs: fields of `ShardConfig` that it reads; they are written into the manifest.
+        files: flags that name files it reads, and words that stand for them.
+        by_artist: whether the list was made by artist, so that unknown artists are no worry.
+    """
+
+    by_list: Callable[[Sequence[Track], ShardConfig], Listed] | None = None
+    deal: Callable[[Sequence[Track], ShardConfig], list[Track]] | None = None
+    knobs: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    by_artist: bool = False
+
+
+def settings(rule: str, config: ShardConfig) -> dict[str, int | float | str]:
+    """What the manifest says of the split: the rule, and the knobs that it reads."""
+    return {"split": rule} | {name: getattr(config, name) for name in RULES[rule].knobs}
+
+
+def rule_of(settings: Mapping[str, object]) -> Rule:
+    """The rule that a manifest's settings name; of one that is not known here, nothing."""
+    return RULES.get(str(settings["split"]), Rule())
+
 
 def choose(rule: str, tracks: Sequence[Track], table: Path | None) -> str:
     """What `auto` stands for.
@@ -33,8 +68,16 @@ def choose(rule: str, tracks: Sequence[Track], table: Path | None) -> str:
     is there, else `stratified`.
 
     Raises:
-        UserError: a table of splits that would not be used; nearly all of GTZAN.
+        UserError: no such rule; a table of splits that would not be used; nearly all of GTZAN.
     """
+    if rule != "auto" and rule not in RULES:
+        near = difflib.get_close_matches(rule, RULES, n=1)
+        raise UserError(
+            "--split",
+            got=rule,
+            expected=f"one of auto, {', '.join(RULES)}",
+            cure=f"did you mean {near[0]}?" if near else "leave it out: auto",
+        )
     if table and rule not in ("auto", "table"):
         raise UserError(
             f"--split-file {table}",
@@ -78,7 +121,7 @@ def fault_filtered() -> dict[str, str]:
     return {name.replace(".", "_"): split for split, names in lists.items() for name in names}
 
 
-def split_fault_filtered(tracks: Sequence[Track]) -> tuple[list[Track], dict[str, str]]:
+def split_fault_filtered(tracks: Sequence[Track]) -> Listed:
     """Tracks with their split, and id -> reason of the tracks that the lists leave out.
 
     Raises:
@@ -95,7 +138,7 @@ def split_fault_filtered(tracks: Sequence[Track]) -> tuple[list[Track], dict[str
     return kept, left_out
 
 
-def split_table(tracks: Sequence[Track], table: Path | None) -> tuple[list[Track], dict[str, str]]:
+def split_table(tracks: Sequence[Track], table: Path | None) -> Listed:
     """Tracks with the split that a table gives them, and id -> reason of those left out.
 
     Args:
@@ -296,3 +339,29 @@ def _comparable(name: str) -> str:
     *folders, stem = re.sub(r"\.(wav|flac|ogg|mp3|opus|png|au)$", "", name.lower()).split("/")
     genre = folders[-1] if folders and not stem.startswith(folders[-1]) else ""
     return re.sub(r"[\W_]+", "", genre + stem)
+
+
+RULES: dict[str, Rule] = {
+    "fault-filtered": Rule(
+        by_list=lambda tracks, config: split_fault_filtered(tracks), by_artist=True
+    ),
+    "stratified": Rule(
+        deal=lambda tracks, config: split_stratified(
+            tracks,
+            validation=config.validation_fraction,
+            test=config.test_fraction,
+            seed=config.seed,
+        ),
+        knobs=("seed", "validation_fraction", "test_fraction"),
+    ),
+    "kfold": Rule(
+        deal=lambda tracks, config: split_kfold(
+            tracks, folds=config.folds, fold=config.fold, seed=config.seed
+        ),
+        knobs=("seed", "folds", "fold"),
+    ),
+    "table": Rule(
+        by_list=lambda tracks, config: split_table(tracks, config.split_file),
+        files=("--split-file", "SPLITS"),
+    ),
+}

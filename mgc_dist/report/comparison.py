@@ -9,6 +9,7 @@ from mgc_dist.config import CompareConfig
 from mgc_dist.files import replace_text
 from mgc_dist.report import figures
 from mgc_dist.scoring import conditions, paired, results
+from mgc_dist.scoring.metrics import METRICS
 
 Report = dict[str, Any]
 
@@ -57,10 +58,10 @@ def compare(config: CompareConfig) -> Comparison:
 def draw_pair(path: Path, found: Report) -> None:
     """A picture of the differences: overall, each genre, each subgroup."""
     unit = "artists" if found["unit"] == "groups" else "tracks"
-    names = (("accuracy", "accuracy"), ("macro_f1", "macro-F1"))
+    leading = {name: metric.head for name, metric in METRICS.items() if metric.leads}
     rows = [
-        (shown, found[name]["difference"], found["intervals"][found["unit"]][name])
-        for name, shown in names
+        (head, found[name]["difference"], found["intervals"][found["unit"]][name])
+        for name, head in leading.items()
     ]
     parts = [(found["per_genre"], "support"), (found["subgroups"] or {}, "count")]
     for part, count in parts:
@@ -75,23 +76,23 @@ def draw_pair(path: Path, found: Report) -> None:
         f"{Path(found['b']).name} against {Path(found['a']).name}\n{found['name']}, "
         f"{found['count']} tracks",
         f"difference in points (recall of a genre, accuracy of a subgroup), 95 % over {unit}",
-        emphasised=2,
+        emphasised=len(leading),
     )
 
 
 def draw_seeds(path: Path, found: Report) -> None:
-    """A picture: a point a run, a panel for accuracy, macro-F1 and each subgroup."""
+    """A picture: a point a run, a panel for each leading figure and each subgroup."""
     conditions = found["conditions"]
     names = dict.fromkeys(name for each in conditions.values() for name in each["figures"])
     panels = {
-        name.replace("_f1", "-F1"): {
+        METRICS[name].head if name in METRICS else name: {
             label: {
                 int(seed): value
                 for seed, value in each["figures"].get(name, {"values": {}})["values"].items()
             }
             for label, each in conditions.items()
         }
-        for name in list(names)
-        if name != "balanced_accuracy"
+        for name in names
+        if name not in METRICS or METRICS[name].leads
     }
     figures.seeds(path, panels, f"{found['name']}: runs over seeds, tracks as the unit")

@@ -18,7 +18,7 @@ from mgc_dist import cli
 from mgc_dist.bias_model import table as logits
 from mgc_dist.bias_model.table import Header
 from mgc_dist.cluster.lease import ATTEMPTS
-from mgc_dist.config import TrainConfig
+from mgc_dist.config import TrainConfig, identity
 from mgc_dist.data import manifest
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.reader import ShardSet
@@ -219,7 +219,7 @@ class Dossier:
         None where that table is not there any more: one that was made again says what another
         bias model knows. None for a table from elsewhere too, which is a file.
         """
-        trained = (self.environment.get("identity") or {}).get("bias table (--bias-table)")
+        trained = identity.read(self.environment.get("identity") or {}).get("bias_table")
         folders = [self.config.data.table] if self.config else []
         folders += [self._shards / "bias"] if self._shards else []
         for folder in folders:

@@ -5,6 +5,7 @@ from mgc_dist.report.dossier import Decider, Dossier, Json
 from mgc_dist.report.markup import Html, bullets, figure, join, note, section, table, tag
 from mgc_dist.report.svg import Bar, Line
 from mgc_dist.report.tables import by_unit
+from mgc_dist.scoring.metrics import METRICS
 
 MOST_WRONG = 8
 """Mistakes that are shown."""
@@ -93,8 +94,8 @@ def details(found: Dossier) -> Html | None:
     ways = figures.get("aggregates") or {}
     kinds = [(f"tracks, {way}", values) for way, values in ways.items()]
     kinds = [*(kinds or [("tracks", figures["track"])]), ("segments", figures["segment"])]
-    keys = ("count", "accuracy", "balanced_accuracy", "macro_f1", "nll", "brier", "ece")
-    columns = ("unit", "count", "accuracy", "balanced", "macro-F1", "NLL", "Brier", "ECE")
+    keys = ("count", *METRICS)
+    columns = ("unit", "count", *(metric.head for metric in METRICS.values()))
     rows = [(unit, *(_cell(values.get(key)) for key in keys)) for unit, values in kinds]
     parts = [
         tag(

@@ -12,7 +12,7 @@ from mgc_dist.bias_model import table as bias_tables
 from mgc_dist.bias_model.table import BiasTable
 from mgc_dist.cluster import ranks
 from mgc_dist.cluster.meeting import Meeting
-from mgc_dist.config import EvaluateConfig, TrainConfig
+from mgc_dist.config import EvaluateConfig, TrainConfig, identity
 from mgc_dist.console import progress
 from mgc_dist.data import fetch
 from mgc_dist.data.manifest import Manifest
@@ -73,12 +73,7 @@ def evaluate(config: EvaluateConfig, meeting: Meeting) -> Evaluation:
     """
     place = folder.find_exported(config.run)
     classifier = folder.load_exported(place)
-    at_hand = fetch.at_hand(
-        config.data or _own_shards(config),
-        source=config.shards_from,
-        stage_dir=config.stage_dir,
-        timeout_s=config.stage_timeout_s,
-    )
+    at_hand = fetch.at_hand(config.data or _own_shards(config), config.source)
     with ShardSet(at_hand) as shards:
         meeting.all_same("data", {"data set (--data)": shards.manifest.dataset_id})
         if config.data is None:
@@ -186,8 +181,8 @@ def _bias_table(config: EvaluateConfig, shards: ShardSet) -> tuple[BiasTable | N
         if not trained.objective.needs_bias:  # the run has never read it
             return None, [f"no bias subgroups: {error}"]
         raise
-    settings = json.loads((config.run / "env.json").read_text())["identity"]
-    if trained.objective.needs_bias and settings["bias table (--bias-table)"] != table.sha256:
+    trained_with = identity.read(json.loads((config.run / "env.json").read_text())["identity"])
+    if trained.objective.needs_bias and trained_with["bias_table"] != table.sha256:
         return table, [f"{place} is not the table of the training: it was made again since"]
     return table, []
 
@@ -208,7 +203,7 @@ def _own_shards(config: EvaluateConfig) -> Path:
     """Where the shards were that a run was trained on."""
     run_folder = config.run
     shards = _trained_with(run_folder).data.shards
-    if not shards.is_dir() and not config.shards_from:
+    if not shards.is_dir() and not config.source.shards_from:
         raise UserError(
             f"shards of {run_folder}",
             got=f"no folder {shards} here",

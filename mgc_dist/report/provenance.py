@@ -8,8 +8,10 @@ from itertools import accumulate
 
 from mgc_dist.bias_model.table import Header
 from mgc_dist.config import TrainConfig
+from mgc_dist.config.knobs import flag
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.packing import card
+from mgc_dist.packing.splits import rule_of
 from mgc_dist.report import svg
 from mgc_dist.report.dossier import Dossier, Json
 from mgc_dist.report.markup import Html, bullets, facts, figure, note, section, table, tag
@@ -57,8 +59,7 @@ def data(found: Dossier) -> Html:
 
 
 def _split_rule(of: Manifest) -> str:
-    knobs = ("seed", "folds", "fold", "validation_fraction", "test_fraction")
-    told = [f"{name} {of.settings[name]}" for name in knobs if name in of.settings]
+    told = [f"{name} {of.settings[name]}" for name in rule_of(of.settings).knobs]
     return ", ".join([str(of.settings["split"]), *told])
 
 
@@ -329,11 +330,10 @@ def _shard_command(shards: str, of: Manifest) -> str:
     words += ["--segment-s", f"{of.segment_samples / rate:g}"]
     words += ["--hop-s", f"{int(s['hop_samples']) / rate:g}", "--sample-rate", str(rate)]
     words += ["--rows-per-shard", str(s["rows_per_shard"]), "--split", str(s["split"])]
-    for name in ("seed", "folds", "fold", "validation_fraction", "test_fraction"):
-        if name in s:
-            words += [f"--{name.replace('_', '-')}", str(s[name])]
-    if s["split"] == "table":
-        words += ["--split-file", "SPLITS"]
+    rule = rule_of(s)
+    for name in rule.knobs:
+        words += [flag(name), str(s[name])]
+    words += rule.files
     if of.excluded:
         words += ["--allow-bad", str(len(of.excluded))]
     return shlex.join(words)

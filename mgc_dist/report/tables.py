@@ -9,26 +9,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-Report = dict[str, Any]
+from mgc_dist.scoring.metrics import METRICS
 
-_FIGURES = ("accuracy", "balanced_accuracy", "macro_f1", "nll", "brier", "ece")
-_HEADS = ("accuracy", "balanced", "macro-F1", "NLL", "Brier", "ECE")
+Report = dict[str, Any]
 
 
 def evaluation(figures: Report) -> None:
     """Print an evaluation: tracks, segments, aggregates, intervals, genres, subgroups."""
     console = _console()
     title = f"{figures['run']}: {figures['name']}, data set {figures['dataset_id'][:12]}"
-    shown = _table(title, ("tracks by", "count", *_HEADS))
+    shown = _table(title, ("tracks by", "count", *(metric.head for metric in METRICS.values())))
     ways = [(figures["aggregate"], figures["track"])]
     ways += [each for each in figures["aggregates"].items() if each[0] != figures["aggregate"]]
     for way, each in [*ways, ("(segments)", figures["segment"])]:
-        shown.add_row(way, str(each["count"]), *(_cell(each[name]) for name in _FIGURES))
+        shown.add_row(way, str(each["count"]), *(_cell(each[name]) for name in METRICS))
     console.print(shown)
     found = figures["intervals"]
     for unit, bounds in by_unit(found):
-        ranges = (_range(bounds[name]) for name in _FIGURES[:3])
-        named = (f"{head} {each}" for head, each in zip(_HEADS, ranges, strict=False))
+        named = (f"{METRICS[name].head} {_range(each)}" for name, each in bounds.items())
         console.print(f"95 % {unit}: {', '.join(named)}")
     tempered = figures["temperature"]
     if tempered:
@@ -87,11 +85,13 @@ def pair(found: Report) -> None:
     known = len(units) > 1
     heads = ("95 % over artists", "over tracks") if known else ("95 % by track",)
     shown = _table(title, ("figure", "A", "B", "B - A", *heads))
-    for name in ("accuracy", "macro_f1"):
+    for name, metric in METRICS.items():
+        if not metric.leads:
+            continue
         each = found[name]
         ranges = (_signed_range(bounds[name]) for _, bounds in units)
         cells = (_cell(each["a"]), _cell(each["b"]), _signed(each["difference"]), *ranges)
-        shown.add_row(_words(name), *cells)
+        shown.add_row(metric.head, *cells)
     console.print(shown)
     test = found["mcnemar"]
     console.print(

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mgc_dist.config import TrainConfig
+from mgc_dist.config.knobs import effects
+from mgc_dist.config.losses import LOSSES
 from mgc_dist.errors import UserError
 from mgc_dist.scoring import intervals
 from mgc_dist.scoring.metrics import confusion_of, figures_of
@@ -21,51 +24,10 @@ from mgc_dist.scoring.results import Result, refuse_different
 Report = dict[str, Any]
 Settings = dict[str, str]
 
-_SAME = frozenset(
-    (
-        "seed",
-        "run",
-        "resume",
-        "fresh",
-        "dry_run",
-        "ranks",
-        "checkpoint_every_epochs",
-        "keep_checkpoints",
-        "log_every_steps",
-        "time_limit_s",
-        "max_tries",
-        "row_ledger",
-        "shards",
-        "bias_table",
-        "shards_from",
-        "stage_dir",
-        "stage_timeout_s",
-        "read_ahead",
-        "reader_threads",
-        "cache",
-        "cache_dir",
-        "micro_batch",
-        "eval_batch",
-        "device",
-        "bucket_elements",
-        "hang_timeout_s",
-        "max_refused_steps",
-    )
-)
+_SAME = {name for name, mark in effects(TrainConfig).items() if not (mark and mark.condition)}
 """Settings that do not change what is learned, or change with the seed."""
 SUBGROUP = "accuracy of "
 """Before the name of a subgroup among the figures."""
-_KNOBS: dict[str, tuple[str, ...]] = {
-    "ce": (),
-    "poe": ("beta", "beta_end"),
-    "learned-mixin": (),
-    "learned-mixin-h": ("entropy_weight",),
-    "reweight": (),
-    "dfl": ("dfl_gamma",),
-    "mixture": ("bias_ratio",),
-}
-"""Loss settings that a loss reads; the others of its section are of no account with it."""
-_EVERY_LOSS = ("loss", "ce_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +56,8 @@ def settings_of(run: Path) -> tuple[int, Settings]:
         sections = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["train"]
         seed = int(sections["output"]["seed"])
         loss = sections["objective"]
-        read = (*_KNOBS.get(loss["loss"], tuple(loss)), *_EVERY_LOSS)
-        sections["objective"] = {k: v for k, v in loss.items() if k in read}
+        others = _knobs_of_others(loss["loss"])
+        sections["objective"] = {k: v for k, v in loss.items() if k not in others}
         flat = {key: value for section in sections.values() for key, value in section.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(
@@ -105,6 +67,13 @@ def settings_of(run: Path) -> tuple[int, Settings]:
             cure="more than two runs are compared by their settings; give run folders",
         ) from error
     return seed, {key: str(value) for key, value in flat.items() if key not in _SAME}
+
+
+def _knobs_of_others(loss: str) -> set[str]:
+    """Knobs that other losses alone read; a loss of another version may read any."""
+    if loss not in LOSSES:
+        return set()
+    return {knob for each in LOSSES.values() for knob in each.knobs} - set(LOSSES[loss].knobs)
 
 
 def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
@@ -134,7 +103,7 @@ def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
 
 def _label(settings: Settings, differing: set[str]) -> str:
     loss = settings["loss"]
-    shown = ["loss", *_KNOBS.get(loss, ())]
+    shown = ["loss", *(LOSSES[loss].knobs if loss in LOSSES else ())]
     shown += sorted(key for key in differing & set(settings) if key not in shown)
     return " ".join(f"{key}={settings[key]}" for key in shown if settings[key] != "null")
 
@@ -183,11 +152,10 @@ def _loss(seeds: dict[int, Run]) -> str:
 
 
 def figures(result: Result) -> dict[str, float]:
-    """Accuracy, balanced accuracy, macro-F1 and the accuracy of each subgroup, over tracks."""
+    """Every metric of a confusion matrix, and the accuracy of each subgroup, over tracks."""
     right = result.guess == result.label
     confusion = confusion_of(result.label, result.guess, len(result.genres))
-    names = ("accuracy", "balanced_accuracy", "macro_f1")
-    found = dict(zip(names, (float(value) for value in figures_of(confusion)), strict=True))
+    found = {name: float(value) for name, value in figures_of(confusion).items()}
     for name in sorted({name for name in result.subgroups if name is not None}):
         inside = np.array([each == name for each in result.subgroups])
         found[f"{SUBGROUP}{name}"] = float(right[inside].mean())

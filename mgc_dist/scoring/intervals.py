@@ -27,19 +27,16 @@ class Resampled:
     """Figures of R resamples of one model's predictions.
 
     Attributes:
-        accuracy, balanced_accuracy, macro_f1: float64 [R].
+        figures: of every metric that follows from a confusion matrix, float64 [R].
         recall: float64 [R, K]; NaN where a resample holds no track of the genre.
     """
 
-    accuracy: NDArray[np.float64]
-    balanced_accuracy: NDArray[np.float64]
-    macro_f1: NDArray[np.float64]
+    figures: dict[str, NDArray[np.float64]]
     recall: NDArray[np.float64]
 
     def intervals(self) -> dict[str, list[float]]:
-        """Percentile intervals of the three scalar figures, by name."""
-        names = ("accuracy", "balanced_accuracy", "macro_f1")
-        return {name: list(percentile(getattr(self, name))) for name in names}
+        """Percentile intervals of the figures, by name."""
+        return {name: list(percentile(drawn)) for name, drawn in self.figures.items()}
 
 
 def resample(
@@ -85,12 +82,9 @@ def resample(
 
 def _figures(confusion: NDArray[np.float64]) -> Resampled:
     counts = confusion.astype(np.int64)  # [R, K, K]
-    accuracy, balanced, macro_f1 = figures_of(counts)
     _, recall, _ = precision_recall_f1(counts)
     recall[counts.sum(axis=2) == 0] = np.nan
-    return Resampled(
-        accuracy=accuracy, balanced_accuracy=balanced, macro_f1=macro_f1, recall=recall
-    )
+    return Resampled(figures=figures_of(counts), recall=recall)
 
 
 def percentile(values: NDArray[np.float64], level: float = LEVEL) -> Interval:

@@ -2,8 +2,10 @@
 
 The unit is the track: segments of a track are aggregated before anything is counted.
 Own arithmetic on a confusion matrix; scikit-learn is the reference in the tests.
+A new metric is an entry of METRICS: files, tables, intervals and comparisons follow.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,33 +63,60 @@ class Reliability:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Metric:
+    """An entry.
+
+    Attributes:
+        head: a word or two for columns.
+        of_confusion: from confusion matrices, int64 [..., K, K] -> float64 [...]. Such a metric is
+            resampled: it has intervals, and runs are compared by it.
+        of_probabilities: from probabilities float64 [M, K], labels and predictions int64 [M].
+        leads: whether it is shown where there is room for few.
+    """
+
+    head: str
+    of_confusion: Callable[[NDArray[np.int64]], NDArray[np.float64]] | None = None
+    of_probabilities: (
+        Callable[[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]], float] | None
+    ) = None
+    leads: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scores:
     """Figures over M items (tracks or segments).
 
     Attributes:
         count: M.
-        accuracy: share of items whose predicted genre is the true one.
-        balanced_accuracy: mean recall over the genres that occur.
-        macro_f1: mean F1 over all K genres; one that neither occurs nor is predicted counts 0.
-        nll: mean negative log-probability of the truth, in nats; NaN where not defined (votes).
-        brier: mean squared distance of the probabilities from the truth's one-hot, 0 to 2.
+        figures: the value of each of METRICS; NaN where not defined.
         reliability: by bins of confidence.
         confusion: int64 [K, K], rows are the truth.
     """
 
     count: int
-    accuracy: float
-    balanced_accuracy: float
-    macro_f1: float
-    nll: float
-    brier: float
+    figures: dict[str, float]
     reliability: Reliability
     confusion: NDArray[np.int64]
 
     @property
+    def accuracy(self) -> float:
+        """Share of items whose predicted genre is the true one."""
+        return self.figures["accuracy"]
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over all K genres."""
+        return self.figures["macro_f1"]
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-probability of the truth, in nats; NaN of votes."""
+        return self.figures["nll"]
+
+    @property
     def ece(self) -> float:
         """Expected calibration error."""
-        return self.reliability.error
+        return self.figures["ece"]
 
     def per_genre(self) -> list[dict[str, float]]:
         """Precision, recall, F1 and support of each genre, in label order."""
@@ -105,15 +134,7 @@ class Scores:
 
     def summary(self) -> dict[str, float]:
         """The scalar figures by name."""
-        return {
-            "count": self.count,
-            "accuracy": self.accuracy,
-            "balanced_accuracy": self.balanced_accuracy,
-            "macro_f1": self.macro_f1,
-            "nll": self.nll,
-            "brier": self.brier,
-            "ece": self.ece,
-        }
+        return {"count": self.count, **self.figures}
 
 
 def scores(
@@ -127,22 +148,17 @@ def scores(
         probabilities: float64 [M, K]; M is at least 1.
         label: int64 [M].
         guess: int64 [M], the predicted labels; the most probable ones by default.
-
-    Source of the Brier score for several classes: Brier, Monthly Weather Review 78(1), 1950.
     """
     if guess is None:
         guess = probabilities.argmax(axis=1)
     confusion = confusion_of(label, guess, probabilities.shape[1])
-    accuracy, balanced, macro_f1 = figures_of(confusion)
-    truth = probabilities[np.arange(len(label)), label]
-    onehot = np.eye(probabilities.shape[1])[label]
+    figures = {name: float(value) for name, value in figures_of(confusion).items()}
+    for name, metric in METRICS.items():
+        if metric.of_probabilities:
+            figures[name] = metric.of_probabilities(probabilities, label, guess)
     return Scores(
         count=len(label),
-        accuracy=float(accuracy),
-        balanced_accuracy=float(balanced),
-        macro_f1=float(macro_f1),
-        nll=float(-np.log(np.maximum(truth, np.finfo(np.float64).tiny)).mean()),
-        brier=float(np.square(probabilities - onehot).sum(axis=1).mean()),
+        figures={name: figures[name] for name in METRICS},
         reliability=reliability(probabilities, label, guess),
         confusion=confusion,
     )
@@ -157,16 +173,48 @@ def confusion_of(
     return confusion
 
 
-def figures_of(
-    confusion: NDArray[np.int64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Accuracy, balanced accuracy and macro-F1 of confusion matrices, [..., K, K] -> [...]."""
-    _, recall, f1 = precision_recall_f1(confusion)
-    occurs = confusion.sum(axis=-1) > 0  # [..., K]
+def figures_of(confusion: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """Every metric of confusion matrices by name, int64 [..., K, K] -> float64 [...]."""
+    return {
+        name: metric.of_confusion(confusion)
+        for name, metric in METRICS.items()
+        if metric.of_confusion
+    }
+
+
+def _accuracy(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
     hits = np.trace(confusion, axis1=-2, axis2=-1)
-    accuracy = hits / np.maximum(confusion.sum(axis=(-2, -1)), 1)
-    balanced = (recall * occurs).sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1)
-    return accuracy, balanced, f1.mean(axis=-1)
+    return np.asarray(hits / np.maximum(confusion.sum(axis=(-2, -1)), 1))
+
+
+def _balanced_accuracy(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean recall over the genres that occur."""
+    _, recall, _ = precision_recall_f1(confusion)
+    occurs = confusion.sum(axis=-1) > 0  # [..., K]
+    return np.asarray((recall * occurs).sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1))
+
+
+def _macro_f1(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean F1 over all K genres; one that neither occurs nor is predicted counts 0."""
+    return np.asarray(precision_recall_f1(confusion)[2].mean(axis=-1))
+
+
+def _nll(
+    probabilities: NDArray[np.float64], label: NDArray[np.int64], guess: NDArray[np.int64]
+) -> float:
+    truth = probabilities[np.arange(len(label)), label]
+    return float(-np.log(np.maximum(truth, np.finfo(np.float64).tiny)).mean())
+
+
+def _brier(
+    probabilities: NDArray[np.float64], label: NDArray[np.int64], guess: NDArray[np.int64]
+) -> float:
+    """Mean squared distance of the probabilities from the truth's one-hot, 0 to 2.
+
+    Source, for several classes: Brier, Monthly Weather Review 78(1), 1950.
+    """
+    onehot = np.eye(probabilities.shape[1])[label]
+    return float(np.square(probabilities - onehot).sum(axis=1).mean())
 
 
 def precision_recall_f1(
@@ -220,6 +268,20 @@ def expected_calibration_error(
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
     """
     return reliability(probabilities, label, probabilities.argmax(axis=1), bins).error
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(head="accuracy", of_confusion=_accuracy, leads=True),
+    "balanced_accuracy": Metric(head="balanced", of_confusion=_balanced_accuracy),
+    "macro_f1": Metric(head="macro-F1", of_confusion=_macro_f1, leads=True),
+    "nll": Metric(head="NLL", of_probabilities=_nll),
+    "brier": Metric(head="Brier", of_probabilities=_brier),
+    "ece": Metric(
+        head="ECE",
+        of_probabilities=lambda given, label, guess: reliability(given, label, guess).error,
+    ),
+}
+"""Figures by the name that they have in files."""
 
 
 def effective_sample_size(weight: NDArray[np.float64]) -> float:

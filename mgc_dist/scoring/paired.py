@@ -84,12 +84,8 @@ def _draw(
 
 
 def _figures(a: Result, b: Result) -> Report:
-    found = [figures_of(confusion_of(a.label, one.guess, len(a.genres))) for one in (a, b)]
-    names = ("accuracy", "balanced_accuracy", "macro_f1")
-    return {
-        name: _difference(float(found[0][place]), float(found[1][place]))
-        for place, name in enumerate(names)
-    }
+    first, second = (figures_of(confusion_of(a.label, one.guess, len(a.genres))) for one in (a, b))
+    return {name: _difference(float(first[name]), float(second[name])) for name in first}
 
 
 def _difference(a: float | None, b: float | None) -> Report:
@@ -98,8 +94,10 @@ def _difference(a: float | None, b: float | None) -> Report:
 
 
 def _differences(a: Resampled, b: Resampled) -> dict[str, list[float]]:
-    names = ("accuracy", "balanced_accuracy", "macro_f1")
-    return {name: list(intervals.percentile(getattr(b, name) - getattr(a, name))) for name in names}
+    return {
+        name: list(intervals.percentile(drawn - a.figures[name]))
+        for name, drawn in b.figures.items()
+    }
 
 
 def _interval(drawn: NDArray[np.float64]) -> list[float] | None:
@@ -145,6 +143,6 @@ def _subgroups(
         rows[name] = {
             "count": int(inside.sum()),
             **_difference(shares[0], shares[1]),
-            "interval": _interval(second.accuracy - first.accuracy),
+            "interval": _interval(second.figures["accuracy"] - first.figures["accuracy"]),
         }
     return rows

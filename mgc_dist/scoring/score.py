@@ -5,9 +5,8 @@ probabilities; `mean-logit`, the softmax of the mean of their logits; `vote`, th
 segments that each genre wins, a tie going to the genre of the higher mean probability.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,7 +133,8 @@ def judge(
     }
     aggregates = {name: scores(given, labels, guess) for name, (given, guess) in ways.items()}
     # a genre without a vote has probability 0: there is no likelihood
-    aggregates["vote"] = dataclasses.replace(aggregates["vote"], nll=float("nan"))
+    vote = aggregates["vote"]
+    aggregates["vote"] = replace(vote, figures=vote.figures | {"nll": float("nan")})
     probabilities, guesses = ways[aggregate]
     return SplitScores(
         split=split,

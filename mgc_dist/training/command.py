@@ -13,7 +13,7 @@ from mgc_dist.cluster.meeting import Meeting
 from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.cluster.stop import Stop
 from mgc_dist.cluster.watch import Watch
-from mgc_dist.config import TrainConfig
+from mgc_dist.config import TrainConfig, identity
 from mgc_dist.data import fetch
 from mgc_dist.data.order import Plan
 from mgc_dist.data.reader import Batch, ShardSet
@@ -60,28 +60,23 @@ def train(config: TrainConfig, stop: Stop, meeting: Meeting) -> TrainResult:
         RunFailed: the run could not go on.
     """
     data, folder = config.data, config.output.run
-    place = fetch.at_hand(
-        data.shards,
-        source=data.shards_from,
-        stage_dir=data.stage_dir,
-        timeout_s=data.stage_timeout_s,
-    )
+    place = fetch.at_hand(data.shards, data.source)
     with ShardSet(place) as shards:
         bias = None
         if config.objective.needs_bias:
             bias = table.read(data.table, shards.manifest, shards.keys)
         plan = setup.plan_of(config, shards)
-        identity = setup.identity_of(config, shards, bias, plan)
-        meeting.all_same("data", {name: str(value) for name, value in identity.items()})
+        own = setup.identity_of(config, shards, bias, plan)
+        meeting.all_same("data", {identity.words(name): str(each) for name, each in own.items()})
         with ranks.join(config.engine.device, config.engine.group_timeout_s, meeting) as peers:
             if config.output.dry_run:
                 outcome = _forecast(config, shards, plan, peers)
                 return TrainResult(outcome=outcome, folder=folder, is_first=peers.is_first)
-            if peers.all_decide(lambda: run_folder.is_complete(config, identity)):
+            if peers.all_decide(lambda: run_folder.is_complete(config, own)):
                 done: Outcome = "already complete"
                 return TrainResult(outcome=done, folder=folder, is_first=peers.is_first)
             try:
-                run = setup.build(config, identity, shards, bias, plan, peers, stop)
+                run = setup.build(config, own, shards, bias, plan, peers, stop)
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_short(error):
                     raise

@@ -4,8 +4,8 @@ A step's loss is one number over the whole global batch,
 
     sum_i w_i l_i / D  +  ce_weight * sum_i ce_i / rows,        D = sum_i w_i,
 
-with w = 1 but for `reweight`. Every rank works out D for all ranks from the plan and the table,
-so no collective is needed, and the gradient is the same on any number of ranks.
+with w = 1 but where the loss's entry has weights. Every rank works out D for all ranks from the
+plan and the table, so no collective is needed, and the gradient is the same on any number of ranks.
 """
 
 import logging
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mgc_dist.bias_model.table import BiasTable
 from mgc_dist.config import LossConfig
+from mgc_dist.config.losses import cross_entropy
 from mgc_dist.data.order import Plan
 from mgc_dist.data.reader import Batch, ShardSet
-from mgc_dist.training.losses import cross_entropy, masked_sum, row_losses, row_weights
+from mgc_dist.training.losses import masked_sum, row_losses, row_weights
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Objective:
         config: which loss, and its settings.
         plan: of the rows.
         shards: the data set.
-        table: of the bias model; None for `ce`.
+        table: of the bias model; None if the loss needs none.
 
     Attributes:
         table: as given.
@@ -68,10 +69,9 @@ class Objective:
     def divisor(self, step: int) -> float:
         """D: what all rows of a step's global batch count, over all ranks.
 
-        0 if all of them have the weight 0, which `reweight` gives to rows that the bias model
-        is sure of.
+        0 if all of them have the weight 0, as with `reweight` rows that the bias model is sure of.
         """
-        if self._config.loss != "reweight":
+        if self._config.entry.weights is None:
             return float(self._plan.true_rows(step))
         if self._of_step[0] != step:
             assert self.table is not None

@@ -8,7 +8,8 @@ from typing import Any
 
 from mgc_dist.cluster import lease
 from mgc_dist.cluster.ranks import Ranks
-from mgc_dist.config import RunConfig, Select
+from mgc_dist.config import RunConfig, Select, TrainConfig, identity
+from mgc_dist.config.knobs import change_names, flag
 from mgc_dist.data.order import Plan
 from mgc_dist.errors import EXIT_NO_CHECKPOINT, UserError
 from mgc_dist.journal import read_metrics
@@ -20,28 +21,10 @@ log = logging.getLogger(__name__)
 FAMILIES = ((0,), (1, 2), (3,))
 """ZeRO stages whose checkpoints can be read by one another, on any number of ranks."""
 
-CHANGEABLE = {
-    "lr": "--lr",
-    "head-lr": "--head-lr",
-    "weight-decay": "--weight-decay",
-    "warmup-fraction": "--warmup-fraction",
-    "final-lr-fraction": "--final-lr-fraction",
-    "clip-norm": "--clip-norm",
-    "loss": "--loss",
-    "bias-table": "bias table (--bias-table)",
-    "model": "--model",
-    "epochs": "positions (--epochs)",
-    "global-batch": "--global-batch",
-    "seed": "--seed",
-    "window-shards": "--window-shards",
-    "shards": "data set (--shards)",
-    "cache": "--cache",
-}
-"""What `--change NAME` allows to differ: the name -> its key in a run's identity."""
-_OF_THE_ORDER = ("seed", "window-shards", "shards")
+_OF_THE_ORDER = ("seed", "window_shards", "shards")
 
 Changes = dict[str, tuple[Any, Any]]
-"""Key of the identity -> (what it is now, what it was)."""
+"""Name in the identity -> (what it is now, what it was)."""
 
 
 @dataclass
@@ -205,15 +188,20 @@ def must_reshape(folder: Path, *, world: int, zero_stage: int) -> bool:
 
 
 def refuse_change(
-    what: str, ours: dict[str, Any], theirs: dict[str, Any], allowed: Sequence[str] = ()
+    what: str,
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    allowed: Sequence[str] = (),
+    config_type: type[Any] = TrainConfig,
 ) -> Changes:
     """Refuse to go on as another run than the one that was started.
 
     Args:
         what: that was made by the other one, in the error message.
         ours: identity of this run.
-        theirs: of the one that was started.
+        theirs: of the one that was started, as it was written down.
         allowed: names after `--change`.
+        config_type: whose knobs the identities are of.
 
     Returns:
         The differences that were allowed.
@@ -221,16 +209,17 @@ def refuse_change(
     Raises:
         UserError: it names the first other difference, with both values.
     """
-    names = {key: name for name, key in CHANGEABLE.items()}
+    names = {knob: name for name, knobs in change_names(config_type).items() for knob in knobs}
+    recorded = identity.read(theirs, config_type)
     changes: Changes = {}
-    for key, value in ours.items():
-        before = theirs.get(key, "not written down")
+    for key, value in identity.read(ours, config_type).items():
+        before = recorded.get(key, "not written down")
         if before == value:
             continue
         if names.get(key) not in allowed:
             way = f"allow it with --change {names[key]}, " if key in names else ""
             raise UserError(
-                f"{what}: {key}",
+                f"{what}: {identity.words(key)}",
                 got=value,
                 expected=f"{before}, as the run was started with",
                 cure=f"give the same, {way}or start another run with --run",
@@ -248,12 +237,12 @@ def refuse_position(changes: Changes, plan: Plan, samples_seen: int) -> None:
     """
     plan.step_of(samples_seen)
     for name in _OF_THE_ORDER:
-        if CHANGEABLE[name] in changes and samples_seen % plan.rows:
+        if name in changes and samples_seen % plan.rows:
             raise UserError(
-                f"--change {name} at samples_seen {samples_seen}",
+                f"--change {flag(name)[2:]} at samples_seen {samples_seen}",
                 got=f"{samples_seen % plan.rows} of {plan.rows} rows into an epoch",
                 expected="the end of one: in this epoch some rows would come twice, others never",
-                cure=f"give the same --{name}, or --resume a checkpoint at the end of an epoch",
+                cure=f"give the same {flag(name)}, or --resume a checkpoint at the end of an epoch",
             )
 
 

@@ -14,11 +14,11 @@ from mgc_dist import cli, console
 from mgc_dist.cluster import lease
 from mgc_dist.cluster.lease import Lease
 from mgc_dist.cluster.ranks import Ranks
-from mgc_dist.config import TrainConfig
+from mgc_dist.config import TrainConfig, identity
 from mgc_dist.errors import UserError
 from mgc_dist.files import replace_text
 from mgc_dist.training import checkpoint, resume
-from mgc_dist.training.resume import CHANGEABLE, Changes, State, refuse_change
+from mgc_dist.training.resume import Changes, State, refuse_change
 from mgc_dist.training.setup import Run
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ DONE, REQUEUE = "DONE", "REQUEUE"
 """Markers of a run that has ended: at the end of its plan, or stopped on request."""
 
 
-def is_complete(config: TrainConfig, identity: dict[str, Any]) -> bool:
+def is_complete(config: TrainConfig, own: dict[str, Any]) -> bool:
     """Whether the run folder holds a complete run.
 
     Raises:
@@ -48,8 +48,8 @@ def is_complete(config: TrainConfig, identity: dict[str, Any]) -> bool:
     if complete or _comes_from_elsewhere(config):
         trained = json.loads((run / "env.json").read_text())["identity"]
         what = f"--run {run}, which {'is complete' if complete else 'holds another run'}"
-        changes = refuse_change(what, identity, trained, config.output.change)
-        return complete and CHANGEABLE["epochs"] not in changes
+        changes = refuse_change(what, own, trained, config.output.change)
+        return complete and "epochs" not in changes
     return False
 
 
@@ -104,7 +104,8 @@ def open_run(run: Run, held: Lease, state: State, changes: Changes) -> None:
     replace_text(folder / "env.json", json.dumps(content, indent=1))
     replace_text(folder / "ds_config.json", json.dumps(run.engine.config, indent=1))
     console.start_logging(run.ranks.rank, folder / "train.log")
-    for key, (ours, theirs) in changes.items():
+    for name, (ours, theirs) in changes.items():
+        key = identity.words(name)
         log.info(
             "changed from samples_seen %d on: %s", state.samples_seen, f"{key}: {theirs} -> {ours}"
         )

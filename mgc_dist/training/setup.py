@@ -1,7 +1,7 @@
 """What a training run is made of: the plan, the model, DeepSpeed around it, and its identity."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mgc_dist.bias_model.table import BiasTable
 from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.cluster.stop import Stop
 from mgc_dist.cluster.watch import start_limit
-from mgc_dist.config import TrainConfig
+from mgc_dist.config import TrainConfig, identity
 from mgc_dist.data.features import Facts, Features
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.order import ORDER_VERSION, Layout, Plan, lay_out
@@ -65,7 +65,7 @@ class Run:
 
 def build(
     config: TrainConfig,
-    identity: dict[str, Any],
+    own: dict[str, Any],
     shards: ShardSet,
     table: BiasTable | None,
     plan: Plan,
@@ -76,7 +76,7 @@ def build(
 
     Args:
         config: of the run.
-        identity: from `identity_of`; what the model adds to it is added here.
+        own: identity, from `identity_of`; what the model adds to it is added here.
         shards: the data.
         table: of the bias model; None where the loss needs none.
         plan: from `plan_of`.
@@ -95,10 +95,10 @@ def build(
         cached = cache.describe(model, shards, device=ranks.device, bf16=bf16, dtype=dtype)
     bf16_weights = config.engine.precision == "bf16-weights"
     of_model = {
-        "frozen weights of --model": frozen_fingerprint(model),
-        "shapes of --model": _shapes(model),
-        "--cache": cached.description if cached else "none",
-        "--precision of the weights": "bf16" if bf16_weights else "fp32",
+        "frozen_weights": frozen_fingerprint(model),
+        "shapes": _shapes(model),
+        "cache": cached.description if cached else "none",
+        "weights_precision": "bf16" if bf16_weights else "fp32",
     }
     flops = count(model, shards.manifest.segment_samples)  # before ZeRO-3 leaves nothing in place
     if flops and model.boundary is not None:
@@ -120,7 +120,7 @@ def build(
         )
     return Run(
         config=config,
-        identity=identity | of_model,
+        identity=own | of_model,
         shards=shards,
         objective=Objective(config.objective, plan, shards, table),
         plan=plan,
@@ -151,29 +151,19 @@ def plan_of(config: TrainConfig, shards: ShardSet) -> Plan:
 def identity_of(
     config: TrainConfig, shards: ShardSet, table: BiasTable | None, plan: Plan
 ) -> dict[str, Any]:
-    """What must be the same for a checkpoint to go on here, under the user's names."""
-    objective, model, optim = asdict(config.objective), config.main.model, config.optim
-    return {
-        "--loss": " ".join(f"{key}={value}" for key, value in objective.items()),
-        "data set (--shards)": shards.manifest.dataset_id,
+    """What must be the same for a checkpoint to go on here: knobs, and what they have found."""
+    model, window = config.main.model, plan.window_shards
+    found = {
+        "shards": shards.manifest.dataset_id,
         "genres": ", ".join(shards.manifest.genres),
-        "bias table (--bias-table)": table.sha256 if table else "none",
-        "order version": ORDER_VERSION,
-        "--seed": plan.seed,
-        "--window-shards": f"{plan.window_shards} of {plan.shard_rows[0]} rows"
-        if plan.window_shards
-        else 0,
-        "--global-batch": plan.global_batch,
-        "positions (--epochs)": plan.total,
-        "--model": str(Path(model).resolve()) if Path(model).exists() else model,
-        "--freeze": config.main.freeze,
-        "--spec-augment": config.main.spec_augment,
-        "--lr": optim.lr,
-        "--head-lr": optim.head_lr,
-        "--weight-decay": optim.weight_decay,
-        "--warmup-fraction": optim.warmup_fraction,
-        "--final-lr-fraction": optim.final_lr_fraction,
-        "--clip-norm": optim.clip_norm,
+        "order_version": ORDER_VERSION,
+    }
+    return found | {
+        **identity.own(config),
+        "window_shards": f"{window} of {plan.shard_rows[0]} rows" if window else 0,
+        "epochs": plan.total,
+        "model": str(Path(model).resolve()) if Path(model).exists() else model,
+        "bias_table": table.sha256 if table else "none",
     }
 
 

@@ -18,6 +18,7 @@ from test_launcher import call
 from test_pack import digests
 
 from mgc_dist.bias_model import table as logits
+from mgc_dist.config import SourceConfig
 from mgc_dist.data import fetch as stage
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
@@ -269,18 +270,18 @@ def test_a_folder_of_the_node_takes_several_data_sets(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SCRATCH_OF_JOB", str(tmp_path / "node"))
-    place = {"source": None, "stage_dir": "$SCRATCH_OF_JOB/mgc", "timeout_s": 10.0}
-    folder = stage.at_hand(plain, **place)
+    source = SourceConfig(stage_dir="$SCRATCH_OF_JOB/mgc", stage_timeout_s=10)
+    folder = stage.at_hand(plain, source)
     assert folder == tmp_path / "node" / "mgc" / manifest.read(plain).dataset_id[:16]
     assert without_card(folder) == without_card(plain)
-    assert stage.at_hand(plain, **place) == folder
-    assert stage.at_hand(plain, source=None, stage_dir=None, timeout_s=10) == plain
+    assert stage.at_hand(plain, source) == folder
+    assert stage.at_hand(plain, SourceConfig()) == plain
 
 
 def test_a_variable_that_this_node_does_not_have_is_named(plain: Path, tmp_path: Path) -> None:
     message = r"--stage-dir \$NOT_SET_HERE/x: got \$NOT_SET_HERE/x on "
     with pytest.raises(UserError, match=message) as caught:
-        stage.at_hand(plain, source=None, stage_dir="$NOT_SET_HERE/x", timeout_s=10)
+        stage.at_hand(plain, SourceConfig(stage_dir="$NOT_SET_HERE/x"))
     assert caught.value.this_rank_only
 
 

@@ -1,16 +1,23 @@
 """Splits and folds: shares, groups kept together, lists of others read as they are written."""
 
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import shard_config
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mgc_dist.data import tracks
+from mgc_dist import shard
+from mgc_dist.data import manifest, tracks
 from mgc_dist.data.tracks import Track
 from mgc_dist.errors import UserError
+from mgc_dist.packing import card
 from mgc_dist.packing import splits as split
+from mgc_dist.report import provenance
 
 
 def track(id_: str, genre: str = "g", group: str | None = None, split: str = "") -> Track:
@@ -188,3 +195,38 @@ def test_an_exact_id_counts_before_its_letters(tmp_path: Path) -> None:
     table.write_text("track,split\nrock-111,train\nc,test\n")
     with pytest.raises(UserError, match="a name of rock_1-11, rock_11-1"):
         split.split_table(found, table)
+
+
+def test_a_new_rule_is_one_entry(
+    tracks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but the entry is there: packing, manifest, card and report follow."""
+
+    def deal(found, config):
+        names = ("train", "validation", "test")
+        return [
+            replace(each, split=names[(number + config.fold) % 3])
+            for number, each in enumerate(found)
+        ]
+
+    rule = split.Rule(deal=deal, knobs=("fold",), files=("--split-file", "X"), by_artist=True)
+    monkeypatch.setitem(split.RULES, "in-turn", rule)
+    shard.run(shard_config(tracks, tmp_path / "out", split="in-turn", fold=1, groups=None))
+    found = manifest.read(tmp_path / "out")
+    assert (found.settings["split"], found.settings["fold"]) == ("in-turn", 1)
+    assert "seed" not in found.settings
+    assert {each.split for each in found.tracks} == {"train", "validation", "test"}
+    assert "- nothing known" in (tmp_path / "out" / card.NAME).read_text()
+    command = provenance._shard_command("shards", found)
+    assert "--split in-turn --fold 1 --split-file X" in command
+
+
+def test_no_such_rule_is_refused_with_the_near_miss() -> None:
+    with pytest.raises(UserError, match=r"--split: got kfolds, .*auto, .*\n.*mean kfold\?"):
+        split.choose("kfolds", GTZAN_LIKE, None)
+
+
+def test_help_names_every_rule() -> None:
+    command = [sys.executable, "-m", "mgc_dist.shard", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [rule for rule in split.RULES if f"`{rule}`" not in " ".join(shown.split())] == []

@@ -56,7 +56,7 @@ def test_paired_differences_agree_with_scipys_bootstrap(drawn) -> None:
     one, two = intervals.resample(
         label, [first, second], np.arange(150), genres=4, resamples=4000, seed=0
     )
-    found = intervals.percentile(two.accuracy - one.accuracy)
+    found = intervals.percentile(two.figures["accuracy"] - one.figures["accuracy"])
     expected = by_scipy(lambda y, a, b: (y == b).mean() - (y == a).mean(), label, first, second)
     assert found == pytest.approx(expected, abs=0.01)
 
@@ -87,9 +87,9 @@ def test_same_seed_same_digits_in_blocks_of_memory(drawn, monkeypatch) -> None:
     def draw(seed: int) -> bytes:
         cluster = np.arange(150)
         (found,) = intervals.resample(label, [guess], cluster, genres=4, resamples=300, seed=seed)
-        assert found.accuracy.shape == (300,)
+        assert found.figures["accuracy"].shape == (300,)
         assert found.recall.shape == (300, 4)
-        return found.macro_f1.tobytes()
+        return found.figures["macro_f1"].tobytes()
 
     assert draw(3) == draw(3) != draw(4)
     monkeypatch.setattr(intervals, "_BLOCK", 150 * 64)

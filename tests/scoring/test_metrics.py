@@ -1,12 +1,19 @@
 """Figures against scikit-learn."""
 
+import dataclasses
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import sklearn.metrics as reference
+from numpy.typing import NDArray
 from sklearn.calibration import calibration_curve
 from sklearn.preprocessing import label_binarize
 
-from mgc_dist.scoring import metrics
+from mgc_dist.report import evaluation, tables
+from mgc_dist.scoring import conditions, metrics, paired, results
+from mgc_dist.scoring.score import judge
 
 
 @pytest.fixture
@@ -26,7 +33,9 @@ def test_scores_agree_with_scikit_learn(drawn) -> None:
     found = metrics.scores(probability, label)
     names = list(range(5))
     assert found.accuracy == pytest.approx(reference.accuracy_score(label, guess))
-    assert found.balanced_accuracy == pytest.approx(reference.balanced_accuracy_score(label, guess))
+    assert found.figures["balanced_accuracy"] == pytest.approx(
+        reference.balanced_accuracy_score(label, guess)
+    )
     assert found.macro_f1 == pytest.approx(
         reference.f1_score(label, guess, average="macro", labels=names, zero_division=0)
     )
@@ -41,7 +50,7 @@ def test_brier_score_agrees_with_scikit_learn_a_genre_at_a_time(drawn) -> None:
     probability, label = drawn
     onehot = label_binarize(label, classes=range(5))
     each = [reference.brier_score_loss(onehot[:, k], probability[:, k]) for k in range(5)]
-    assert metrics.scores(probability, label).brier == pytest.approx(sum(each))
+    assert metrics.scores(probability, label).figures["brier"] == pytest.approx(sum(each))
 
 
 def test_reliability_agrees_with_scikit_learn(drawn) -> None:
@@ -63,7 +72,8 @@ def test_figures_of_many_confusion_matrices_are_those_of_each(drawn) -> None:
     rng = np.random.default_rng(3)
     guesses = rng.integers(0, 5, (7, 200))
     stack = np.stack([metrics.confusion_of(label, guess, 5) for guess in guesses])
-    accuracy, balanced, macro_f1 = metrics.figures_of(stack)
+    found = metrics.figures_of(stack)
+    accuracy, balanced, macro_f1 = found.values()
     for k, guess in enumerate(guesses):
         assert accuracy[k] == pytest.approx(reference.accuracy_score(label, guess))
         with pytest.warns(UserWarning, match="not in y_true"):  # genre 4 is guessed at times
@@ -99,3 +109,48 @@ def test_effective_sample_size() -> None:
     assert metrics.effective_sample_size(np.ones(10)) == pytest.approx(10)
     assert metrics.effective_sample_size(np.array([1.0, 0, 0, 0])) == pytest.approx(1)
     assert metrics.effective_sample_size(np.zeros(3)) == 0
+
+
+def kappa(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Cohen's kappa: agreement beyond chance."""
+    total = confusion.sum(axis=(-2, -1))
+    agree = np.trace(confusion, axis1=-2, axis2=-1) / total
+    chance = (confusion.sum(axis=-1) * confusion.sum(axis=-2)).sum(axis=-1) / total**2
+    return np.asarray((agree - chance) / (1 - chance))
+
+
+def test_a_new_metric_is_one_entry(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing but the entry is there: files, tables, intervals and comparisons follow."""
+    monkeypatch.setitem(metrics.METRICS, "kappa", metrics.Metric(head="kappa", of_confusion=kappa))
+    rng = np.random.default_rng(5)
+    label, track = np.repeat(rng.integers(0, 3, 60), 4), np.repeat(np.arange(60), 4)
+    logits = rng.normal(size=(240, 3)).astype(np.float32) + 0.5 * np.eye(3, dtype=np.float32)[label]
+    result = judge(logits, label, track, "test")
+    expected = reference.cohen_kappa_score(result.labels, result.guesses)
+    ids = tuple(f"t{k:02d}" for k in range(60))
+    subject = evaluation.Subject(
+        name="test",
+        run="run",
+        dataset_id="0" * 64,
+        genres=("a", "b", "c"),
+        track_ids=ids,
+        groups=(None,) * 60,
+    )
+    written = evaluation.summary(subject, result, resamples=100, seed=0)
+    assert written["track"]["kappa"] == pytest.approx(expected)
+    low, high = written["intervals"]["tracks"]["kappa"]
+    assert low < expected < high
+    monkeypatch.setenv("COLUMNS", "120")
+    tables.evaluation(written)
+    shown = capsys.readouterr().out
+    assert f"kappa {low:.3f} to {high:.3f}" in shown
+    assert re.search(r"ECE\W+kappa\W", shown)
+    evaluation.write(tmp_path, subject, result, written)
+    found = results.read(tmp_path, "test")
+    assert conditions.figures(found)["kappa"] == pytest.approx(expected)
+    worse = dataclasses.replace(found, guess=np.zeros_like(found.guess))
+    pair = paired.compare(found, worse, "test", resamples=100, seed=0)
+    assert pair["kappa"]["difference"] == pytest.approx(-expected)
+    assert "kappa" in pair["intervals"]["tracks"]

@@ -1,17 +1,24 @@
 """Losses against their closed forms in float64, at the limits and under padding."""
 
+import dataclasses
 import math
+import typing
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mgc_dist.config import LossConfig
+from mgc_dist import cli
+from mgc_dist.config import LossConfig, LossName, TrainConfig
+from mgc_dist.config.knobs import flag
+from mgc_dist.config.losses import LOSSES, Loss, cross_entropy, one_minus_truth
 from mgc_dist.errors import UserError
+from mgc_dist.scoring import conditions
 from mgc_dist.training.losses import masked_sum, row_losses, row_weights
 
 B, K = 64, 10
-ALL = ("ce", "poe", "learned-mixin", "learned-mixin-h", "reweight", "dfl", "mixture")
+ALL = tuple(LOSSES)
 
 
 @pytest.fixture
@@ -166,6 +173,54 @@ def test_beta_moves_in_a_straight_line() -> None:
 )
 def test_the_description_names_what_is_read(settings, said: str) -> None:
     assert LossConfig(**settings).description == said
+
+
+def test_readme_shows_every_loss_as_its_entry_says() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    rows, default = [], LossConfig()
+    for name, entry in LOSSES.items():
+        set_to = {knob: getattr(default, knob) for knob in entry.knobs}
+        flags = ", ".join(
+            f"`{flag(knob)}`" if value is None else f"`{flag(knob)} {value:g}`"
+            for knob, value in set_to.items()
+        )
+        title = f"`{name}`" + (" (default)" if name == default.loss else "")
+        rows.append(f"| {title} | {entry.formula} | {f'{flags} ' if flags else ''}|\n")
+    assert "|---|---|---|\n" + "".join(rows) + "\n" in text
+
+
+def test_every_loss_reads_knobs_that_exist() -> None:
+    knobs = {field.name for field in dataclasses.fields(LossConfig)}
+    assert typing.get_args(LossName) == ALL
+    for entry in LOSSES.values():
+        assert knobs > set(entry.knobs)
+        assert entry.source
+
+
+def test_a_new_loss_is_one_entry(drawn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing but the entry is there: arithmetic, weights, needs, words and comparisons follow."""
+    logits, label, bias = drawn
+    entry = Loss(
+        short="a test's",
+        formula="sqrt of the cross-entropy",
+        source="this test",
+        rows=lambda rows, knobs: cross_entropy(rows.log_p, rows.label).sqrt() * knobs.dfl_gamma,
+        knobs={"dfl_gamma": "gamma"},
+        weights=one_minus_truth,
+    )
+    monkeypatch.setitem(LOSSES, "rooted", entry)
+    made = LossConfig(loss="rooted", dfl_gamma=3.0)
+    assert (made.needs_bias, made.learns_gain) == (True, False)
+    assert made.description == "rooted (gamma 3)"
+    expected = 3 * F.cross_entropy(logits, label, reduction="none").sqrt()
+    torch.testing.assert_close(row_losses(made, logits, label, bias), expected)
+    assert row_weights(made, label, bias).equal(one_minus_truth(bias, label))
+    (tmp_path / "config.yaml").write_text(cli.dump("train", TrainConfig(objective=made)))
+    _, settings = conditions.settings_of(tmp_path)
+    told = {
+        name: value for name, value in settings.items() if name in ("loss", "beta", "dfl_gamma")
+    }
+    assert told == {"loss": "rooted", "dfl_gamma": "3.0"}
 
 
 def test_wrong_use_is_refused(drawn) -> None:

@@ -1,0 +1,193 @@
+"""Knobs of synth and shard: audio to shards."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional
+
+from mgc_dist.config.knobs import Range, check, require
+
+JOBS = Range(minimum=0, cure="0 means one a core")
+_TRACKS = Range(minimum=1, maximum=20_000, cure="names have five digits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthConfig:
+    """Write a synthetic data set in GTZAN's folder layout: ten genres that differ in tempo,
+    pattern, harmony and timbre, with artists that keep a sound of their own.
+
+    With `--shortcut`, genres differ in tempo, pattern and harmony only, and a steady tone gives
+    them away in nearly all tracks; a second data set, OUT/shifted, has the tones at random.
+    """
+
+    out: Positional[Path]
+    """Folder to write `genres_original/GENRE/GENRE.NNNNN.wav` and `artists.csv` into."""
+    tracks_per_genre: Annotated[int | None, _TRACKS] = None
+    """Tracks of each of the ten genres: 100, or 48 training tracks with --shortcut."""
+    tracks_per_artist: Annotated[
+        int, Range(minimum=1, cure="choose 1 for a different artist on every track")
+    ] = 4
+    """Consecutive tracks of a genre that share an artist."""
+    duration_s: Annotated[float | None, Range(minimum=1, cure="choose a longer one")] = None
+    """Length of a track in seconds: 30, or 4 with --shortcut."""
+    seed: int = 0
+    """Same seed and settings, same bytes."""
+    jobs: Annotated[int, JOBS] = 0
+    """Processes; 0 means one a core. The output does not depend on it."""
+    shortcut: bool = False
+    """Plant a shortcut, and write splits.csv (for `shard --split-file`), artefacts.csv, and the
+    shifted test set; 16 kHz instead of 22.05."""
+    shortcut_strength: Annotated[
+        float, Range(minimum=0, maximum=1, cure="0.9 is the benchmark's")
+    ] = 0.9
+    """Share of tracks whose tone is their genre's, but in the shifted test, where it is 0.1."""
+    tone_db: Annotated[float, Range(minimum=-80, maximum=20, cure="-10 is the benchmark's")] = -10.0
+    """Level of the tone relative to the music's root mean square."""
+    validation_tracks: Annotated[int, _TRACKS] = 4
+    """Validation tracks of each genre with --shortcut."""
+    test_tracks: Annotated[int, _TRACKS] = 12
+    """Test tracks of each genre with --shortcut, the tones as in training."""
+    shifted_tracks: Annotated[int, _TRACKS] = 12
+    """Tracks of each genre in the shifted test set of --shortcut."""
+
+    @property
+    def genre_tracks(self) -> int:
+        """Tracks of a genre; training tracks of the planted set."""
+        return self.tracks_per_genre or (48 if self.shortcut else 100)
+
+    @property
+    def track_s(self) -> float:
+        """Length of a track in seconds."""
+        return self.duration_s or (4.0 if self.shortcut else 30.0)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """Cut tracks into segments and pack them into webdataset tar shards.
+
+    `python -m mgc_dist.shard verify SHARDS` re-reads and checks a packed data set,
+    `python -m mgc_dist.shard info SHARDS` describes it; both have a --help of their own.
+    """
+
+    data: Path = Path("data/genres_original")
+    """Folder of `GENRE/*.wav` (.flac, .ogg, .mp3, .opus), or a CSV or TSV table with the
+    columns path, genre and, if known, group, split, track."""
+    out: Path = Path("shards")
+    """Folder for the shards, index.npy and manifest.json."""
+    split: str = "auto"
+    """`fault-filtered` (GTZAN's; Kereliuk et al. 2015), `stratified` (by genre, artists kept
+    together), `kfold` (fold I is test, I + 1 validation), `table` (a column split of the table,
+    or --split-file), or `auto`: table if there is one, fault-filtered if all its tracks are
+    there, else stratified."""
+    split_file: Path | None = None
+    """CSV or TSV table of `track` (or `path`) and `split`, or the predecessor's data_split.txt."""
+    folds: Annotated[int, Range(minimum=3, cure="5 is usual")] = 5
+    """Folds of `kfold`."""
+    fold: Annotated[int, Range(minimum=0, cure="start with 0")] = 0
+    """Fold that is tested (`kfold`), 0 to folds - 1; the next one validates."""
+    groups: Path | None = None
+    """CSV or TSV table of `track` and `artist` (or `group`); a group is never in two splits."""
+    validation_fraction: Annotated[float, Range(above=0, cure="0.15 is usual")] = 0.15
+    """Share of each genre's tracks for validation (`stratified`)."""
+    test_fraction: Annotated[float, Range(above=0, cure="0.15 is usual")] = 0.15
+    """Share of each genre's tracks for test (`stratified`)."""
+    seed: int = 0
+    """Seed of `stratified` and `kfold`."""
+    segment_s: Annotated[float, Range(above=0, below=math.inf, cure="3 is usual")] = 3.0
+    """Length of a segment in seconds."""
+    hop_s: Annotated[float, Range(above=0, below=math.inf, cure="1.5 is usual")] = 1.5
+    """Seconds from the start of a segment to the start of the next."""
+    sample_rate: Annotated[
+        int, Range(minimum=4_000, maximum=192_000, cure="wav2vec2 models want 16000")
+    ] = 16_000
+    """Sample rate of the shards in Hz; wav2vec2 wants 16000."""
+    rows_per_shard: Annotated[int, Range(minimum=1, cure="512 is usual")] = 512
+    """Segments in a shard; 512 of 3 s are 50 MB."""
+    allow_bad: int = 0
+    """Unusable files that may be left out (they are listed in the manifest)."""
+    jobs: Annotated[int, JOBS] = 0
+    """Processes; 0 means one a core. The output does not depend on it."""
+    part: str | None = None
+    """`I/N`: only decode part I of N of the tracks, into OUT/parts; for several machines."""
+    join: bool = False
+    """Join the parts in OUT/parts into a data set: the bytes of packing in one go."""
+    overwrite: bool = False
+    """Replace a different data set in the output folder."""
+    dry_run: bool = False
+    """Print the plan (tracks, segments, shards, bytes, leak check) and stop."""
+
+    @property
+    def segment_samples(self) -> int:
+        """T: audio samples of a segment."""
+        return round(self.segment_s * self.sample_rate)
+
+    @property
+    def hop_samples(self) -> int:
+        """Audio samples from a segment's start to the next one's."""
+        return round(self.hop_s * self.sample_rate)
+
+    @property
+    def part_of(self) -> tuple[int, int] | None:
+        """(I, N) of `--part I/N`, I from 1."""
+        match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.part or "")
+        return (int(match[1]), int(match[2])) if match else None
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(
+            "--segment-s",
+            self.segment_samples >= 400,
+            self.segment_s,
+            "400 samples or more",
+            "3 is usual",
+        )
+        require("--hop-s", self.hop_samples >= 1, self.hop_s, "a sample or more", "1.5 is usual")
+        require("--fold", self.fold < self.folds, self.fold, "0 to --folds - 1", "start with 0")
+        part = self.part_of
+        require(
+            "--part",
+            self.part is None or (part is not None and 1 <= part[0] <= part[1]),
+            self.part,
+            "I/N with I from 1 to N",
+            "for example --part 1/4, 2/4, 3/4 and 4/4, then --join",
+        )
+        require(
+            "--part", not (part and self.join), self.part, "no --join", "join in a step of its own"
+        )
+        fractions = (self.validation_fraction, self.test_fraction)
+        require(
+            "--validation-fraction and --test-fraction",
+            sum(fractions) < 1,
+            fractions,
+            "together below 1",
+            "0.15 each is usual",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Re-read a packed data set and check every byte: sizes, sha256, tar headers, checksums,
+    descriptions, data-set id, and a whole pass with stock webdataset.
+    """
+
+    shards: Positional[Path] = Path("shards")
+    """Folder that `python -m mgc_dist.shard` has filled."""
+    jobs: Annotated[int, JOBS] = 0
+    """Processes; 0 means one a core."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """Describe a packed data set: splits, genres, artists, hours, bytes, settings."""
+
+    shards: Positional[Path] = Path("shards")
+    """Folder that `python -m mgc_dist.shard` has filled."""

@@ -1,0 +1,185 @@
+"""Knobs of the commands about a trained model, and of doctor."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional
+
+from mgc_dist.config.knobs import FLAT, Range, check, require
+from mgc_dist.config.source import BATCH, Device, SourceConfig, SplitName
+
+Aggregate = Literal["mean-prob", "mean-logit", "vote"]
+
+RESAMPLES = Range(minimum=100, maximum=1_000_000, cure="2000 is usual")
+
+
+def _check_name(name: str | None) -> None:
+    require(
+        "--name",
+        name is None or re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name) is not None,
+        name,
+        "letters, digits, _, - and dots",
+        "files are named after it, such as --name test-shifted",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure a run's best model on a split: every row once, tracks first."""
+
+    run: Positional[Path]
+    """Run folder, or a folder that `export` wrote."""
+    split: SplitName = "test"
+    """Split to measure."""
+    data: Path | None = None
+    """Shards to measure on; the run's own by default. The genres must be the same."""
+    source: Annotated[SourceConfig, FLAT] = field(default_factory=SourceConfig)
+    name: str | None = None
+    """Name of the files that are written; the split's, with `-of-FOLDER` of --data."""
+    aggregate: Aggregate = "mean-prob"
+    """How segments are judged as a track: `mean-prob` (mean of their probabilities), `mean-logit`
+    or `vote` (ties go to the higher mean probability). All three are written."""
+    bias_table: Path | None = None
+    """Bias table of the shards, for the subgroups bias-aligned and bias-conflicting; the run's own
+    by default, where the run's own shards are measured."""
+    subgroups: Path | None = None
+    """CSV or TSV table of `track` and a subgroup, in place of the bias model's."""
+    subgroup_column: str = "subgroup"
+    """Column of --subgroups to read."""
+    resamples: Annotated[int, RESAMPLES] = 2000
+    """Bootstrap resamples of the intervals."""
+    seed: int = 0
+    """Seed of the resamples."""
+    batch: Annotated[int, BATCH] = 32
+    """Segments in a batch."""
+    device: Device = "auto"
+    """Where the model runs."""
+
+    @property
+    def result_name(self) -> str:
+        """Name of the files that are written."""
+        if self.name or not self.data:
+            return self.name or self.split
+        folder = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.data.resolve().name)
+        return f"{self.split}-of-{folder or 'data'}"
+
+    def __post_init__(self) -> None:
+        check(self)
+        _check_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare runs on the same tracks, from what `evaluate` wrote: two runs track by track, or
+    more runs as settings and seeds, paired by seed.
+    """
+
+    runs: Positional[tuple[Path, ...]]
+    """Two run folders, A and B; or more, which are grouped by what their settings differ in."""
+    split: SplitName = "test"
+    """Split to compare on."""
+    name: str | None = None
+    """Name of the evaluation, where it is not the split's: `evaluate --name` or `--data`."""
+    out: Path | None = None
+    """Folder to write; B/comparison/A for two runs, else `comparison` beside the first run."""
+    resamples: Annotated[int, RESAMPLES] = 2000
+    """Bootstrap resamples of the intervals."""
+    seed: int = 0
+    """Seed of the resamples."""
+
+    @property
+    def result_name(self) -> str:
+        """Name of the evaluation's files."""
+        return self.name or self.split
+
+    @property
+    def folder(self) -> Path:
+        """Folder to write."""
+        if self.out:
+            return self.out
+        if len(self.runs) == 2:
+            return self.runs[1] / "comparison" / self.runs[0].resolve().name
+        return self.runs[0].resolve().parent / "comparison"
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(
+            "RUN",
+            len(self.runs) >= 2,
+            f"{len(self.runs)} run folders",
+            "two or more",
+            "python -m mgc_dist.compare RUN_A RUN_B",
+        )
+        _check_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Name the genre of audio files of any length, rate and channel count."""
+
+    run: Positional[Path]
+    """Run folder, or a folder that `export` wrote."""
+    files: Positional[tuple[Path, ...]]
+    """Audio files."""
+    top: Annotated[int, Range(minimum=1, cure="3 is usual")] = 3
+    """Genres to print for a file."""
+    json: bool = False
+    """Print JSON: all probabilities of the file and of each segment."""
+    plot: Path | None = None
+    """Picture of the probabilities over time (.png, .svg or .pdf); of several files, each gets
+    its name: OUT-NAME.png."""
+    hop_s: Annotated[float, Range(minimum=0.01, cure="1.5 is usual")] = 1.5
+    """Seconds from the start of a segment to the start of the next."""
+    batch: Annotated[int, Range(minimum=1, cure="16 is usual")] = 16
+    """Segments in a batch."""
+    device: Device = "auto"
+    """Where the model runs."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(
+            "--plot",
+            self.plot is None or self.plot.suffix.lower() in (".png", ".svg", ".pdf"),
+            self.plot,
+            "a name that ends in .png, .svg or .pdf",
+            "for example --plot timeline.png",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a run's best model as a folder that transformers loads without our code."""
+
+    run: Positional[Path]
+    """Run folder."""
+    out: Positional[Path]
+    """Folder to write; must not exist or be empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Look at what goes wrong on clusters: addresses, port, GPUs, cores, versions, data, disk,
+    locks, time. On every rank where it is started like a training; exit code 2 if anything is
+    wrong.
+    """
+
+    shards: Path = Path("shards")
+    """Folder that `python -m mgc_dist.shard` has filled."""
+    bias_table: Path | None = None
+    """Bias table; SHARDS/bias by default."""
+    run: Path = Path("runs/train")
+    """Run folder, or where one will be."""
+    device: Device = "auto"
+    """Where the ranks will compute."""
+    wait_s: Annotated[float, Range(above=0, cure="120 is usual")] = 120.0
+    """How long ranks wait for each other."""
+
+    @property
+    def table(self) -> Path:
+        """Folder or file of the bias table."""
+        return self.bias_table or self.shards / "bias"
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -1,0 +1,268 @@
+"""Knobs of train, in sections."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import UseAppendAction
+
+from mgc_dist.config.knobs import (
+    COMPARED,
+    DRAWN,
+    FIXED,
+    FLAT,
+    FOUND,
+    LEARNED,
+    Range,
+    change_names,
+    check,
+    require,
+)
+from mgc_dist.config.losses import LossConfig
+from mgc_dist.config.source import BATCH, Device, SourceConfig
+
+Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
+Select = Literal["nll", "macro-f1", "last"]
+Cache = Literal["none", "cnn", "trunk"]
+CacheDtype = Literal["auto", "fp32", "bf16"]
+
+_READERS = Range(minimum=1, cure="the default is good")
+_RATE = Range(minimum=0, cure="1e-5 to 1e-3 is usual")
+_EVERY = Range(above=0, cure="1 is the smallest usual value")
+_NONE = Range(minimum=0, cure="0 is the default")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learned from."""
+
+    shards: Annotated[Path, FOUND] = Path("shards")
+    """Folder that `python -m mgc_dist.shard` has filled."""
+    bias_table: Annotated[Path | None, FOUND] = None
+    """Folder of the bias table; SHARDS/bias by default; not read with `--loss ce`. Or a table from
+    elsewhere: a .csv or .tsv with the header key,GENRE,... or a structured .npy of such fields."""
+    source: Annotated[SourceConfig, FLAT] = field(default_factory=SourceConfig)
+    read_ahead: Annotated[int, _READERS] = 4
+    """Batches that the reader threads keep ready."""
+    reader_threads: Annotated[int, _READERS] = 1
+    """Threads that read; one gives 20,000 segments/s from memory, slow storage wants more."""
+    window_shards: Annotated[int, Range(minimum=0, cure="0 is all"), LEARNED] = 0
+    """Shards that are read from at a time, for spinning disks and network storage; 0 means all."""
+    cache: Annotated[Cache, FOUND] = "none"
+    """Read what the frozen part of the model gives in place of waves, made once and kept: `cnn` the
+    output of the feature encoder, `trunk` that at the boundary of --freeze."""
+    cache_dtype: Annotated[CacheDtype, COMPARED] = "auto"
+    """Of the cache: `auto` is what the values have in the run anyway, which loses nothing; bf16
+    takes half of fp32's space and rounds where the run would not."""
+    cache_dir: Path | None = None
+    """Folder of caches, one in it for each data set, model and boundary, on a file system that all
+    nodes share; SHARDS/cache by default. What is not used any more is yours to remove."""
+
+    @property
+    def table(self) -> Path:
+        """Folder or file of the bias table."""
+        return self.bias_table or self.shards / "bias"
+
+    @property
+    def caches(self) -> Path:
+        """Folder of caches."""
+        return self.cache_dir or self.shards / "cache"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The main model."""
+
+    model: Annotated[str, LEARNED] = "facebook/wav2vec2-large-960h-lv60-self"
+    """Hub name or folder of a transformers waveform model, a config .json (random weights), or
+    `logmel-cnn`: a small CNN on log-mel bands, for tests and benchmarks."""
+    freeze: Annotated[str, FIXED] = "feature_encoder"
+    """`none`, `feature_encoder`, `layers:N` (the CNN and the lower N layers) or `backbone`."""
+    spec_augment: Annotated[bool, FIXED] = True
+    """Mask frames in training where the model's config asks for it (SpecAugment), above the CNN and
+    below layer 1; `--cache trunk` with `--freeze layers:N` needs `--no-spec-augment`."""
+    activation_checkpointing: Annotated[bool, COMPARED] = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @property
+    def frozen_layers(self) -> int | None:
+        """N of `layers:N`, else None."""
+        match = re.fullmatch(r"layers:(\d+)", self.freeze)
+        return int(match[1]) if match else None
+
+    def __post_init__(self) -> None:
+        require(
+            "--freeze",
+            self.freeze in ("none", "feature_encoder", "backbone")
+            or (self.frozen_layers is not None and self.frozen_layers > 0),
+            self.freeze,
+            "none, feature_encoder, layers:N with N > 0, or backbone",
+            "for example --freeze layers:12",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Batches, learning rates and their schedule."""
+
+    epochs: Annotated[float, Range(above=0, cure="10 is usual"), LEARNED] = 10.0
+    """Passes over the training rows."""
+    global_batch: Annotated[int, Range(minimum=1, cure="64 is usual"), LEARNED] = 64
+    """Rows of an optimizer step over all ranks; it does not change with the machine."""
+    lr: Annotated[float, _RATE, LEARNED] = 3e-5
+    """Peak learning rate of the backbone."""
+    head_lr: Annotated[float, _RATE, LEARNED] = 1e-3
+    """Peak learning rate of the classification head."""
+    weight_decay: Annotated[float, LEARNED] = 0.01
+    """AdamW's decoupled weight decay."""
+    warmup_fraction: Annotated[float, Range(minimum=0, below=1, cure="0.1 is usual"), LEARNED] = 0.1
+    """Share of the run in which the rates rise linearly; after it they follow a cosine."""
+    final_lr_fraction: Annotated[float, LEARNED] = 0.02
+    """Rate at the end of the run as a share of the peak."""
+    clip_norm: Annotated[float, Range(above=0, cure="1.0 is usual"), LEARNED] = 1.0
+    """Largest norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How DeepSpeed spreads the work."""
+
+    zero_stage: Annotated[Literal[0, 1, 2, 3], COMPARED] = 2
+    """What ZeRO shards: 1 optimizer states, 2 gradients too, 3 parameters too."""
+    micro_batch: Annotated[int, Range(minimum=1, cure="8 is usual")] = 8
+    """Largest batch of one rank that fits its memory; accumulation follows from it."""
+    eval_batch: Annotated[int, BATCH] = 32
+    """Segments in a batch of validation, which keeps nothing for a backward pass."""
+    precision: Annotated[Precision, COMPARED] = "auto"
+    """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it. `bf16-weights`
+    leaves fp32 ones to the optimizer: less memory, coarser gradients."""
+    device: Device = "auto"
+    """Where the ranks compute."""
+    bucket_elements: int = 50_000_000
+    """Elements of a ZeRO communication bucket: memory against the number of collectives."""
+    compile: Annotated[bool, COMPARED] = False
+    """Compile the model (torch.compile): slower to start, faster steps on a GPU; not at stage 3."""
+    hang_timeout_s: Annotated[float, Range(minimum=1, cure="600 is usual")] = 600.0
+    """A rank without progress for so long writes its stacks to the log and ends with code 75."""
+    max_refused_steps: Annotated[int, Range(minimum=1, cure="10 is usual")] = 10
+    """Steps in a row with a loss or gradient that is not finite, after which the run ends (70)."""
+
+    @property
+    def group_timeout_s(self) -> float:
+        """Seconds after which a collective fails by itself, and a start is given up.
+
+        Later than a rank is ended for hanging, which says more.
+        """
+        return 1.5 * self.hang_timeout_s + 60
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(
+            "--compile with --zero-stage 3",
+            not (self.compile and self.zero_stage == 3),
+            "both",
+            "a compiled model at stage 0, 1 or 2",
+            "ZeRO-3 loses nearly all gradients of a compiled model, silently; use --zero-stage 2",
+        )
+        require(
+            f"--precision bf16-weights with --zero-stage {self.zero_stage}",
+            self.precision != "bf16-weights" or self.zero_stage >= 2,
+            "both",
+            "--zero-stage 2 or 3",
+            "stage 0 would begin with an update of 0.744 times the first one; or use bf16",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run folder and what is written when."""
+
+    run: Path = Path("runs/train")
+    """Run folder: checkpoints, best model, metrics, logs. Never overwritten."""
+    resume: str = "never"
+    """`never`, `auto` (the newest checkpoint if there is one), `latest`, or a checkpoint folder."""
+    seed: Annotated[int, DRAWN] = 0
+    """Seed of the order, the new weights, dropout and masking."""
+    validate_every_epochs: Annotated[float, _EVERY, COMPARED] = 1.0
+    """Epochs between validations; the last step is always validated."""
+    select: Annotated[Select, COMPARED] = "nll"
+    """Which validation the best model is from: the one with the least NLL over tracks, the largest
+    macro-F1, or the last one; a tie goes to the later one."""
+    checkpoint_every_epochs: Annotated[float, _EVERY] = 1.0
+    """Epochs between checkpoints; the last step is always saved."""
+    keep_checkpoints: Annotated[int, _EVERY] = 2
+    """Newest checkpoints that are kept."""
+    log_every_steps: Annotated[int, _EVERY] = 10
+    """Optimizer steps between log lines and metrics."""
+    time_limit_s: Annotated[float, _NONE] = 0.0
+    """Save and stop before the run has taken so long; 0 means no limit."""
+    max_tries: Annotated[int, _EVERY] = 3
+    """Tries in a row without a new checkpoint after which the run refuses to start again."""
+    change: UseAppendAction[tuple[str, ...]] = ()
+    """A flag, without its dashes, in which a resumed run may differ from how it was started, such
+    as `lr` (`loss` stands for all knobs of the loss); may be given several times."""
+    fresh: bool = False
+    """Begin again in a used run folder; what is there is moved into RUN/aside-N."""
+    row_ledger: bool = False
+    """Write down which rows each step consumed (RUN/rows), to prove that none was lost."""
+    dry_run: bool = False
+    """Print batches, steps, parameters, memory and disk, and stop; needs no GPU."""
+    ranks: Annotated[int, _NONE] = 0
+    """Ranks that `--dry-run` plans for; 0 means as many as were started."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(
+            "--ranks",
+            self.dry_run or not self.ranks,
+            self.ranks,
+            "with --dry-run only",
+            "a real run has as many ranks as are started: deepspeed --num_gpus N",
+        )
+        require(
+            "--fresh",
+            not self.fresh or self.resume == "never",
+            f"--resume {self.resume}",
+            "one of the two",
+            "--resume goes on, --fresh begins again",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train the main model on ranks that stream the shards; the bias logits enter the loss."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    main: ModelConfig = field(default_factory=ModelConfig)
+    objective: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    output: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        names = change_names(type(self))
+        for name in self.output.change:
+            require("--change", name in names, name, f"one of {', '.join(names)}", "start anew")
+        require(
+            f"--cache {self.data.cache}",
+            self.data.cache == "none" or self.main.freeze != "none",
+            "--freeze none",
+            "a frozen part, whose output is a constant",
+            "use --freeze feature_encoder or layers:N, or --cache none",
+        )
+        if self.engine.precision == "bf16-weights":
+            plain = self.data.cache == "none" and self.main.model != "logmel-cnn"
+            require(
+                "--precision bf16-weights",
+                plain,
+                f"--cache {self.data.cache}, --model {self.main.model}",
+                "a transformers model without a cache",
+                "use --precision bf16",
+            )
