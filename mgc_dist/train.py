@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mgc_dist import cli
+from mgc_dist import __version__, cli
 from mgc_dist.cluster.stop import Stop
 from mgc_dist.config import TrainConfig
 from mgc_dist.errors import EXIT_BAD_INPUT, UserError, exit_code_of
@@ -580,9 +580,9 @@ def _open_run(fit: "Fit", held: "Lease", state: "State", changes: "Changes") -> 
     for marker in (DONE, REQUEUE):
         (fit.run / marker).unlink(missing_ok=True)
     bias = fit.objective.table
-    packages = ("mgc_dist", "torch", "transformers", "deepspeed", "numpy")
+    packages = ("torch", "transformers", "deepspeed", "numpy")
     content = {
-        "versions": {name: version(name) for name in packages},
+        "versions": {"mgc_dist": __version__} | {name: version(name) for name in packages},
         "git": _commit(),
         "python": platform.python_version(),
         "host": socket.gethostname(),
