@@ -7,9 +7,9 @@ PYTEST := python -m pytest -n 3 --dist worksteal
 
 .PHONY: demo test test-slow test-slurm test-gpu soak check bench speed gpu shortcut clean
 
-.venv/installed: setup.cfg pyproject.toml
+.venv/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,pinned]"
 	touch $@
 
 demo: .venv/installed  ## the whole way on synthetic music, two ranks on the CPU
@@ -41,7 +41,7 @@ check: .venv/installed  ## style, types, and that rooms import only from below
 # mosaicml-streaming asks for transformers < 5 and numpy < 2.2, but its reader and writer work
 # without them: it comes without its dependencies, the few that it imports are in the extra.
 bench: .venv/installed  ## packing, reading, memory against the peers, freezing, cache; 30 minutes, 12 GB of disk
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,bench]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,bench,pinned]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "mosaicml-streaming==0.13.*"
 	$(RUN) python benchmarks/packing.py --json benchmarks/results/packing.json
 	$(RUN) python benchmarks/reading.py --tracks 400 --json benchmarks/results/reading.json

@@ -13,11 +13,10 @@ import json
 import sys
 import tempfile
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from measure import machine
+from measure import machine, versions
 from shortcut import do, summary
 
 from mgc_dist.training.checkpoint import FOLDER
@@ -95,7 +94,7 @@ def main() -> None:
         "benchmark": "demo",
         "date": str(date.today()),
         "machine": machine(),
-        "versions": {name: version(name) for name in ("mgc_dist", "torch", "deepspeed")},
+        "versions": versions(("mgc_dist", "torch", "deepspeed")),
         "results": results,
         "over_seeds": {
             loss: {key: summary([run[key] for run in runs]) for key in runs[0]}

@@ -28,13 +28,11 @@ from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine, write
+from measure import machine, versions, write
 from step import CALM, LAYER_NORM, PACKAGES, SIZES, Enough, free_port, sized_net
 
 from mgc_dist.config import (
@@ -445,7 +443,7 @@ def measure(words: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started),
         "left_out": budget.left_out,
         "machine": machine(),
-        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
+        "versions": versions(PACKAGES),
     } | found
 
 

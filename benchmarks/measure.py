@@ -16,12 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mgc_dist import __version__
 from mgc_dist.config import SynthConfig
 from mgc_dist.synth import run as synthesise
 
@@ -54,7 +56,7 @@ def main(
         prepare(folder, options.tracks)
         results = _run_all(contenders, folder, options.runs)
     facts = {"benchmark": title, "date": str(date.today()), "tracks": options.tracks}
-    facts |= {"runs": options.runs, "machine": machine(), "versions": _versions(packages)}
+    facts |= {"runs": options.runs, "machine": machine(), "versions": versions(packages)}
     content = facts | {"results": results} | compare(results)
     line = json.dumps(content)
     print(line)
@@ -173,13 +175,12 @@ def between_marks(page: str, name: str, script: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = MISSING
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Name -> version of packages; `missing` for one that is not installed."""
+    found = dict.fromkeys(packages, MISSING)
+    for name in found:
+        with suppress(PackageNotFoundError):
+            found[name] = __version__ if name == "mgc_dist" else version(name)
     return found
 
 

@@ -35,12 +35,10 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from measure import between_marks, machine, write
+from measure import between_marks, machine, versions, write
 from step import (
     PACKAGES,
     PAGE,
@@ -359,7 +357,7 @@ def measure(words: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "load_before": round(load, 2),
         "micro_batch": MICRO_BATCH,
         "machine": machine(),
-        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
+        "versions": versions(PACKAGES),
         "links": links,
         "beside": statistics.median(beside) / statistics.median(steps[alone.name]),
         "weights": asdict(weights_of(str(job.own / "main.json"), FREEZE)),

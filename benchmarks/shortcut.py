@@ -25,12 +25,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine
+from measure import machine, versions
 from numpy.typing import NDArray
 
 from mgc_dist.bias_model.states import STATES
@@ -392,7 +391,7 @@ def main() -> None:
     facts = {"benchmark": "shortcut", "date": str(date.today()), "seeds": count}
     facts |= {"model": words.model, "epochs": words.epochs, "machine": machine()}
     packages = ("mgc_dist", "torch", "deepspeed", "numpy", "scikit-learn")
-    content = facts | {"versions": {name: version(name) for name in packages}} | found
+    content = facts | {"versions": versions(packages)} | found
     print(json.dumps(content))
     if words.json:
         words.json.parent.mkdir(parents=True, exist_ok=True)

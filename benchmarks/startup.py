@@ -23,13 +23,11 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from datetime import date
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gpu import TINY
-from measure import between_marks, machine, tracks, write
+from measure import between_marks, machine, tracks, versions, write
 from step import PACKAGES, PAGE, ROOT, SIZES, free_port, prepare
 
 from mgc_dist.files import json_lines
@@ -174,7 +172,7 @@ def main() -> None:
         "load_before": round(load, 2),
         "tracks": words.tracks,
         "machine": machine(),
-        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
+        "versions": versions(PACKAGES),
         "parts": parts,
     }
     print(json.dumps(content))

@@ -44,12 +44,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from measure import between_marks, machine, write
+from measure import between_marks, machine, versions, write
 
 from mgc_dist.config import (
     DataConfig,
@@ -679,7 +677,7 @@ def measure(model: str, words: argparse.Namespace, folder: Path) -> dict[str, An
         "threads": words.threads,
         "load_before": round(load, 2),
         "machine": machine(),
-        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
+        "versions": versions(PACKAGES),
         "bias_pass": {"rows": made["rows"], "s_per_segment": made["seconds"] / made["rows"]},
         "freezes": {
             freeze: summarise(turns, replace(first, freeze=freeze), words)

@@ -10,3 +10,5 @@ Shapes, used in every docstring of this package:
     K  genres                       S  segments of a track (19 for 30 s)
     N  rows of the data set         n  rows of the training split
 """
+
+__version__ = "0.1.0"

@@ -8,6 +8,7 @@ YAML scalars stay text until tyro reads them, so `1e-4`, `no` and `012` mean wha
 import contextlib
 import dataclasses
 import difflib
+import importlib.resources
 import os
 import sys
 import typing
@@ -24,12 +25,25 @@ from mgc_dist.errors import EXIT_BROKEN_PIPE, PeerLost, RunFailed, UserError, ex
 
 C = TypeVar("C")
 
-PRESETS = Path(__file__).resolve().parent.parent / "launch" / "presets"
+PRESETS = Path(str(importlib.resources.files("mgc_dist") / "presets"))
+COMMANDS = {
+    "synth": "write a synthetic data set",
+    "shard": "pack tracks into shards; `shard verify` and `shard info` look at them",
+    "bias": "run the bias model over the shards, and make the bias table",
+    "train": "train the main model",
+    "evaluate": "measure a run on a split",
+    "compare": "compare runs on the same tracks",
+    "predict": "name the genre of audio files",
+    "export": "write a run's best model as a folder for transformers",
+    "doctor": "look at what goes wrong on clusters",
+    "slurm": "write the batch files for Slurm into a folder",
+}
+"""The commands, in the order of use, and what they do; each is a module of this package."""
 
 _HELP = """{about}
 
-Before the flags below: --preset NAME reads launch/presets/NAME.yaml, --config FILE reads
-any file of that form (a run's config.yaml too); flags typed by you win. --debug shows
+Before the flags below: --preset NAME reads a preset of the package ({presets}), --config FILE
+reads any file of that form (a run's config.yaml too); flags typed by you win. --debug shows
 tracebacks."""
 
 
@@ -98,10 +112,21 @@ def parse(command: str, config_type: type[C], argv: Sequence[str]) -> C:
     return tyro.cli(
         config_type,
         config=(tyro.conf.OmitArgPrefixes,),
-        prog=f"mgc_dist {command}",
-        description=_HELP.format(about=(config_type.__doc__ or "").strip()),
+        prog=program(command),
+        description=_HELP.format(
+            about=(config_type.__doc__ or "").strip(), presets=", ".join(preset_names())
+        ),
         args=[*flags, *words],
     )
+
+
+def program(command: str) -> str:
+    """How this process was told to run a command: `mgc train`, or `python -m mgc_dist.train`."""
+    started = Path(sys.argv[0])
+    if started.stem == "mgc":
+        return f"mgc {command}"
+    through = " " if started == Path(__file__).with_name("__main__.py") else "."
+    return f"python -m mgc_dist{through}{command}"
 
 
 def dump(command: str, config: object) -> str:
@@ -165,19 +190,6 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-COMMANDS = (
-    "synth",
-    "shard",
-    "bias",
-    "train",
-    "evaluate",
-    "compare",
-    "predict",
-    "export",
-    "doctor",
-)
-
-
 def _take_files(words: list[str]) -> tuple[list[Path], list[str]]:
     files: dict[str, list[Path]] = {"--preset": [], "--config": []}
     rest: list[str] = []
@@ -191,7 +203,7 @@ def _take_files(words: list[str]) -> tuple[list[Path], list[str]]:
         if not value:
             raise UserError(flag, got="nothing", expected="a name or a file", cure=f"{flag} NAME")
         is_name = flag == "--preset" and not value.endswith((".yaml", ".yml"))
-        files[flag].append(_preset(value) if is_name else Path(value))
+        files[flag].append(_preset(value) if is_name else _file(value))
     return files["--preset"] + files["--config"], rest
 
 
@@ -206,6 +218,14 @@ def _preset(name: str) -> Path:
             cure=f"did you mean {near[0]}?" if near else f"presets live in {PRESETS}",
         )
     return PRESETS / f"{name}.yaml"
+
+
+def _file(name: str) -> Path:
+    """A file of knobs; presets are found where version 0.1.0 had them, too."""
+    file = Path(name)
+    if file.exists() or file.parts[-3:-1] != ("launch", "presets"):
+        return file
+    return PRESETS / file.name
 
 
 def _flags(file: Path, section: dict[str, Any], config_type: type[Any]) -> list[str]:

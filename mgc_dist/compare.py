@@ -19,5 +19,10 @@ def run(config: CompareConfig) -> None:
     print(f"written: {found.folder}/comparison.json, comparison.png")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry of `python -m mgc_dist.compare`."""
     cli.main("compare", CompareConfig, run)
+
+
+if __name__ == "__main__":
+    main()

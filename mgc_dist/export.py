@@ -21,5 +21,10 @@ def run(config: ExportConfig) -> None:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry of `python -m mgc_dist.export`."""
     cli.main("export", ExportConfig, run)
+
+
+if __name__ == "__main__":
+    main()

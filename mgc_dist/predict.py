@@ -123,5 +123,10 @@ def _several(failed: list[UserError]) -> UserError:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry of `python -m mgc_dist.predict`."""
     cli.main("predict", PredictConfig, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -132,5 +132,10 @@ def _write_planted(
     soundfile.write(str(path), wave, planted.SAMPLE_RATE, subtype="PCM_16")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry of `python -m mgc_dist.synth`."""
     cli.main("synth", SynthConfig, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@
 #   --parts N        jobs that pack, as one array (4)
 #   --cpu "FLAGS"    flags of sbatch for packing, such as "--partition=cpu --cpus-per-task=32"
 #   --gpu "FLAGS"    flags of sbatch for the other jobs
-#   -- FLAGS         what follows goes to launch/train.py
+#   -- FLAGS         what follows goes to mgc_dist.train
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -54,11 +54,11 @@ cpu=(--gpus-per-node=0 ${cpu[@]+"${cpu[@]}"})
 gpu=(${gpu[@]+"${gpu[@]}"})
 submit pack --array="1-$parts" "${cpu[@]}" "${pack[@]}" --part "%a/$parts"
 submit join "${cpu[@]}" "${pack[@]}" --join
-submit bias ${gpu[@]+"${gpu[@]}"} slurm/run.sbatch launch/bias.py \
+submit bias ${gpu[@]+"${gpu[@]}"} slurm/run.sbatch -m mgc_dist.bias \
     ${common[@]+"${common[@]}"} --shards "$shards"
 submit train ${gpu[@]+"${gpu[@]}"} slurm/train.sbatch \
     ${common[@]+"${common[@]}"} --shards "$shards" --run "$run" "$@"
-submit evaluate ${gpu[@]+"${gpu[@]}"} slurm/run.sbatch launch/evaluate.py \
+submit evaluate ${gpu[@]+"${gpu[@]}"} slurm/run.sbatch -m mgc_dist.evaluate \
     "$run" ${common[@]+"${common[@]}"}
 
 echo

@@ -105,7 +105,7 @@ def test_own_folder_on_one_process_as_readme_says(packed: Path, tmp_path: Path) 
             "--epochs",
             "1",
             "--model",
-            "launch/presets/wav2vec2-demo.json",
+            "wav2vec2-demo",
             "--freeze",
             "none",
             "--lr",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mgc_dist import cli, config
+from mgc_dist import cli, config, slurm
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
@@ -21,6 +21,7 @@ CONFIGS = {
     "predict": config.PredictConfig,
     "export": config.ExportConfig,
     "doctor": config.DoctorConfig,
+    "slurm": slurm.SlurmConfig,
 }
 OTHERS = ("python3 -m venv ", ".venv/bin/pip ", "squeue ", "printf ", "#")
 """Beginnings of lines that are not ours to check."""
@@ -30,7 +31,7 @@ LOOP = re.compile(r"\s*(for|done)\b")
 def shown_commands() -> list[str]:
     text = "\n".join((ROOT / name).read_text() for name in ("README.md", "slurm/README.md"))
     blocks = re.findall(r"```bash\n(.*?)```", text.replace("\\\n", " "), re.S)
-    kinds = "deepspeed|python -m mgc_dist|python launch|make|sbatch"
+    kinds = "mgc|deepspeed|python -m mgc_dist|python launch|make|sbatch"
     inline = re.findall(rf"`((?:{kinds}) [^`]+)`", text)
     inline = [" ".join(command.split()) for command in inline]
     lines = [line for block in blocks for line in block.splitlines() if line.strip()] + inline
@@ -68,6 +69,8 @@ def test_command_parses(line: str) -> None:
             cli.parse("train", config.TrainConfig, words[script + 1 :])
             return
         words = words[script + 1 :]
+    if words[0] == "mgc":
+        words = [f"mgc_dist.{words[1]}", *words[2:]]
     (place,) = [n for n, w in enumerate(words) if w.startswith(("launch/", "mgc_dist."))]
     verb = Path(words[place]).stem if "/" in words[place] else words[place].split(".")[1]
     if "/" in words[place]:

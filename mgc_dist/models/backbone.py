@@ -5,13 +5,13 @@ import json
 from collections.abc import Sequence
 
 import torch
-import torchaudio
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from mgc_dist.cluster.ranks import seed_everything
 from mgc_dist.models import hub
 from mgc_dist.models.hub import normalise
+from mgc_dist.models.mel import MelSpectrogram
 
 
 class LogMel(nn.Module):
@@ -27,7 +27,7 @@ class LogMel(nn.Module):
         mel = {"n_fft": 512, "hop_length": 256, "n_mels": 40}
         self.layers, self.width = 1, mel["n_mels"]
         self.settings: dict[str, object] = {"logmel": mel, "sample_rate": sample_rate}
-        self.mel = torchaudio.transforms.MelSpectrogram(sample_rate, **mel)
+        self.mel = MelSpectrogram(sample_rate, **mel)
 
     def forward(self, wave: Tensor) -> Tensor:
         """int16 [B, T] -> float32 [B, 1, 40]."""

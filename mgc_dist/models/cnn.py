@@ -7,8 +7,9 @@ the statistics of batch norm would depend on padding and on the ranks.
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torchaudio
 from torch import Tensor, nn
+
+from mgc_dist.models.mel import MelSpectrogram
 
 BANDS = 40
 GROUPS = 4
@@ -32,9 +33,7 @@ class LogMelCnn(nn.Module):
     def __init__(self, sample_rate: int, channels: tuple[int, int, int], width: int) -> None:
         super().__init__()
         with torch.device("cpu"):  # transformers builds on the meta device; filters have values
-            self.mel = torchaudio.transforms.MelSpectrogram(
-                sample_rate, n_fft=512, hop_length=256, n_mels=BANDS
-            )
+            self.mel = MelSpectrogram(sample_rate, n_fft=512, hop_length=256, n_mels=BANDS)
         blocks: list[nn.Module] = []
         for below, own in zip((1, *channels[:2]), channels, strict=True):
             blocks += [

@@ -4,6 +4,7 @@ With `trunk`, `model`, `backbone` and `exported` the only modules that know tran
 """
 
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -13,6 +14,13 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor, PreTrainedModel, Wav2Vec2FeatureExtractor
 
 from mgc_dist.errors import UserError
+
+
+def located(name: str) -> str:
+    """Where a model is: `wav2vec2-demo` is a file of the package, which 0.1.0 had elsewhere."""
+    if name in ("wav2vec2-demo", "launch/presets/wav2vec2-demo.json") and not Path(name).exists():
+        return str(files("mgc_dist") / "presets" / "wav2vec2-demo.json")
+    return name
 
 
 def normalise(wave: Tensor) -> Tensor:

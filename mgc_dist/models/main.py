@@ -205,7 +205,8 @@ def build_main(
     """The main model, with a new head.
 
     Args:
-        name: hub name, folder, config .json (random weights), or `logmel-cnn` (random weights).
+        name: hub name, folder, or with random weights a config .json, `wav2vec2-demo`,
+            `logmel-cnn`.
         genres: in label order.
         freeze: `none`, `feature_encoder`, `layers:N` or `backbone`.
         frozen_layers: N of `layers:N`.
@@ -222,6 +223,7 @@ def build_main(
             not be exact.
     """
     hub.quiet()
+    name = hub.located(name)
     labels: dict[str, Any] = {
         "num_labels": len(genres),
         "id2label": dict(enumerate(genres)),
@@ -281,6 +283,7 @@ def describe_main(
             not be exact.
     """
     hub.quiet()
+    name = hub.located(name)
     labels: dict[str, Any] = {"num_labels": len(genres), "layerdrop": 0.0}
     labels |= {} if spec_augment else {"apply_spec_augment": False}
     with torch.device("meta"):
@@ -363,7 +366,7 @@ def _from_config_file(path: Path, labels: dict[str, object]) -> PreTrainedModel:
             f"--model {path}",
             got=" ".join(str(error).split())[:200],
             expected="a transformers config of an audio classifier, with model_type",
-            cure="see launch/presets/wav2vec2-demo.json",
+            cure=f"see {hub.located('wav2vec2-demo')}",
         ) from error
     return net
 

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mgc_dist import __version__
 from mgc_dist.data import audio, manifest, record
 from mgc_dist.data.ledger import Ledger
 from mgc_dist.data.manifest import Manifest, ShardEntry, TrackEntry
@@ -360,7 +361,8 @@ def _publish(
         excluded=plan.excluded,
         shards=shards,
         index_sha256=sha256(out / manifest.INDEX),
-        versions={name: version(name) for name in ("mgc_dist", "numpy", "soundfile", "soxr")},
+        versions={"mgc_dist": __version__}
+        | {name: version(name) for name in ("numpy", "soundfile", "soxr")},
     )
     for shard in shards:
         (out / f"{shard.name}.tmp").replace(out / shard.name)

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mgc_dist import cli, console
+from mgc_dist import __version__, cli, console
 from mgc_dist.cluster import lease
 from mgc_dist.cluster.lease import Lease
 from mgc_dist.cluster.ranks import Ranks
@@ -87,9 +87,9 @@ def open_run(run: Run, held: Lease, state: State, changes: Changes) -> None:
     for marker in (DONE, REQUEUE):
         (folder / marker).unlink(missing_ok=True)
     bias = run.objective.table
-    packages = ("mgc_dist", "torch", "transformers", "deepspeed", "numpy")
+    packages = ("torch", "transformers", "deepspeed", "numpy")
     content = {
-        "versions": {name: version(name) for name in packages},
+        "versions": {"mgc_dist": __version__} | {name: version(name) for name in packages},
         "git": commit_of_code(),
         "python": platform.python_version(),
         "host": socket.gethostname(),

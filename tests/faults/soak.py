@@ -34,6 +34,8 @@ from mgc_dist.config import TrainConfig
 from mgc_dist.data.order import Plan
 from mgc_dist.data.reader import ShardSet
 
+DEMO = cli.PRESETS / "wav2vec2-demo.json"
+
 KINDS = {  # signal, ranks, times; the weights make hangs rare, because they take long
     "KILL to one rank": (signal.SIGKILL, "one", 1, 6),
     "KILL to all ranks": (signal.SIGKILL, "all", 1, 3),
@@ -293,7 +295,7 @@ def changing_world(soak: Soak) -> tuple[Outcome, dict[str, Any]]:
 
 def still_model(work: Path) -> Path:
     """The demo's model without dropout and masking."""
-    config = json.loads(Path("launch/presets/wav2vec2-demo.json").read_text())
+    config = json.loads(DEMO.read_text())
     config |= {name: 0.0 for name in config if "dropout" in name} | {"mask_time_prob": 0.0}
     file = work / "still.json"
     file.write_text(json.dumps(config | {"apply_spec_augment": False}))
@@ -313,8 +315,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     prepare(work)
     common: dict[str, Any] = {"work": work, "seed": words.seed, "kills": words.kills}
-    demo = Path("launch/presets/wav2vec2-demo.json")
-    fixed = Soak("fixed world", model=demo, worlds=(2,), epochs=words.epochs, **common)
+    fixed = Soak("fixed world", model=DEMO, worlds=(2,), epochs=words.epochs, **common)
     changing = Soak(
         "changing world",
         model=still_model(work),

@@ -338,3 +338,15 @@ def test_custom_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert "hf download" not in str(error.value)
     assert not asked
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["wav2vec2-demo", "launch/presets/wav2vec2-demo.json"])
+def test_the_packages_small_model_has_its_old_name_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert build(name).net.config.hidden_size == 64
+    (tmp_path / "launch" / "presets").mkdir(parents=True)  # a user's own goes first
+    write_model(tmp_path / "launch" / "presets" / "wav2vec2-demo.json")
+    own = build("launch/presets/wav2vec2-demo.json").net.config
+    assert own.hidden_size == TINY["hidden_size"]

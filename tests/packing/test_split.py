@@ -27,7 +27,7 @@ def track(id_: str, genre: str = "g", group: str | None = None, split: str = "")
 def test_fault_filtered_lists_have_their_published_sizes() -> None:
     lists = split.fault_filtered()
     assert Counter(lists.values()) == {"train": 443, "validation": 197, "test": 290}
-    assert len(lists) == split.FAULT_FILTERED_TRACKS
+    assert len(lists) == 443 + 197 + 290
     everything = [track(id_) for id_ in lists if id_ != "jazz_00054"]  # the known-bad one
     assert split.choose("auto", everything, None) == "fault-filtered"
     assert split.choose("auto", everything[: len(everything) // 2], None) == "stratified"
@@ -42,6 +42,17 @@ def test_fault_filtered_lists_have_their_published_sizes() -> None:
     }
     with pytest.raises(UserError, match="GTZAN's file names"):
         split.split_fault_filtered([track("a"), track("b")])
+
+
+def test_fault_filtered_lists_are_torchaudios() -> None:
+    gtzan = pytest.importorskip("torchaudio.datasets", exc_type=ImportError).gtzan
+    theirs = {
+        "train": gtzan.filtered_train,
+        "validation": gtzan.filtered_valid,
+        "test": gtzan.filtered_test,
+    }
+    expected = [(name.replace(".", "_"), part) for part, names in theirs.items() for name in names]
+    assert list(split.fault_filtered().items()) == expected
 
 
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 12)), min_size=60, max_size=150))

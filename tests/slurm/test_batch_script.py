@@ -152,11 +152,11 @@ def test_an_array_requeues_its_own_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({}, ".venv/bin/python -u launch/train.py --resume auto --run run"),
-        ({"VENV": "/opt/v"}, "/opt/v/bin/python -u launch/train.py"),
-        ({"CONTAINER": "apptainer exec --nv a.sif"}, "apptainer exec --nv a.sif python -u launch"),
+        ({}, ".venv/bin/python -u -m mgc_dist.train --resume auto --run run"),
+        ({"VENV": "/opt/v"}, "/opt/v/bin/python -u -m mgc_dist.train"),
+        ({"CONTAINER": "apptainer exec --nv a.sif"}, "apptainer exec --nv a.sif python -u -m mgc"),
         ({"CONTAINER": "--container-image=a.sqsh"}, "--container-image=a.sqsh --output=run/logs/7"),
-        ({"CONTAINER": "run a", "VENV": "/v"}, "run a /v/bin/python -u launch/train.py"),
+        ({"CONTAINER": "run a", "VENV": "/v"}, "run a /v/bin/python -u -m mgc_dist.train"),
     ],
 )
 def test_the_environment_of_the_ranks(
