@@ -33,7 +33,7 @@ def run(config: PredictConfig) -> int:
     """
     from mgc_dist.cluster import ranks
     from mgc_dist.models import folder as exported
-    from mgc_dist.report import timeline
+    from mgc_dist.report import canvas, figures
 
     if not config.files:
         raise UserError(
@@ -60,14 +60,10 @@ def run(config: PredictConfig) -> int:
         else:
             _print(config, path, classifier.genres, starts_s, probabilities, segment_s)
         if path in pictures:
-            timeline.draw(
-                pictures[path],
-                path.name,
-                classifier.genres,
-                starts_s,
-                probabilities,
-                hop_s=config.hop_s,
+            figure = figures.timeline(
+                classifier.genres, starts_s, probabilities, hop_s=config.hop_s
             )
+            canvas.save(figure, pictures[path], path.name)
     if config.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
     if failed:

@@ -297,6 +297,7 @@ def _build(
     from mgc_dist.journal import Journal
     from mgc_dist.models.flops import count
     from mgc_dist.models.main import frozen_fingerprint
+    from mgc_dist.report.figures import PICTURES
     from mgc_dist.training import cache
     from mgc_dist.training.engine import Engine
     from mgc_dist.training.loop import Fit
@@ -350,7 +351,7 @@ def _build(
         model=model,
         engine=engine,
         ranks=peers,
-        journal=Journal(config.output.run, writes=peers.is_first),
+        journal=Journal(config.output.run, writes=peers.is_first, pictures=PICTURES),
         stop=stop,
     )
     return fit, facts

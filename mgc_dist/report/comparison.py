@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mgc_dist.report import figures
+from mgc_dist.report import canvas, figures
 
 Report = dict[str, Any]
 
@@ -23,14 +23,10 @@ def draw_pair(path: Path, found: Report) -> None:
             for name, row in part.items()
             if row[count]
         ]
-    figures.differences(
-        path,
-        rows,
-        f"{Path(found['b']).name} against {Path(found['a']).name}\n{found['name']}, "
-        f"{found['count']} tracks",
-        f"difference in points (recall of a genre, accuracy of a subgroup), 95 % over {unit}",
-        emphasised=2,
-    )
+    label = f"difference in points (recall of a genre, accuracy of a subgroup), 95 % over {unit}"
+    title = f"{Path(found['b']).name} against {Path(found['a']).name}"
+    title += f"\n{found['name']}, {found['count']} tracks"
+    canvas.save(figures.differences(rows, label, emphasised=2), path, title)
 
 
 def draw_seeds(path: Path, found: Report) -> None:
@@ -48,4 +44,5 @@ def draw_seeds(path: Path, found: Report) -> None:
         for name in list(names)
         if name != "balanced_accuracy"
     }
-    figures.seeds(path, panels, f"{found['name']}: runs over seeds, tracks as the unit")
+    title = f"{found['name']}: runs over seeds, tracks as the unit"
+    canvas.save(figures.seeds(panels), path, title)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mgc_dist.report.markup import Html
 from runs import write_evaluation, write_training
 
 from mgc_dist.report import findings
 from mgc_dist.report.dossier import Dossier
-from mgc_dist.report.markup import Html
 
 
 @pytest.fixture
