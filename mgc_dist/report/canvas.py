@@ -184,11 +184,12 @@ def _for_a_page(element: ElementTree.Element, names: dict[str, str]) -> None:
 def _attribute(key: str, value: str, names: dict[str, str]) -> str:
     if key == "id":
         return names[value]
-    if key == "href":
+    if key == "href" and value.startswith("#"):
         return f"#{names[value[1:]]}"
     if key == "clip-path":
         return f"url(#{names[value[5:-1]]})"
     if key == "style":
         value = re.sub(r"#[0-9a-f]{6}", lambda found: _COLORS.get(found[0], found[0]), value)
+        value = re.sub(r"font-family: [^;]*;? ?", "", value)  # the page has one
         return re.sub(r"font: ([\d.]+px) [^;]*", r"font-size: \1", value)
     return " ".join(re.sub(r"(\.\d\d)\d+", r"\1", value).split())

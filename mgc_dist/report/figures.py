@@ -24,6 +24,7 @@ from mgc_dist.report.timeline import clock
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 MOST_POINTS = 300
@@ -141,7 +142,7 @@ def reliability(bins: Mapping[str, Sequence[float | None]]) -> "Figure":
     above.set(ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.02))
     above.legend(loc="upper left")
     below.set(xlabel="confidence: probability of the predicted genre", ylabel="tracks")
-    below.yaxis.get_major_locator().set_params(integer=True)
+    _counts(below.yaxis)
     return figure
 
 
@@ -177,6 +178,14 @@ def bars(drawn: Sequence[Bar], *, level: float | None = None) -> "Figure":
         _beside(axes, 1, place, f"{bar.value:.2f}", 8)
         _beside(axes, 1, place, bar.note, 38, color=SOFT, size=10)
     return figure
+
+
+def _counts(axis: "Axis") -> None:
+    """Few ticks, whole and short: 25k."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _beside(
@@ -259,16 +268,18 @@ def bias(counts: Sequence[int], genres: Mapping[str, tuple[int, int]], easy: flo
         genres: genre -> training rows that it names rightly, and others.
         easy: share of rightly named rows above which nothing is left to learn.
     """
-    figure = blank(230 + 56 + 24 * len(genres))
+    figure = blank(230 + 76 + 24 * len(genres))
     parts = figure.subplots(2 if genres else 1, 1, squeeze=False, height_ratios=_heights(genres))
     upper = parts[0, 0]
     for tenth, count in enumerate(counts):
         (bar,) = upper.bar(tenth / 10, count, 0.1, align="edge", color=MAIN, alpha=0.55, ec=INK)
         tell(bar, f"{tenth / 10:g} to {(tenth + 1) / 10:g}: {count}")
-    upper.yaxis.get_major_locator().set_params(integer=True)
+    _counts(upper.yaxis)
     upper.set(xlabel="probability given to the true genre", ylabel="training segments", xlim=(0, 1))
     if genres:
         _aligned(parts[1, 0], genres, easy)
+        _counts(parts[1, 0].xaxis)
+        figure.legend(loc="outside lower left", ncols=2)
     return figure
 
 
@@ -291,9 +302,8 @@ def _aligned(axes: "Axes", genres: Mapping[str, tuple[int, int]], easy: float) -
         _beside(axes, rows, place, f"{100 * share:.0f} %{' !' if share > easy else ''}", 4)
     most = max(1, *(sum(rows) for rows in genres.values()))
     axes.set_yticks(range(len(genres)), [short(genre, 20) for genre in genres], color=INK)
-    axes.set(xlabel="training segments", xlim=(0, 1.2 * most), ylim=(len(genres) - 0.4, -0.6))
+    axes.set(xlabel="training segments", xlim=(0, 1.25 * most), ylim=(len(genres) - 0.4, -0.6))
     axes.grid(visible=False, axis="y")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
 
 
 @styled

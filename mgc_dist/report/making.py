@@ -119,8 +119,9 @@ def _loss(steps: list[Json], resumed: list[tuple[float, str]]) -> Drawing | None
     points = [(s["epoch"], s["loss"]) for s in steps if s.get("loss") is not None]
     if not points:
         return None
-    drawn = [Line(name="each step", points=points, faint=True)]
-    drawn += [Line(name="running mean", points=_smooth(points))] if len(points) > 15 else []
+    many = len(points) > 15
+    drawn = [Line(name="each step", points=points, faint=many)]
+    drawn += [Line(name="running mean", points=_smooth(points))] if many else []
     first, last = points[0][1], points[-1][1]
     return Drawing(
         name="loss",

@@ -100,6 +100,7 @@ def render(name: str, shown: list[Section]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mgc_dist.report", ""),
         autoescape=True,
+        keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
