@@ -178,10 +178,10 @@ def _fit_and_write(
     import numpy as np
 
     from mgc_dist.bias_model import states as hidden
-    from mgc_dist.bias_model import summary as bias_report
     from mgc_dist.bias_model import table as logits
     from mgc_dist.bias_model.heads import cross_fit, head_hash
     from mgc_dist.data.tracks import group_key
+    from mgc_dist.report import bias as bias_report
 
     found = shards.manifest
     keys = [group_key(track.id, track.group) for track in found.tracks]
@@ -215,11 +215,12 @@ def _fit_and_write(
 
 def _report(config: BiasConfig, shards: "ShardSet", *, write: bool) -> None:
     """Print the report, and write it where it is new or missing (rank 0)."""
-    from mgc_dist.bias_model import summary as bias_report
+    from mgc_dist.bias_model import summary
     from mgc_dist.bias_model import table as logits
+    from mgc_dist.report import bias as bias_report
 
     table = logits.read(config.table, shards.manifest, shards.keys)
-    report = bias_report.make(table, shards.manifest, shards.labels, shards.tracks)
+    report = summary.make(table, shards.manifest, shards.labels, shards.tracks)
     bias_report.show(report)
     files = bias_report.paths_of(config.table)
     if write or not all(path.is_file() for path in files):

@@ -1,34 +1,28 @@
-"""The events of a run as TensorBoard reads them: scalars over `samples_seen`, confusion matrices.
+"""The events of a run as TensorBoard reads them: scalars over `samples_seen`, and pictures.
 
-Event files are written here, with the `tensorboard` package's own messages and record format, and
-not by torch's SummaryWriter: that one writes in a thread, which a full disk ends for good and a
-fork loses. One event is one append; one that cannot be written is dropped, since metrics.jsonl
-holds the same.
+torch's SummaryWriter writes in a thread that ends at the first full disk. So it is waited for after
+every event, and replaced when it has failed; metrics.jsonl holds what is lost by that.
 """
 
-import io
+import contextlib
 import logging
 import math
-import os
-import socket
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from io import FileIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgc_dist.files import write_at
-
 if TYPE_CHECKING:
-    from tensorboard.compat.proto.event_pb2 import Event
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
 AXIS = "samples_seen"
+Draw = Callable[[Any, Sequence[str]], "Figure"]
 _NO_SCALARS = frozenset({AXIS, "step", "epoch", "total"})
 _NAMES = {"step": "train"}
-_VERSION = "brain.Event:2"
-"""What readers look for at the start of an event file."""
+_ROOM = 1 << 16
+"""Bytes that must fit on the disk before a writer is made again: its thread fails loudly."""
 
 
 class Board:
@@ -40,11 +34,14 @@ class Board:
 
     Args:
         folder: RUN/tensorboard.
+        pictures: key of an event -> how its value is drawn, given the run's genres.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pictures: Mapping[str, Draw]) -> None:
         self._folder = folder
-        self._file: FileIO | None = None
+        self._pictures = pictures
+        self._writer: SummaryWriter | None = None
+        self._purge_step: int | None = None
         self._genres: Sequence[str] = ()
         self._told = False
 
@@ -53,7 +50,7 @@ class Board:
 
         Args:
             event: `start` (which may bring `genres`), `step` (shown as train), `validation`, ...
-            values: numbers become scalars `EVENT/KEY`, `confusion` (int [K, K]) a picture.
+            values: numbers become scalars `EVENT/KEY`, those that `pictures` knows pictures.
         """
         seen = values.get(AXIS)
         if not isinstance(seen, int):
@@ -64,54 +61,44 @@ class Board:
             if not self._told:
                 log.warning("%s: %s: %s", self._folder, type(error).__name__, error)
             self._told = True
+            self.close()
 
     def close(self) -> None:
         """Close the file."""
-        if self._file:
-            self._file.close()
-            self._file = None
+        if self._writer:
+            with contextlib.suppress(Exception):
+                self._writer.close()
+            self._writer = None
 
     def _add(self, group: str, values: Mapping[str, object], seen: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         if group == "start":
+            self.close()
             genres = values.get("genres")
             self._genres = genres if isinstance(genres, list) else ()
-            forget = SessionLog(status=SessionLog.START)
-            self._write(Event(step=seen + 1, session_log=forget))
+            self._purge_step = seen + 1
             return
-        found = [
-            Summary.Value(tag=f"{group}/{key}", simple_value=value)
-            for key, value in scalars(values)
-        ]
-        confusion = values.get("confusion")
-        if isinstance(confusion, list):
-            side, png = picture(confusion, self._genres)
-            image = Summary.Image(height=side, width=side, colorspace=4, encoded_image_string=png)
-            found.append(Summary.Value(tag=f"{group}/confusion", image=image))
-        if found:
-            self._write(Event(step=seen, summary=Summary(value=found)))
+        writer = self._opened()
+        for key, value in scalars(values):
+            writer.add_scalar(f"{group}/{key}", value, seen)
+        for key in self._pictures.keys() & values.keys():
+            figure = self._pictures[key](values[key], self._genres)
+            writer.add_figure(f"{group}/{key}", figure, seen, close=False)
+        writer.flush()
+        self._purge_step = None
 
-    def _write(self, event: "Event") -> None:
-        """Append one event, whole or not at all, behind the version that a file begins with."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
+    def _opened(self) -> "SummaryWriter":
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
 
-        records, now = io.BytesIO(), time.time()
-        event.wall_time = now
-        if self._file is None:
             self._folder.mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}"
-            self._file = (self._folder / f"{name}.{os.getpid()}").open("xb", 0)
-        end = self._file.seek(0, 2)
-        for item in (event,) if end else (Event(wall_time=now, file_version=_VERSION), event):
-            RecordWriter(records).write(item.SerializeToString())
-        try:
-            write_at(self._file, end, records.getvalue())
-        except OSError:
-            self._file.truncate(end)
-            raise
+            if self._told:
+                room = self._folder / "room"
+                try:
+                    room.write_bytes(bytes(_ROOM))
+                finally:
+                    room.unlink(missing_ok=True)
+            self._writer = SummaryWriter(self._folder, purge_step=self._purge_step)
+        return self._writer
 
 
 def scalars(values: Mapping[str, object]) -> Iterator[tuple[str, float]]:
@@ -123,33 +110,3 @@ def scalars(values: Mapping[str, object]) -> Iterator[tuple[str, float]]:
                 continue
             if isinstance(number, int | float) and math.isfinite(number):
                 yield f"{key}/{name}" if name else key, float(number)
-
-
-def picture(confusion: Sequence[Sequence[int]], genres: Sequence[str]) -> tuple[int, bytes]:
-    """A confusion matrix as a square PNG.
-
-    Args:
-        confusion: counts [K, K], rows are the truth.
-        genres: K names; numbers stand for them if there are none.
-
-    Returns:
-        Its side in pixels, and the PNG.
-    """
-    from matplotlib.figure import Figure
-
-    names = genres if len(genres) == len(confusion) else [str(k) for k in range(len(confusion))]
-    side = 2.0 + 0.4 * len(confusion)
-    figure = Figure(figsize=(side, side), layout="constrained", dpi=80)
-    axes = figure.add_subplot(xlabel="predicted", ylabel="truth")
-    shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
-    axes.set_yticks(range(len(names)), names, parse_math=False)  # a $ is a letter of a name
-    for truth, row in enumerate(confusion):
-        for guess, count in enumerate(row):
-            if count:
-                color = "white" if shares[truth][guess] > 0.5 else "black"
-                axes.text(guess, truth, str(count), ha="center", va="center", color=color)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return round(side * 80), file.getvalue()

@@ -7,10 +7,11 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 
-from mgc_dist.board import Board
+from mgc_dist.board import Board, Draw
 from mgc_dist.files import json_lines, replace_text, write_at
 
 log = logging.getLogger(__name__)
@@ -41,15 +42,18 @@ class Journal:
     Args:
         run: the run folder.
         writes: whether this rank writes (rank 0).
+        pictures: how values of events are drawn for TensorBoard, by key.
     """
 
-    def __init__(self, run: Path, *, writes: bool) -> None:
+    def __init__(
+        self, run: Path, *, writes: bool, pictures: Mapping[str, Draw] | None = None
+    ) -> None:
         self._run = run
         self._writes = writes
         self._about: dict[str, Value] = {}
         self._file: FileIO | None = None
         self._kept = b""
-        self._board = Board(run / BOARD)
+        self._board = Board(run / BOARD, pictures or {})
 
     def write(self, event: str, **values: Value) -> None:
         """Append one event with the time."""

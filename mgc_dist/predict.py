@@ -29,7 +29,7 @@ def run(config: PredictConfig) -> int:
     # here, not above: they import torch, which takes seconds, and --help answers without
     from mgc_dist.cluster.ranks import device_of
     from mgc_dist.models.predictor import Predictor
-    from mgc_dist.report import timeline
+    from mgc_dist.report import canvas, figures
 
     if not config.files:
         raise UserError(
@@ -53,14 +53,10 @@ def run(config: PredictConfig) -> int:
         else:
             _print(found, config.top)
         if path in pictures:
-            timeline.draw(
-                pictures[path],
-                path.name,
-                found.genres,
-                found.starts_s,
-                found.probabilities,
-                hop_s=config.hop_s,
+            figure = figures.timeline(
+                found.genres, found.starts_s, found.probabilities, hop_s=config.hop_s
             )
+            canvas.save(figure, pictures[path], path.name)
     if config.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
     if failed:

@@ -25,6 +25,7 @@ def run(config: TrainConfig) -> int:
     # here, not above: they import torch, which takes seconds, and a signal must not come before
     from mgc_dist.cluster.meeting import meet
     from mgc_dist.report import page
+    from mgc_dist.report.figures import PICTURES
     from mgc_dist.training import command
 
     wait_s = config.engine.group_timeout_s
@@ -32,7 +33,7 @@ def run(config: TrainConfig) -> int:
     if source.shards_from or source.stage_dir:  # nodes may be done long after one another
         wait_s += source.stage_timeout_s
     with meet(cli.flags_of(config), wait_s=wait_s) as meeting:
-        result = command.train(config, stop, meeting)
+        result = command.train(config, stop, meeting, pictures=PICTURES)
         if result.outcome == "done" and result.is_first:
             page.attempt(result.folder, config.data.shards)
     if result.outcome == "already complete" and result.is_first:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.io import gfile
 
-from mgc_dist import board
 from mgc_dist.board import Board
 from mgc_dist.journal import Journal, read_metrics
+from mgc_dist.report import figures
+from mgc_dist.report.figures import PICTURES
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -24,7 +26,7 @@ def points(found: EventAccumulator, tag: str) -> list[tuple[int, float]]:
 
 
 def test_the_journals_numbers_over_samples_seen(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, writes=True)
+    journal = Journal(tmp_path, writes=True, pictures=PICTURES)
     journal.write("start", samples_seen=0, world=2, genres=["$\\frac$", "日本の曲"])
     for step in (1, 2):
         journal.write(
@@ -70,12 +72,12 @@ def _png_size(png: bytes) -> tuple[int, int]:
 
 
 def test_steps_that_a_resumed_run_does_again_are_not_shown_twice(tmp_path: Path) -> None:
-    first = Journal(tmp_path, writes=True)
+    first = Journal(tmp_path, writes=True, pictures=PICTURES)
     first.write("start", samples_seen=0, world=1)
     for seen in (10, 20, 30):
         first.write("step", samples_seen=seen, loss=1.0)
     # killed: the checkpoint is that of 20
-    again = Journal(tmp_path, writes=True)
+    again = Journal(tmp_path, writes=True, pictures=PICTURES)
     again.write("start", samples_seen=20, world=1)
     for seen in (30, 40):
         again.write("step", samples_seen=seen, loss=2.0)
@@ -92,25 +94,32 @@ def test_ranks_that_do_not_write_make_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_costs_points_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = Journal(tmp_path, writes=True)
     journal.write("step", samples_seen=1, loss=1.0)
-    write = board.write_at
+    write, write_bytes = gfile.LocalFileSystem._write, Path.write_bytes
 
-    def half(file: Any, offset: int, data: bytes) -> None:
-        os.pwrite(file.fileno(), data[: len(data) // 2], offset)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+    def half(self: Any, filename: bytes, content: bytes, mode: str) -> None:
+        write(self, filename, content[: len(content) // 2], mode)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(filename))
 
-    monkeypatch.setattr(board, "write_at", half)
+    def none(path: Path, content: bytes) -> int:
+        write_bytes(path, content[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(gfile.LocalFileSystem, "_write", half)
+    monkeypatch.setattr(Path, "write_bytes", none)
     with caplog.at_level(logging.WARNING):
         journal.write("step", samples_seen=2, loss=2.0)
         journal.write("step", samples_seen=3, loss=3.0)
     assert len([r for r in caplog.records if "No space left" in r.message]) == 1, "told once"
-    monkeypatch.setattr(board, "write_at", write)
+    monkeypatch.undo()
     journal.write("step", samples_seen=4, loss=4.0)
     journal.close()
+    assert {path.name.split(".")[0] for path in (tmp_path / "tensorboard").iterdir()} == {"events"}
     assert points(read(tmp_path / "tensorboard"), "train/loss") == [(1, 1.0), (4, 4.0)]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == [1.0, 2.0, 3.0, 4.0]
@@ -118,17 +127,26 @@ def test_a_full_disk_costs_points_and_nothing_else(
 
 def test_a_folder_that_cannot_be_made_costs_points_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file is in the way")
-    journal = Journal(tmp_path, writes=True)
+    journal = Journal(tmp_path, writes=True, pictures=PICTURES)
     journal.write("step", samples_seen=1, loss=1.0)
     journal.close()
     assert len(read_metrics(tmp_path, "step")) == 1
 
 
+def test_a_picture_that_cannot_be_drawn_costs_points_and_nothing_else(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, writes=True, pictures=PICTURES)
+    journal.write("validation", samples_seen=1, confusion=["no", "matrix"], loss=1.0)
+    journal.write("validation", samples_seen=2, confusion=[[1, 0], [0, 2]], loss=2.0)
+    journal.close()
+    assert len(read_metrics(tmp_path, "validation")) == 2
+    assert points(read(tmp_path / "tensorboard"), "validation/loss")[-1] == (2, 2.0)
+
+
 def test_genres_without_names_are_numbers() -> None:
-    side, png = board.picture([[1, 0, 0], [0, 2, 0], [0, 1, 0]], ["only one"])
-    assert _png_size(png) == (side, side)
+    figure = figures.confusion([[1, 0, 0], [0, 2, 0], [0, 1, 0]], ["only one"])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0", "1", "2"]
 
 
 def test_an_event_without_place_is_no_point(tmp_path: Path) -> None:
-    Board(tmp_path / "tensorboard").add("save_failed", {"step": 3})
+    Board(tmp_path / "tensorboard", {}).add("save_failed", {"step": 3})
     assert list(tmp_path.iterdir()) == []

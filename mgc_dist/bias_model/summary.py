@@ -1,4 +1,4 @@
-"""What a bias table knows, before anyone trains with it: text, report.json, report.png.
+"""What a bias table knows, before anyone trains with it; `report/bias` shows it.
 
 A bias model that knows the task destroys product of experts, one that knows nothing leaves plain
 cross-entropy: both are said in words. Figures of the training split are out of fold where the
@@ -25,10 +25,8 @@ report.json, a page may read it:
      "warnings": [str, ...]}
 """
 
-import json
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +34,6 @@ from numpy.typing import NDArray
 from mgc_dist.bias_model.table import BiasTable
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.tracks import SPLITS, group_key
-from mgc_dist.files import replace_text, replacing
 from mgc_dist.scoring.calibration import is_at_bound
 from mgc_dist.scoring.metrics import (
     effective_sample_size,
@@ -44,9 +41,6 @@ from mgc_dist.scoring.metrics import (
     scores,
     track_means,
 )
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Report = dict[str, Any]
 
@@ -177,112 +171,3 @@ def _warnings(report: Report, lone: list[str]) -> list[str]:
             "--head-c"
         )
     return said
-
-
-def paths_of(table: Path) -> tuple[Path, Path]:
-    """Where the report of a table is: JSON and picture, in its folder or beside its file."""
-    if table.is_dir():
-        return table / "report.json", table / "report.png"
-    return table.with_name(f"{table.name}.report.json"), table.with_name(f"{table.name}.report.png")
-
-
-def write(table: Path, report: Report) -> None:
-    """Write the picture, then the JSON file."""
-    text, picture = paths_of(table)
-    draw(picture, report)
-    replace_text(text, json.dumps(report, indent=1, ensure_ascii=False))
-
-
-def show(report: Report) -> None:
-    """Print the report."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, soft_wrap=True)
-    ours = report["fold_status"] == "out-of-fold"
-    shown = Table(title=_title(report))
-    for column in ("split", "logits", "rows", "accuracy", "NLL", "ECE"):
-        shown.add_column(column, justify="left" if column in ("split", "logits") else "right")
-    for split, figures in report["splits"].items():
-        kind = "out of fold" if split == "train" else "mean of heads"
-        values = (f"{figures[name]:.3f}" for name in ("accuracy", "nll", "ece"))
-        shown.add_row(split, kind if ours else "as given", str(figures["count"]), *values)
-    console.print(shown)
-    console.print(_genre_table(report))
-    console.print(
-        f"probability given to the truth (training rows{', out of fold' if ours else ''}):"
-    )
-    counts = report["truth_histogram"]
-    for tenth, count in enumerate(counts):
-        bar = "█" * round(40 * count / max(counts))
-        console.print(f"  {tenth / 10:.1f}-{(tenth + 1) / 10:.1f} {count:6d} {bar}")
-    rows, size = report["splits"]["train"]["count"], report["effective_sample_size"]
-    console.print(
-        f"effective sample size of the weights 1 - b_y: {size:.0f} of {rows} rows "
-        f"({100 * size / rows:.0f} %)"
-    )
-    for warning in report["warnings"]:
-        console.print(f"Warning: {warning}.", markup=False)
-
-
-def _title(report: Report) -> str:
-    if report["fold_status"] == "unknown":
-        return f"Bias report: {report['backbone']}, fold status unknown"
-    many, layers = len(report["layers"]) > 1, ", ".join(map(str, report["layers"]))
-    return (
-        f"Bias report: {report['backbone']}, layer{'s' if many else ''} {layers}, "
-        f"{report['folds']} folds, temperature {report['temperature']:.2f}"
-    )
-
-
-def _genre_table(report: Report) -> "Table":
-    from rich.table import Table
-
-    shown = Table(title="rows and tracks: named by the bias model (aligned) / not (conflicting)")
-    shown.add_column("genre")
-    for column in ("named", "train", "tracks", "valid.", "tracks", "test", "tracks"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for genre, mine in report["per_genre"].items():
-        cells = [f"{100 * mine['accuracy']:.0f} %"]
-        for of in (mine, *(report["per_genre_of"][split][genre] for split in SPLITS[1:])):
-            cells += [f"{of[f'aligned_{u}']}/{of[f'conflicting_{u}']}" for u in ("rows", "tracks")]
-        shown.add_row(genre, *cells)
-    return shown
-
-
-def draw(path: Path, report: Report) -> None:
-    """Write the picture: probability of the truth, aligned and conflicting rows of each genre."""
-    from matplotlib.figure import Figure
-
-    genres = report["per_genre"]
-    figure = Figure(figsize=(11, 1.6 + 0.34 * max(7, len(genres))), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
-    ours = ", out of fold" if report["fold_status"] == "out-of-fold" else ""
-    figures = (f"{s} {f['accuracy']:.3f}" for s, f in report["splits"].items())
-    figure.suptitle(f"{_title(report)}\nsegment accuracy: {', '.join(figures)}", fontsize=11)
-    left.bar(np.arange(10) / 10, report["truth_histogram"], 0.1, align="edge", color="0.5", ec="w")
-    rows, size = report["splits"]["train"]["count"], report["effective_sample_size"]
-    left.set_title(
-        f"training rows{ours}; effective size of 1 - b: {size:.0f} of {rows}", fontsize=10
-    )
-    left.set_xlabel("probability given to the true genre")
-    left.set_ylabel("training rows")
-    left.set_xlim(0, 1)
-    place = np.arange(len(genres))
-    aligned = np.array([of["aligned_rows"] for of in genres.values()])
-    conflicting = np.array([of["conflicting_rows"] for of in genres.values()])
-    right.barh(place, aligned, color="tab:orange", label="aligned: the bias model names the genre")
-    right.barh(place, conflicting, left=aligned, color="tab:blue", label="conflicting")
-    for k, of in enumerate(genres.values()):
-        mark = f" {100 * of['accuracy']:.0f} %{' !' if of['accuracy'] > GENRE_TOO_GOOD else ''}"
-        right.text(aligned[k] + conflicting[k], k, mark, va="center", fontsize=9)
-    right.set_yticks(place, list(genres))
-    right.invert_yaxis()
-    right.set_xlim(0, 1.15 * max(1, int((aligned + conflicting).max())))
-    right.set_xlabel("training rows")
-    right.set_title("what is left to learn: bias-conflicting rows", fontsize=10)
-    right.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False
-    )
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format="png")

@@ -7,7 +7,7 @@ from typing import Any
 
 from mgc_dist.config import CompareConfig
 from mgc_dist.files import replace_text
-from mgc_dist.report import figures
+from mgc_dist.report import canvas, figures
 from mgc_dist.scoring import conditions, paired, results
 from mgc_dist.scoring.metrics import METRICS
 
@@ -70,14 +70,10 @@ def draw_pair(path: Path, found: Report) -> None:
             for name, row in part.items()
             if row[count]
         ]
-    figures.differences(
-        path,
-        rows,
-        f"{Path(found['b']).name} against {Path(found['a']).name}\n{found['name']}, "
-        f"{found['count']} tracks",
-        f"difference in points (recall of a genre, accuracy of a subgroup), 95 % over {unit}",
-        emphasised=len(leading),
-    )
+    label = f"difference in points (recall of a genre, accuracy of a subgroup), 95 % over {unit}"
+    title = f"{Path(found['b']).name} against {Path(found['a']).name}"
+    title += f"\n{found['name']}, {found['count']} tracks"
+    canvas.save(figures.differences(rows, label, emphasised=len(leading)), path, title)
 
 
 def draw_seeds(path: Path, found: Report) -> None:
@@ -95,4 +91,5 @@ def draw_seeds(path: Path, found: Report) -> None:
         for name in names
         if name not in METRICS or METRICS[name].leads
     }
-    figures.seeds(path, panels, f"{found['name']}: runs over seeds, tracks as the unit")
+    title = f"{found['name']}: runs over seeds, tracks as the unit"
+    canvas.save(figures.seeds(panels), path, title)

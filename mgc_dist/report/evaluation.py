@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgc_dist.files import replace_text, replacing
-from mgc_dist.report import figures as charts
+from mgc_dist.report import canvas, gallery
 from mgc_dist.scoring import intervals, subgroups
 from mgc_dist.scoring.metrics import Reliability, scores
 from mgc_dist.scoring.score import SplitScores, mean_probability
@@ -92,24 +92,16 @@ def write(run: Path, subject: Subject, result: SplitScores, figures: Report) -> 
         result: of the walk.
         figures: from `summary`; its file is written last.
     """
-    folder, track = run / "evaluation", result.track
-    title = f"{subject.run}, {subject.name}\n{track.count} tracks, "
+    folder = run / "evaluation"
+    track = result.track
+    told = f"{subject.run}, {subject.name}: {track.count} tracks, accuracy {track.accuracy:.3f}"
     _write_confusion_csv(folder / f"confusion-{subject.name}.csv", subject, track.confusion)
-    charts.confusion(
-        folder / f"confusion-{subject.name}.png",
-        track.confusion,
-        subject.genres,
-        f"{title}accuracy {track.accuracy:.3f}",
-    )
-    bins = track.reliability
-    charts.reliability(
-        folder / f"reliability-{subject.name}.png",
-        bins.edges,
-        bins.count,
-        bins.confidence,
-        bins.accuracy,
-        f"{title}calibration error {track.ece:.3f}",
-    )
+    for entry in gallery.EVALUATION:
+        section = entry(figures)
+        for drawing in section.drawings if section else ():
+            title = f"{drawing.title}\n{told}"
+            path = folder / f"{drawing.name}-{subject.name}.png"
+            canvas.save(drawing.figure, path, title)
     write_predictions(run / "predictions" / f"{subject.name}.jsonl", subject, result)
     with replacing(run / "predictions" / f"{subject.name}.logits.npy") as file:
         np.save(file, result.logits, allow_pickle=False)

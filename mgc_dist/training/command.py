@@ -1,12 +1,13 @@
 """The body of `train`: open the data, agree on it, build, take the run folder, train."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from mgc_dist.bias_model import table
+from mgc_dist.board import Draw
 from mgc_dist.cluster import lease, ranks
 from mgc_dist.cluster.lease import Lease
 from mgc_dist.cluster.meeting import Meeting
@@ -47,13 +48,16 @@ class TrainResult:
     is_first: bool = True
 
 
-def train(config: TrainConfig, stop: Stop, meeting: Meeting) -> TrainResult:
+def train(
+    config: TrainConfig, stop: Stop, meeting: Meeting, *, pictures: Mapping[str, Draw] | None = None
+) -> TrainResult:
     """Train to the end of the plan, or to a stop that all ranks agree on (a collective).
 
     Args:
         config: of the run.
         stop: what asks for a stop; it listens already.
         meeting: of the ranks.
+        pictures: how values of events are drawn for TensorBoard, by key.
 
     Raises:
         UserError: data, table, model, arithmetic or run folder do not fit the configuration.
@@ -76,7 +80,7 @@ def train(config: TrainConfig, stop: Stop, meeting: Meeting) -> TrainResult:
                 done: Outcome = "already complete"
                 return TrainResult(outcome=done, folder=folder, is_first=peers.is_first)
             try:
-                run = setup.build(config, own, shards, bias, plan, peers, stop)
+                run = setup.build(config, own, shards, bias, plan, peers, stop, pictures)
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_short(error):
                     raise

@@ -1,6 +1,7 @@
 """What a training run is made of: the plan, the model, DeepSpeed around it, and its identity."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from mgc_dist.bias_model.table import BiasTable
+from mgc_dist.board import Draw
 from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.cluster.stop import Stop
 from mgc_dist.cluster.watch import start_limit
@@ -71,6 +73,7 @@ def build(
     plan: Plan,
     ranks: Ranks,
     stop: Stop,
+    pictures: Mapping[str, Draw] | None = None,
 ) -> Run:
     """Build the model and DeepSpeed around it (a collective).
 
@@ -82,6 +85,7 @@ def build(
         plan: from `plan_of`.
         ranks: peers.
         stop: what asks for a stop.
+        pictures: how values of events are drawn for TensorBoard, by key.
     """
     layout = lay_out(
         global_batch=config.optim.global_batch,
@@ -129,7 +133,7 @@ def build(
         model=model,
         engine=engine,
         ranks=ranks,
-        journal=Journal(config.output.run, writes=ranks.is_first),
+        journal=Journal(config.output.run, writes=ranks.is_first, pictures=pictures),
         stop=stop,
         cached=cached,
     )

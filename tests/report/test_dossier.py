@@ -14,7 +14,7 @@ from scipy.special import softmax
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.files import fingerprint
 from mgc_dist.models.folder import WEIGHTS
-from mgc_dist.report import findings, provenance
+from mgc_dist.report import making, verdict
 from mgc_dist.report.dossier import Dossier
 
 
@@ -134,7 +134,7 @@ def test_an_evaluation_of_an_earlier_model_is_not_shown(run: Path) -> None:
     (run / "best" / WEIGHTS).write_bytes(b"trained on")
     assert Dossier(run).main is None
     assert Dossier(run).outdated == ["test"]
-    shown = str(findings.verdict(Dossier(run)))
+    shown = " ".join(verdict.verdict(Dossier(run)).notes)
     assert "Not shown: test, measured on a model that best/ does not hold any more" in shown
 
 
@@ -147,4 +147,4 @@ def test_a_bias_table_that_was_made_again_is_not_the_trainings(
     environment["identity"]["bias table (--bias-table)"] = "0" * 64
     (run / "env.json").write_text(json.dumps(environment))
     assert Dossier(run, shards).bias is None
-    assert "gone or made again" in str(provenance.bias(Dossier(run, shards)))
+    assert "gone or made again" in str(making.bias(Dossier(run, shards)))

@@ -2,18 +2,26 @@
 
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import browser
 import pytest
 from browser import Browser
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runs import bias_report, write_evaluation, write_training
+from test_report import measured, told
 
 from mgc_dist.data import manifest
-from mgc_dist.report import findings, page
+from mgc_dist.report import evaluation, figures, gallery, page
+from mgc_dist.report.figures import Bar
+from mgc_dist.report.section import Drawing, Section, Table, Tile
 
 EVIL = "<script>document.title='owned'</script>\"'><img src=x onerror=alert(1)>"
 
@@ -67,7 +75,7 @@ def test_everything_is_shown_at_any_width(
         "s.getBoundingClientRect().width, s.getBoundingClientRect().height])"
     )
     wrong = chromium.value("document.querySelectorAll('article').length")
-    assert len(sizes) == 3 + 1 + 1 + 1 + 1 + 2 + wrong, [label for label, _, _ in sizes]
+    assert len(sizes) == 3 + 1 + 1 + 1 + 1 + 1 + wrong, [label for label, _, _ in sizes]
     for label, wide, high in sizes:
         assert label
         assert wide > 200
@@ -89,12 +97,13 @@ def test_dark_and_light_differ_and_can_be_read(chromium: Browser, evaluated: Pat
         ".map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);"
         "return .2126 * r + .7152 * g + .0722 * b};"
         "const page = getComputedStyle(document.body).backgroundColor;"
-        "return ['body', 'figcaption span', '.note', 'summary', '.small'].filter(name => {"
-        "const e = document.querySelector(name); if (!e) return false;"
-        "const s = getComputedStyle(e), c = name[0] == '.' && s.fill && e.ownerSVGElement"
-        " ? s.fill : s.color;"
+        "return ['body', 'figcaption span', '.note', 'summary', 'svg text'].filter(name =>"
+        "[...document.querySelectorAll(name)].some(e => {"
+        "const s = getComputedStyle(e), c = e.ownerSVGElement ? s.fill : s.color;"
+        "if (/^\\d+$/.test(e.textContent) && e.closest('svg[aria-label^=Confusion]'))"
+        " return false;"  # on a cell of its own
         "const [a, b] = [light(c), light(page)].sort((x, y) => y - x);"
-        "return (a + .05) / (b + .05) < 4.5})})()"
+        "return (a + .05) / (b + .05) < 4.5}))})()"
     )
     pages = []
     for dark in (False, True):
@@ -210,13 +219,102 @@ def test_a_part_that_fails_is_named(
     def confusion(_: object) -> None:
         raise KeyError("genres")
 
-    parts = tuple(confusion if part is findings.confusion else part for part in page._PARTS)
-    monkeypatch.setattr(page, "_PARTS", parts)
+    monkeypatch.setattr(gallery, "EVALUATION", (confusion, *gallery.EVALUATION[1:]))
     with caplog.at_level(logging.WARNING):
-        text = page._page(page.Dossier(evaluated))
+        text = page.write(evaluated).read_text()
     assert "The part confusion could not be made" in text
     assert "What may be concluded" in text
     assert "report without confusion: KeyError: 'genres'" in caplog.text
+
+
+def test_a_new_figure_is_one_entry(
+    chromium: Browser, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is on the page, and a PNG beside the other figures of an evaluation."""
+
+    def precision(found: dict[str, Any]) -> Section:
+        drawn = [Bar(name=g, value=of["precision"]) for g, of in found["per_genre"].items()]
+        figure = figures.bars(drawn)
+        drawing = Drawing(name="precision", title="Precision", label="Planted", figure=figure)
+        return Section(title="Planted", drawings=(drawing,))
+
+    monkeypatch.setattr(gallery, "EVALUATION", (*gallery.EVALUATION, precision))
+    run = Path(shutil.copytree(evaluated, tmp_path / "run"))
+    page.write(run)
+    chromium.open(run / page.NAME, width=390)
+    assert chromium.value("document.querySelectorAll('svg[aria-label=Planted]').length") == 1
+    subject, result = measured()
+    evaluation.write(tmp_path / "new", subject, result, told(subject, result))
+    path = tmp_path / "new" / "evaluation" / f"precision-{subject.name}.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ids_of_a_page_are_its_own_and_there(chromium: Browser, evaluated: Path) -> None:
+    chromium.open(evaluated / page.NAME, width=390)
+    ids = chromium.value("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids)) > 30
+    text = (evaluated / page.NAME).read_text()
+    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text))
+    assert used
+    assert {one or other for one, other in used} <= set(ids)
+
+
+class Seen(HTMLParser):
+    """An independent reader of what was written."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.names: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.names += [name, *(key for key, _ in attributes)]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def plain(text: str) -> Seen:
+    """A page whose every text is the given one."""
+    figure = figures.bars([Bar(name=text, value=0.5, note="of 3"), Bar(name=text, value=None)])
+    return Seen(
+        page.render(
+            text,
+            [
+                Section(
+                    title=text,
+                    tiles=(Tile(value=text, name=text, below=text),),
+                    warnings=(text,),
+                    facts=((text, text),),
+                    code=text,
+                    tables=(Table(label=text, columns=(text,), rows=((text, text),)),),
+                    drawings=(
+                        Drawing(name="d", title=text, label=text, figure=figure, about=text),
+                    ),
+                    paragraphs=(text,),
+                    notes=(text,),
+                    bullets=(text,),
+                )
+            ],
+        )
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.text(min_size=1))
+def test_any_text_stays_text(text: str) -> None:
+    seen = plain(text)
+    assert set(seen.names) <= set(plain("x").names)
+    ordinary = "".join(c for c in text if c.isprintable() and c != "\ufffd")
+    assert ordinary in "".join(c for c in seen.text if c.isprintable() and c != "\ufffd")
+
+
+@pytest.mark.parametrize("text", ["half \ud800 a pair, and \x00", EVIL, "$\\frac$", "]]>--><!--"])
+def test_text_can_always_be_written(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.html").write_text(page.render(text, []), encoding="utf-8")
+    assert plain(text).names == plain("x").names
 
 
 def test_a_page_that_cannot_be_written_is_told_and_harms_nothing(

@@ -1,12 +1,11 @@
-"""Merging keeps every segment once; the clock and the picture."""
+"""Merging keeps every segment once; the clock."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mgc_dist.report.timeline import clock, draw, merge
+from mgc_dist.report.timeline import clock, merge
 
 
 @pytest.mark.parametrize(("segments", "lines"), [(1, 1), (20, 20), (21, 11), (399, 20)])
@@ -28,14 +27,3 @@ def test_every_segment_is_in_one_stretch(segments: int, lines: int) -> None:
 def test_clock() -> None:
     shown = [clock(x) for x in (0, 1.5, 9.96, 59.96, 60, 125.25, 3600, 3661.5)]
     assert shown == ["0:00", "0:01.5", "0:10", "1:00", "1:00", "2:05.2", "1:00:00", "1:01:01.5"]
-
-
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
-@pytest.mark.parametrize("segments", [1, 40])
-def test_picture(suffix: str, segments: int, tmp_path: Path) -> None:
-    probabilities = np.random.default_rng(0).dirichlet(np.ones(3), segments)
-    path = tmp_path / "new" / f"x{suffix}"
-    starts = [1.5 * k for k in range(segments)]
-    draw(path, "no $\\frac$ formula", ("a", "$b", "$\\c$"), starts, probabilities, hop_s=1.5)
-    begin = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix]
-    assert path.read_bytes().startswith(begin)

@@ -139,10 +139,13 @@ def test_a_run_without_settings_is_refused(tmp_path: Path) -> None:
 
 def test_the_picture_has_a_panel_a_figure(tmp_path: Path, monkeypatch) -> None:
     drawn = []
-    monkeypatch.setattr(comparison.figures, "seeds", lambda *args: drawn.append(args))
+    draw = comparison.figures.seeds
+    monkeypatch.setattr(
+        comparison.figures, "seeds", lambda panels: [drawn.append(panels), draw(panels)][1]
+    )
     runs = [run_of(tmp_path, loss, seed) for seed in (0, 1) for loss in (POE, CE)]
     comparison.draw_seeds(tmp_path / "x.png", conditions.compare(runs, "test"))
-    panels = drawn[0][1]
+    panels = drawn[0]
     assert list(panels)[:2] == ["accuracy", "macro-F1"]
     assert set(panels["macro-F1"]) == {"loss=ce", "loss=poe beta=0.5"}
     assert sorted(panels["accuracy"]["loss=ce"]) == [0, 1]

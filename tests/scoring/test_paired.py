@@ -104,9 +104,14 @@ def test_other_tracks_are_refused(two, tmp_path: Path) -> None:
 
 def test_the_picture_holds_every_genre_and_subgroup(two, tmp_path: Path, monkeypatch) -> None:
     drawn = []
-    monkeypatch.setattr(comparison.figures, "differences", lambda *args, **_: drawn.append(args))
+    draw = comparison.figures.differences
+    monkeypatch.setattr(
+        comparison.figures,
+        "differences",
+        lambda *args, **more: [drawn.append(args), draw(*args, **more)][1],
+    )
     comparison.draw_pair(tmp_path / "x.png", paired.compare(*two, "test", resamples=200, seed=0))
-    names = [name for name, _, _ in drawn[0][1]]
+    names = [name for name, _, _ in drawn[0][0]]
     assert names[:2] == ["accuracy", "macro-F1"]
     assert names[2:] == [f"{g} (20)" for g in GENRES] + [
         "bias-aligned (40)",

@@ -14,13 +14,14 @@ from sklearn.metrics import log_loss, recall_score
 from trainings import config
 
 from mgc_dist import train
-from mgc_dist.bias_model import summary as bias_report
+from mgc_dist.bias_model import summary
 from mgc_dist.bias_model import table as logits
 from mgc_dist.config import DataConfig, TrainConfig
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.journal import read_metrics
+from mgc_dist.report import bias as bias_report
 from mgc_dist.training import logbook
 
 
@@ -48,7 +49,7 @@ def noisy(label: np.ndarray, strength: float) -> np.ndarray:
 def test_figures_are_scikit_learns(data) -> None:
     found, label, track = data
     table = table_of(noisy(label, 1.0))
-    report = bias_report.make(table, found, label, track)
+    report = summary.make(table, found, label, track)
     probability = np.exp(table.log_probability.astype(np.float64))
     guess = probability.argmax(1)
     for split, (first, stop) in found.splits.items():
@@ -72,7 +73,7 @@ def test_figures_are_scikit_learns(data) -> None:
 def test_aligned_and_conflicting_rows_and_tracks_by_hand(data) -> None:
     found, label, track = data
     table = table_of(noisy(label, 1.0))
-    report = bias_report.make(table, found, label, track)
+    report = summary.make(table, found, label, track)
     p = np.exp(table.log_probability.astype(np.float64))
     for split in ("train", "validation", "test"):
         genres = report["per_genre"] if split == "train" else report["per_genre_of"][split]
@@ -105,15 +106,13 @@ def test_the_files_hold_what_the_docstring_promises(shards: Path, table: Path) -
     assert sum(report["truth_histogram"]) == 66
     assert set(report["per_genre"]) == set(manifest.read(shards).genres)
     for name in report:
-        assert f'"{name}"' in (bias_report.__doc__ or ""), name
+        assert f'"{name}"' in (summary.__doc__ or ""), name
     assert (table / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_model_that_knows_too_much_is_warned_of_with_the_reason(data) -> None:
     found, label, track = data
-    (fold, good, easy) = bias_report.make(table_of(noisy(label, 9.0)), found, label, track)[
-        "warnings"
-    ]
+    (fold, good, easy) = summary.make(table_of(noisy(label, 9.0)), found, label, track)["warnings"]
     assert "x.csv is unknown" in fold
     assert "right in 100 % of the training segments (above 90 %)" in good
     assert "0.915" in good
@@ -126,7 +125,7 @@ def test_a_single_genre_that_is_too_easy_is_named(data, table: Path) -> None:
     logit = noisy(label, 1.0)
     logit[label == 1, 1] += 9
     header = replace(logits.read_header(table), temperature=1.3)
-    (_, easy) = bias_report.make(table_of(logit, ours=header), found, label, track)["warnings"]
+    (_, easy) = summary.make(table_of(logit, ours=header), found, label, track)["warnings"]
     assert "nearly always names classical (100 %):" in easy
     assert "blues" not in easy
 
@@ -135,7 +134,7 @@ def test_a_model_that_knows_nothing_is_warned_of(data, table: Path) -> None:
     found, label, track = data
     header = replace(logits.read_header(table), temperature=20.0)
     wrong = noisy((label + 1) % 3, 2.0)
-    said = bias_report.make(table_of(wrong, ours=header), found, label, track)["warnings"]
+    said = summary.make(table_of(wrong, ours=header), found, label, track)["warnings"]
     assert "not below that of guessing (1.10)" in said[1]
     assert "temperature ran to its bound (20.00)" in said[2]
 
@@ -146,7 +145,7 @@ def test_a_genre_that_its_head_has_never_heard_is_named(data, table: Path) -> No
     training = [t for t in found.tracks if t.split == "train"]
     assert len({t.group for t in training}) == 3, "one training artist a genre"
     fine = table_of(noisy(label, 1.0), ours=header)
-    (said,) = bias_report.make(fine, found, label, track)["warnings"]
+    (said,) = summary.make(fine, found, label, track)["warnings"]
     assert said.startswith("all training tracks of blues, classical, country are in one fold")
     alone = [t.id for t in training if t.genre == "country"]
     apart = [
@@ -156,7 +155,7 @@ def test_a_genre_that_its_head_has_never_heard_is_named(data, table: Path) -> No
     folds = {f"track {t.id}": n % 2 for n, t in enumerate(training) if t.genre != "country"}
     folds[f"group {training[-1].group}"] = 0
     split = table_of(noisy(label, 1.0), ours=replace(header, fold_of=folds))
-    (said,) = bias_report.make(split, replace(found, tracks=tuple(apart)), label, track)["warnings"]
+    (said,) = summary.make(split, replace(found, tracks=tuple(apart)), label, track)["warnings"]
     assert len(alone) == 2
     assert said.startswith("all training tracks of country are in one fold")
 
@@ -165,12 +164,12 @@ def test_the_text_shows_every_split_genre_and_warning(
     data, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, label, track = data
-    bias_report.show(bias_report.make(table_of(noisy(label, 9.0)), found, label, track))
+    bias_report.show(summary.make(table_of(noisy(label, 9.0)), found, label, track))
     said = capsys.readouterr().out
     for word in ("train", "validation", "test", *found.genres, "as given", "Warning: "):
         assert word in said
     ours = table_of(noisy(label, 1.0), ours=logits.read_header(table))
-    bias_report.show(bias_report.make(ours, found, label, track))
+    bias_report.show(summary.make(ours, found, label, track))
     said = capsys.readouterr().out
     assert "out of fold" in said
     assert "mean of heads" in said

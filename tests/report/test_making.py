@@ -1,16 +1,15 @@
 """What the report says about the making follows from the run folder; its commands parse."""
 
-import html
 import json
-import re
 import shlex
 import shutil
+from html import unescape
 from pathlib import Path
 
 import pytest
 from conftest import shard_config
 from runs import bias_report, write_training
-from test_findings import words
+from test_verdict import html, words
 
 from mgc_dist import cli, shard
 from mgc_dist.config import (
@@ -22,7 +21,7 @@ from mgc_dist.config import (
     TrainConfig,
 )
 from mgc_dist.data import manifest
-from mgc_dist.report import provenance
+from mgc_dist.report import making
 from mgc_dist.report.dossier import Dossier
 
 
@@ -35,22 +34,22 @@ def run(shards: Path, table: Path, tmp_path: Path) -> Path:
 def test_the_data_set_and_what_is_not_controlled(
     run: Path, shards: Path, tracks: Path, tmp_path: Path
 ) -> None:
-    shown = words(provenance.data(Dossier(run)))
+    shown = words(making.data(Dossier(run)))
     assert manifest.read(shards).dataset_id[:12] in shown
     assert "train 3 6 3 66 0.01" in shown
     assert "of the 18 tracks whose artist is known" in shown
     assert "Not controlled" not in shown
     shard.run(shard_config(tracks, tmp_path / "unknown", groups=None))
     write_training(tmp_path / "other", tmp_path / "unknown")
-    shown = words(provenance.data(Dossier(tmp_path / "other")))
+    shown = words(making.data(Dossier(tmp_path / "other")))
     assert "Not controlled: 18 tracks have no known artist" in shown
     shutil.rmtree(tmp_path / "unknown")
-    shown = words(provenance.data(Dossier(tmp_path / "other")))
+    shown = words(making.data(Dossier(tmp_path / "other")))
     assert "not where they were, or were packed again" in shown
 
 
 def test_settings_and_bias_table(run: Path, table: Path) -> None:
-    shown = words(provenance.training(Dossier(run)))
+    shown = words(making.training(Dossier(run)))
     for part in (
         "loss poe (beta 0.5)",
         "bias table logmel, table ",
@@ -62,16 +61,16 @@ def test_settings_and_bias_table(run: Path, table: Path) -> None:
     ):
         assert part in shown
     (run / "config.yaml").unlink()
-    assert "config.yaml is not there" in words(provenance.training(Dossier(run)))
+    assert "config.yaml is not there" in words(making.training(Dossier(run)))
 
 
 def test_curves_leave_out_what_was_done_again(run: Path) -> None:
-    text = provenance.curves(Dossier(run))
+    text = unescape(html(making.curves(Dossier(run))))
     assert "over 66 points" in text
     assert "where the run was resumed" in text
     assert text.count("<figure") == 3
-    assert "the head's is 50 times as high" in html.unescape(text)
-    assert "holds no steps" in words(provenance.curves(Dossier(run / "none")))
+    assert "the head's is 50 times as high" in text
+    assert "holds no steps" in words(making.curves(Dossier(run / "none")))
 
 
 def test_the_bias_report(run: Path, shards: Path, table: Path, tmp_path: Path) -> None:
@@ -81,17 +80,17 @@ def test_the_bias_report(run: Path, shards: Path, table: Path, tmp_path: Path) -
     data = DataConfig(shards=shards, bias_table=bias)
     config = TrainConfig(data=data)
     (run / "config.yaml").write_text(cli.dump("train", config))
-    shown = words(provenance.bias(Dossier(run)))
+    shown = words(making.bias(Dossier(run)))
     assert "a bias model that knows the task" in shown
     assert "48 of 66 segments" in shown
     assert "train 66 0.500 1.500 0.100" in shown
     assert "blues 11 11 1 1" in shown
     (bias / "report.json").unlink()
-    assert "gone or made again since" in words(provenance.bias(Dossier(run)))
+    assert "gone or made again since" in words(making.bias(Dossier(run)))
     plain = TrainConfig(data=data, objective=LossConfig(loss="ce"))
     (run / "config.yaml").write_text(cli.dump("train", plain))
-    assert provenance.bias(Dossier(run)) is None
-    assert "none: plain cross-entropy" in words(provenance.training(Dossier(run)))
+    assert making.bias(Dossier(run)) is None
+    assert "none: plain cross-entropy" in words(making.training(Dossier(run)))
 
 
 def test_cost_and_tries(run: Path) -> None:
@@ -100,7 +99,7 @@ def test_cost_and_tries(run: Path) -> None:
     for line in lines:
         line["time_s"] = next(times)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shown = words(provenance.cost(Dossier(run)))
+    shown = words(making.cost(Dossier(run)))
     seconds = 100 * (len(lines) - 2)  # the time between the two tries is not spent
     assert f"wall time {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} h" in shown
     assert "tries 2 (1 done, 1 without a last word)" in shown
@@ -109,14 +108,13 @@ def test_cost_and_tries(run: Path) -> None:
     assert "TFLOP/s of a rank 395.8 (median)" in shown
     assert "of its bf16 peak (MFU), % 40 (median), 40 to 40" in shown
     assert "1.25 GiB" in shown
-    assert "tells of no try" in words(provenance.cost(Dossier(run / "none")))
+    assert "tells of no try" in words(making.cost(Dossier(run / "none")))
 
 
 def test_the_commands_parse_and_pack_the_same(run: Path, table: Path, shards: Path) -> None:
-    text = provenance.commands(Dossier(run))
-    block = re.search(r"<pre[^>]*>(.*?)</pre>", text, re.S)
-    assert block
-    lines = [shlex.split(line) for line in html.unescape(block[1]).splitlines()]
+    section = making.commands(Dossier(run))
+    assert section.code in unescape(html(section))
+    lines = [shlex.split(line) for line in section.code.splitlines()]
     pack, bias, train, plain, evaluate = lines
     assert pack[:3] == ["python", "-m", "mgc_dist.shard"]
     packed = cli.parse("shard", ShardConfig, pack[3:])

@@ -1,0 +1,133 @@
+"""The report of a bias table, shown: on the terminal, as files beside the table, on a page."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from mgc_dist.bias_model.summary import GENRE_TOO_GOOD
+from mgc_dist.data.tracks import SPLITS
+from mgc_dist.files import replace_text
+from mgc_dist.report import canvas, figures
+from mgc_dist.report.section import Drawing, Section, Table
+
+Report = dict[str, Any]
+
+
+def paths_of(table: Path) -> tuple[Path, Path]:
+    """Where the report of a table is: JSON and picture, in its folder or beside its file."""
+    if table.is_dir():
+        return table / "report.json", table / "report.png"
+    return table.with_name(f"{table.name}.report.json"), table.with_name(f"{table.name}.report.png")
+
+
+def write(table: Path, report: Report) -> None:
+    """Write the picture, then the JSON file."""
+    text, picture = paths_of(table)
+    accuracies = (f"{split} {of['accuracy']:.3f}" for split, of in report["splits"].items())
+    title = f"{_title(report)}\nsegment accuracy: {', '.join(accuracies)}"
+    canvas.save(_drawing(report).figure, picture, title)
+    replace_text(text, json.dumps(report, indent=1, ensure_ascii=False))
+
+
+def section(report: Report) -> Section:
+    """What the bias model explains, as a part of a page."""
+    splits = report.get("splits") or {name: report[name] for name in SPLITS}
+    rows = tuple(
+        (name, str(one["count"]), *(f"{one[key]:.3f}" for key in ("accuracy", "nll", "ece")))
+        for name, one in splits.items()
+    )
+    columns = ("split", "segments", "accuracy", "NLL", "ECE")
+    return Section(
+        title="What the bias model explains",
+        warnings=tuple(report.get("warnings") or ()),
+        tables=(Table(label="bias model", columns=columns, rows=rows),),
+        drawings=(_drawing(report),),
+        folded=(("by genre", _by_genre(report)),) if report.get("per_genre") else (),
+    )
+
+
+def _drawing(report: Report) -> Drawing:
+    counts, size = report["truth_histogram"], report["effective_sample_size"]
+    genres = {
+        genre: (of["aligned_rows"], of["conflicting_rows"])
+        for genre, of in (report.get("per_genre") or {}).items()
+        if "aligned_rows" in of
+    }
+    shares = ", ".join(f"{genre} {a / max(1, a + c):.2f}" for genre, (a, c) in genres.items())
+    label = f"Probability that the bias model gives to the truth, {sum(counts)} training segments"
+    return Drawing(
+        name="bias",
+        title="Probability of the truth",
+        label=f"{label}. Accuracy by genre: {shares}" if shares else label,
+        figure=figures.bias(counts, genres, GENRE_TOO_GOOD),
+        about="Training segments, by heads that did not see their tracks, nor their artists "
+        "where known. Far right: what the shortcut explains. Effective size of the rest: "
+        f"{size:.0f} of {sum(counts)} segments. Below: the bias model's accuracy by genre.",
+    )
+
+
+def _by_genre(report: Report) -> Table:
+    keys = ("aligned_rows", "conflicting_rows", "aligned_tracks", "conflicting_tracks")
+    return Table(
+        label="bias by genre",
+        columns=("genre", "segments with", "against", "tracks with", "against"),
+        rows=tuple(
+            (genre, *(str(one.get(key, "-")) for key in keys))
+            for genre, one in report["per_genre"].items()
+        ),
+    )
+
+
+def show(report: Report) -> None:
+    """Print the report."""
+    console = Console(highlight=False, soft_wrap=True)
+    ours = report["fold_status"] == "out-of-fold"
+    shown = Grid(title=_title(report))
+    for column in ("split", "logits", "rows", "accuracy", "NLL", "ECE"):
+        shown.add_column(column, justify="left" if column in ("split", "logits") else "right")
+    for split, of in report["splits"].items():
+        kind = "out of fold" if split == "train" else "mean of heads"
+        values = (f"{of[name]:.3f}" for name in ("accuracy", "nll", "ece"))
+        shown.add_row(split, kind if ours else "as given", str(of["count"]), *values)
+    console.print(shown)
+    console.print(_genre_grid(report))
+    console.print(
+        f"probability given to the truth (training rows{', out of fold' if ours else ''}):"
+    )
+    counts = report["truth_histogram"]
+    for tenth, count in enumerate(counts):
+        bar = "█" * round(40 * count / max(counts))
+        console.print(f"  {tenth / 10:.1f}-{(tenth + 1) / 10:.1f} {count:6d} {bar}")
+    rows, size = report["splits"]["train"]["count"], report["effective_sample_size"]
+    console.print(
+        f"effective sample size of the weights 1 - b_y: {size:.0f} of {rows} rows "
+        f"({100 * size / rows:.0f} %)"
+    )
+    for warning in report["warnings"]:
+        console.print(f"Warning: {warning}.", markup=False)
+
+
+def _title(report: Report) -> str:
+    if report["fold_status"] == "unknown":
+        return f"Bias report: {report['backbone']}, fold status unknown"
+    many, layers = len(report["layers"]) > 1, ", ".join(map(str, report["layers"]))
+    return (
+        f"Bias report: {report['backbone']}, layer{'s' if many else ''} {layers}, "
+        f"{report['folds']} folds, temperature {report['temperature']:.2f}"
+    )
+
+
+def _genre_grid(report: Report) -> Grid:
+    shown = Grid(title="rows and tracks: named by the bias model (aligned) / not (conflicting)")
+    shown.add_column("genre")
+    for column in ("named", "train", "tracks", "valid.", "tracks", "test", "tracks"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for genre, mine in report["per_genre"].items():
+        cells = [f"{100 * mine['accuracy']:.0f} %"]
+        for of in (mine, *(report["per_genre_of"][split][genre] for split in SPLITS[1:])):
+            cells += [f"{of[f'aligned_{u}']}/{of[f'conflicting_{u}']}" for u in ("rows", "tracks")]
+        shown.add_row(genre, *cells)
+    return shown

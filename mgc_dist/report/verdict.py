@@ -1,0 +1,218 @@
+"""The parts of a page that say how good the model is: verdict, figures, mistakes, conclusions."""
+
+from dataclasses import replace
+
+from mgc_dist.report import figures
+from mgc_dist.report.canvas import SECOND
+from mgc_dist.report.dossier import Decider, Dossier, Json
+from mgc_dist.report.figures import Line
+from mgc_dist.report.gallery import cell
+from mgc_dist.report.section import Drawing, Mistake, Section, Table, Tile
+from mgc_dist.report.tables import by_unit
+from mgc_dist.scoring.metrics import METRICS
+
+MOST_WRONG = 8
+"""Mistakes that are shown."""
+
+
+def verdict(found: Dossier) -> Section:
+    """The figures that count, first, and which evaluations are of another model by now."""
+    notes = []
+    if found.main is not None:
+        tiles = _of_evaluation(found.main[1])
+    elif found.best is not None:
+        tiles = (
+            Tile(value=cell(found.best["track_accuracy"]), name="validation track accuracy"),
+            Tile(value=cell(found.best["track_macro_f1"]), name="validation macro-F1"),
+        )
+        notes.append(
+            "Not evaluated yet. These are the figures that chose the model, so they flatter it; "
+            f"deepspeed launch/evaluate.py {found.run} measures the test split."
+        )
+    else:
+        state = found.status.get("state", "unknown")
+        tiles = ()
+        notes.append(f"Neither validated nor evaluated yet; the run's state is {state}.")
+    if found.outdated:
+        notes.append(
+            f"Not shown: {', '.join(found.outdated)}, measured on a model that best/ does not hold "
+            "any more, or damaged. Evaluate again."
+        )
+    return Section(tiles=tiles, paragraphs=(_chosen(found),) if tiles else (), notes=tuple(notes))
+
+
+def _of_evaluation(found: Json) -> tuple[Tile, ...]:
+    track, genres = found["track"], len(found["genres"])
+    sizes = [sum(row) for row in found["confusion"]]
+    return (
+        Tile(
+            value=cell(track["accuracy"]), name="track accuracy", below=_interval(found, "accuracy")
+        ),
+        Tile(value=cell(track["macro_f1"]), name="macro-F1", below=_interval(found, "macro_f1")),
+        Tile(value=str(track["count"]), name=f"tracks of the {found['split']} split"),
+        Tile(
+            value=cell(1 / genres),
+            name=f"chance, {genres} genres",
+            below=f"naming the largest genre: {max(sizes) / max(1, sum(sizes)):.3f}",
+        ),
+    )
+
+
+def _chosen(found: Dossier) -> str:
+    best = found.best
+    if best is None:
+        return "Which epoch the model is from is not known: the run folder has no validation."
+    by = {  # runs of version 0.1.0 chose by macro-F1, and did not write so
+        "nll": "for the least NLL over tracks of the validation split "
+        f"({cell(best.get('track_nll'))})",
+        "macro-f1": f"by macro-F1 on the validation split ({cell(best.get('track_macro_f1'))})",
+        "last": "because it was the last one that was validated",
+    }[best.get("select", "macro-f1")]
+    return f"The model is that of epoch {best['epoch']:.2f}, chosen {by}."
+
+
+def _interval(found: Json, name: str) -> str:
+    intervals = found.get("intervals")
+    unit, bounds = by_unit(intervals)[0] if intervals else ("", {})
+    if not intervals or name not in bounds:
+        return ""
+    low, high = bounds[name]
+    level = 100 * intervals.get("level", 0.95)
+    return f"{level:.0f} % interval {low:.3f} to {high:.3f} {unit}"
+
+
+def details(found: Dossier) -> Section | None:
+    """Every scalar figure of the main evaluation, and the other evaluations."""
+    if found.main is None:
+        return None
+    name, main = found.main
+    ways = [(f"tracks, {way}", values) for way, values in (main.get("aggregates") or {}).items()]
+    kinds = [*(ways or [("tracks", main["track"])]), ("segments", main["segment"])]
+    keys = ("count", *METRICS)
+    tables = [
+        Table(
+            label="all figures",
+            columns=("unit", "count", *(metric.head for metric in METRICS.values())),
+            rows=tuple((unit, *(cell(of.get(key)) for key in keys)) for unit, of in kinds),
+        )
+    ]
+    others = [(other, of["track"]) for other, of in found.evaluations.items() if other != name]
+    if others:
+        few = ("count", "accuracy", "macro_f1")
+        tables.append(
+            Table(
+                label="other evaluations",
+                columns=("other evaluation", "tracks", "accuracy", "macro-F1"),
+                rows=tuple((other, *(cell(of.get(key)) for key in few)) for other, of in others),
+            )
+        )
+    told = (
+        f"Split {main['split']}, data set {str(main.get('dataset_id'))[:12]}; a track "
+        f"is judged by the {main.get('aggregate', 'mean-prob')} of its segments."
+    )
+    return Section(title="Figures", tables=tuple(tables), paragraphs=(told, *_intervals(main)))
+
+
+def _intervals(main: Json) -> list[str]:
+    intervals: Json = main.get("intervals") or {}
+    lines = []
+    for unit, bounds in by_unit(intervals) if intervals else ():
+        told = ", ".join(
+            f"{key.replace('_', ' ')} {low:.3f} to {high:.3f}"
+            for key, (low, high) in bounds.items()
+        )
+        known = f" ({intervals.get('known_groups')} known)" if unit == "over artists" else ""
+        lines.append(f"Intervals {unit}{known}: {told}.")
+    return lines
+
+
+def mistakes(found: Dossier) -> Section | None:
+    """The tracks that are wrong with the highest probability, to be listened to."""
+    if found.main is None:
+        return None
+    title = "Most confidently wrong"
+    wrong = [line for line in found.predictions if line["truth"] != line["prediction"]]
+    if not found.predictions:
+        note = "The predictions of the tracks are not in the run folder."
+        return Section(title=title, notes=(note,))
+    if not wrong:
+        return Section(title=title, notes=("No track is wrong.",))
+    wrong.sort(key=lambda line: (-line["probabilities"][line["prediction"]], line["track"]))
+    shown = wrong[:MOST_WRONG]
+    deciders = found.deciders(shown)
+    told = f"{len(wrong)} of {len(found.predictions)} tracks are wrong. "
+    heard = "Listen to the segment that gave the wrong genre its highest probability."
+    unheard = (
+        "Their segments cannot be heard here: the shards, or the logits of this evaluation, are "
+        "not where they were."
+    )
+    return Section(
+        title=title,
+        paragraphs=(told + heard,) if deciders else (),
+        notes=() if deciders else (told + unheard,),
+        mistakes=tuple(
+            _mistake(n, line, deciders.get(line["track"])) for n, line in enumerate(shown)
+        ),
+    )
+
+
+def _mistake(number: int, line: Json, decider: Decider | None) -> Mistake:
+    track, wrong, truth = line["track"], line["prediction"], line["truth"]
+    mistake = Mistake(
+        track=track,
+        wrong=wrong,
+        wrong_share=line["probabilities"][wrong],
+        truth=truth,
+        truth_share=line["probabilities"][truth],
+    )
+    if decider is None:
+        return mistake
+    start_s = decider.start_s[decider.segment]
+    told = list(zip(decider.start_s, decider.wrong, strict=True))
+    true = list(zip(decider.start_s, decider.truth, strict=True))
+    figure = figures.lines(
+        (Line(name=wrong, points=told), Line(name=truth, points=true, color=SECOND)),
+        x_title="start of the segment, s",
+        y_title="probability",
+        y_range=(0, 1),
+        marks=((start_s, "the segment that decided"),),
+        height=180,
+    )
+    drawing = Drawing(
+        name=f"mistake-{number}",
+        title=track,
+        label=f"Probability of {wrong} and of {truth} over the segments of {track}",
+        figure=figure,
+    )
+    return replace(mistake, drawing=drawing, start_s=start_s, wav=decider.wav)
+
+
+def conclusions(found: Dossier) -> Section:
+    """What may be said after this, and what not."""
+    lines = []
+    if found.main is None:
+        lines.append("Nothing about other music yet: only the validation split was looked at.")
+    else:
+        _, main = found.main
+        track, split = main["track"], main["split"]
+        bounds = ((main.get("intervals") or {}).get("tracks") or {}).get("accuracy")
+        span = f", with a 95 % interval of {bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
+        lines.append(
+            f"One training with one seed has an accuracy of {track['accuracy']:.3f} on "
+            f"{track['count']} tracks of one {split} split{span}. The interval is about which "
+            "tracks were drawn, not about other seeds or other collections."
+        )
+        if split != "test":
+            lines.append(f"The {split} split was used in making the model, so it flatters it.")
+    objective = found.config.objective if found.config else None
+    if objective and not objective.needs_bias:
+        lines.append("Plain cross-entropy: the run to compare a debiased one with.")
+    else:
+        loss = objective.description if objective else "unknown"
+        lines.append(
+            f"It says nothing about whether the loss {loss} helped. That takes the same run with "
+            "--loss ce, compared on the same tracks, and several seeds."
+        )
+    limits = "Tracks of one artist in training and test raise the figures of any model; "
+    lines.append(limits + "what this split controls is said above.")
+    return Section(title="What may be concluded", bullets=tuple(lines))
