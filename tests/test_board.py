@@ -16,6 +16,8 @@ from mgc_dist.journal import Journal, read_metrics
 from mgc_dist.report import figures
 from mgc_dist.report.figures import PICTURES
 
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 
 def read(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder)).Reload()
@@ -94,7 +96,6 @@ def test_ranks_that_do_not_write_make_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_costs_points_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

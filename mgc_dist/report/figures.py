@@ -232,7 +232,9 @@ def lines(
     if level:
         axes.axhline(level[0], c=SOFT, lw=1, ls="--")
         at = axes.get_yaxis_transform()
-        axes.text(1, level[0], level[1], c=SOFT, ha="right", va="bottom", fontsize=10, transform=at)
+        axes.text(
+            0.5, level[0], level[1], c=SOFT, ha="center", va="bottom", fontsize=10, transform=at
+        )
     for x, name in marks:
         tell(axes.axvline(x, c=SOFT, lw=1, ls=":"), name)
     for line in drawn:

@@ -19,7 +19,7 @@ from runs import bias_report, write_evaluation, write_training
 from test_report import measured, told
 
 from mgc_dist.data import manifest
-from mgc_dist.report import evaluation, figures, gallery, page
+from mgc_dist.report import canvas, evaluation, figures, gallery, page
 from mgc_dist.report.figures import Bar
 from mgc_dist.report.section import Drawing, Section, Table, Tile
 
@@ -201,8 +201,13 @@ def test_a_folder_with_nothing_still_gives_a_page(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("content", ["", "[1, 2]", '{"event": "step", "track": 3}\n', None])
 def test_a_missing_or_foreign_file_costs_its_part_only(
-    evaluated: Path, file: str, content: str | None, tmp_path: Path
+    evaluated: Path,
+    file: str,
+    content: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(canvas, "inline", lambda *_: "<svg></svg>")  # it takes the time
     run = Path(shutil.copytree(evaluated, tmp_path / "run"))
     if content is None:
         (run / file).unlink()
@@ -252,7 +257,7 @@ def test_a_new_figure_is_one_entry(
 def test_ids_of_a_page_are_its_own_and_there(chromium: Browser, evaluated: Path) -> None:
     chromium.open(evaluated / page.NAME, width=390)
     ids = chromium.value("[...document.querySelectorAll('[id]')].map(e => e.id)")
-    assert len(ids) == len(set(ids)) > 30
+    assert len(ids) == len(set(ids)) > 20
     text = (evaluated / page.NAME).read_text()
     used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text))
     assert used
