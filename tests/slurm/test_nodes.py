@@ -64,7 +64,8 @@ def test_the_doctor_counts_gpus(doctor: Any, tmp_path: Path) -> None:
     flags = ("--gpus-per-node=1", "--ntasks-per-node=2")
     said, ended = doctor("--run", tmp_path / "run", flags=flags)
     assert ended.state == "FAILED"
-    assert "tasks on n1 is 2 for 1 GPUs, where one task a GPU is needed" in said
+    # the first node that says so ends the other one, maybe before it has said anything
+    assert re.search("tasks on n[12] is 2 for 1 GPUs, where one task a GPU is needed", said)
 
 
 def test_the_doctor_sees_what_only_one_node_sees(cluster: Cluster, tmp_path: Path) -> None:
