@@ -17,7 +17,7 @@ from mgc_dist.data.tracks import Track
 from mgc_dist.errors import UserError
 from mgc_dist.packing import card
 from mgc_dist.packing import splits as split
-from mgc_dist.report import provenance
+from mgc_dist.report import making
 
 
 def track(id_: str, genre: str = "g", group: str | None = None, split: str = "") -> Track:
@@ -228,7 +228,7 @@ def test_a_new_rule_is_one_entry(
     assert "seed" not in found.settings
     assert {each.split for each in found.tracks} == {"train", "validation", "test"}
     assert "- nothing known" in (tmp_path / "out" / card.NAME).read_text()
-    command = provenance._shard_command("shards", found)
+    command = making._shard_command("shards", found)
     assert "--split in-turn --fold 1 --split-file X" in command
 
 

@@ -402,7 +402,7 @@ def killed_at(name: str, count: int) -> Patch:
 
 @pytest.mark.parametrize(
     ("name", "count", "world", "left"),
-    [("note", 0, 1, 44), ("note", 20, 2, 24), ("replace_text", 1, 1, 0)],
+    [("note", 0, 1, 44), ("note", 20, 2, 24), ("replace_text", 0, 1, 0)],
 )
 def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
     name: str,

@@ -123,7 +123,7 @@ def test_deepspeed_takes_the_gpu_that_slurm_has_bound(
     monkeypatch.setattr("deepspeed.comm.get_world_size", lambda: 4)
     monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 3)
     fake = SimpleNamespace(initialize=initialize)
-    monkeypatch.setattr("mgc_dist.engine._import_deepspeed", lambda peers: fake)
+    monkeypatch.setattr("mgc_dist.training.engine._import_deepspeed", lambda peers: fake)
     peers = ranks.Ranks(rank=3, world=4, local_rank=3, device=torch.device("cuda", 0))
     with pytest.raises(FoundDevice):
         Engine(
