@@ -25,9 +25,8 @@ from measure import machine
 
 from mgc_dist import files
 from mgc_dist.config import ModelConfig
-from mgc_dist.data import features
-from mgc_dist.data.features import Facts, Features
-from mgc_dist.data.rowfile import RowFile
+from mgc_dist.data.features import STORE, Features, FeaturesKey
+from mgc_dist.data.rowstore import CHECKSUMS, RowFile
 from mgc_dist.models import flops
 from mgc_dist.models.main import build_main
 
@@ -84,7 +83,7 @@ def measure(way: str, size: str, runs: int) -> tuple[list[float], float, float]:
 
 def reading(runs: int) -> list[float]:
     """CPU microseconds a row."""
-    facts = Facts(
+    facts = FeaturesKey(
         dataset_id="random",
         frozen="",
         boundary="layers:12",
@@ -100,14 +99,14 @@ def reading(runs: int) -> list[float]:
         folder = Path(name)
         shape = (facts.rows, facts.frames, facts.width)
         values = rng.integers(0, 1 << 16, shape, np.uint16)
-        path = folder / features.FEATURES
+        path = folder / STORE.array
         with RowFile(path, folder / "ledger", "random", shape=shape, dtype=np.uint16) as file:
             file.put("all", 0, values)
-            np.save(folder / features.CHECKSUMS, file.checksums())
-        digest = files.fingerprint(folder / features.CHECKSUMS)
-        content = {"format": features.FORMAT, "format_version": features.FORMAT_VERSION}
+            np.save(folder / CHECKSUMS, file.checksums())
+        digest = files.fingerprint(folder / CHECKSUMS)
+        content = {"format": STORE.format, "format_version": STORE.version}
         content |= vars(facts) | {"checksums_xxh3_128": digest}
-        (folder / features.HEADER).write_text(json.dumps(content))
+        (folder / STORE.header).write_text(json.dumps(content))
         into = np.zeros((32, facts.row_bytes), np.uint8)
         with Features(folder, facts) as cached:
             for _ in range(runs + 1):

@@ -313,7 +313,7 @@ def reader(job: Job) -> dict[str, Any]:
         started = time.perf_counter()
         with Reader(shards, "train", batches, read_ahead=4, pin=pin) as stream:
             for batch in stream:
-                batch.wave.to(job.device, non_blocking=True)
+                batch.input.to(job.device, non_blocking=True)
         if pin:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started

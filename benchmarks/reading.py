@@ -188,8 +188,8 @@ def ours(folder: Path, scratch: Path) -> Callable[[], int]:
         batches = training_batches(plan, layout, 0, 0)
         with Reader(shards, "train", batches, read_ahead=4, pin=False) as reader:
             for batch in reader:
-                if batch.wave.shape != (BATCH, LENGTH):
-                    raise ValueError(f"a batch of {tuple(batch.wave.shape)}")
+                if batch.input.shape != (BATCH, LENGTH):
+                    raise ValueError(f"a batch of {tuple(batch.input.shape)}")
                 count += int(np.count_nonzero(batch.plan.place >= 0))  # not the padding
         return count
 

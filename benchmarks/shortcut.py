@@ -32,7 +32,7 @@ import numpy as np
 from measure import machine, versions
 from numpy.typing import NDArray
 
-from mgc_dist.bias_model.states import STATES
+from mgc_dist.bias_model.states import STORE
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet, open_index
 from mgc_dist.files import replace_text
@@ -166,7 +166,7 @@ def untrained_logits(seed: Seed) -> NDArray[np.float64]:
     hidden values are standardised over the training rows.
     """
     found = manifest.read(seed.shards)
-    hidden = np.load(seed.shards / "bias" / STATES)[:, 0].astype(np.float64)  # [N, D]
+    hidden = np.load(seed.shards / "bias" / STORE.array)[:, 0].astype(np.float64)  # [N, D]
     train = hidden[: found.splits["train"][1]]
     standard = (hidden - train.mean(axis=0)) / train.std(axis=0)
     width, genres = hidden.shape[1], len(found.genres)

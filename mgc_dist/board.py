@@ -102,11 +102,9 @@ class Board:
 
 
 def scalars(values: Mapping[str, object]) -> Iterator[tuple[str, float]]:
-    """The finite numbers of an event by name, those of a mapping as KEY/NAME."""
+    """The finite numbers of an event by name."""
     for key, value in values.items():
-        named: dict[str, Any] = value if isinstance(value, dict) else {"": value}
-        for name, number in named.items():
-            if key in _NO_SCALARS or isinstance(number, bool):
-                continue
-            if isinstance(number, int | float) and math.isfinite(number):
-                yield f"{key}/{name}" if name else key, float(number)
+        if key in _NO_SCALARS or isinstance(value, bool):
+            continue
+        if isinstance(value, int | float) and math.isfinite(value):
+            yield key, float(value)

@@ -10,8 +10,11 @@ import time
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
+from mgc_dist import events
 from mgc_dist.board import Board, Draw
+from mgc_dist.events import Event
 from mgc_dist.files import json_lines, replace_text, write_at
 
 log = logging.getLogger(__name__)
@@ -19,19 +22,6 @@ log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 BOARD = "tensorboard"
 STATUS = "status.json"
-
-Value = (
-    str
-    | int
-    | float
-    | None
-    | list[float]
-    | list[int]
-    | list[str]
-    | list[list[int]]
-    | dict[str, float]
-    | dict[str, int]
-)
 
 
 class Journal:
@@ -50,22 +40,22 @@ class Journal:
     ) -> None:
         self._run = run
         self._writes = writes
-        self._about: dict[str, Value] = {}
+        self._about: dict[str, Any] = {}
         self._file: FileIO | None = None
         self._kept = b""
         self._board = Board(run / BOARD, pictures or {})
 
-    def write(self, event: str, **values: Value) -> None:
+    def write(self, event: Event) -> None:
         """Append one event with the time."""
         if self._writes:
-            line: dict[str, Value] = {"event": event, "time_s": round(time.time(), 3)}
-            line |= values
+            values = event.values()
+            line = {"event": event.name, "time_s": round(time.time(), 3)} | values
             self._kept += json.dumps(_without_nan(line)).encode() + b"\n"
             try:
                 self._flush()
             except OSError as error:
                 log.warning("%s: %s; kept for later", self._run / METRICS, error.strerror)
-            self._board.add(event, values)
+            self._board.add(event.name, values)
 
     def _flush(self) -> None:
         if self._file is None:
@@ -83,11 +73,11 @@ class Journal:
             raise
         self._kept = b""
 
-    def begin(self, **about: Value) -> None:
+    def begin(self, **about: object) -> None:
         """What status.json shall say of this try from now on, whatever its state."""
         self._about = about
 
-    def status(self, state: str, **values: Value) -> None:
+    def status(self, state: str, **values: object) -> None:
         """Replace status.json: `running`, `stopped`, `failed` or `done`."""
         if self._writes:
             content = {"state": state} | self._about | values
@@ -136,12 +126,12 @@ def read_status(run: Path) -> dict[str, object]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def read_metrics(run: Path, event: str) -> list[dict[str, float]]:
-    """The lines of one kind of event, in order."""
-    return [line for line in json_lines(run / METRICS) if line["event"] == event]
+def read_events(run: Path) -> list[Event]:
+    """The events of metrics.jsonl, in order; lines that are none are passed over."""
+    return [event for line in json_lines(run / METRICS) if (event := events.parsed(line))]
 
 
-def _without_nan(line: dict[str, Value]) -> dict[str, Value]:
+def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
     """JSON knows no NaN: null stands for what is not finite."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value

@@ -26,9 +26,10 @@ import soundfile
 import torch
 from gpu_marker import device, pytest_configure, pytest_runtest_setup, tell  # noqa: F401
 
-from mgc_dist import shard, synth
+from mgc_dist import shard
 from mgc_dist.config import BiasConfig, ShardConfig
 from mgc_dist.models.main import WaveClassifier, build_main
+from mgc_dist.packing import music
 
 if TYPE_CHECKING:
     from cluster import Cluster
@@ -161,12 +162,12 @@ def write_tracks(
 ) -> None:
     """A small tree of GENRE/*.wav and artists.csv, two tracks an artist."""
     lines = ["track,genre,artist"]
-    for genre in list(synth.STYLES)[:genres]:
+    for genre in list(music.STYLES)[:genres]:
         (folder / genre).mkdir(parents=True)
         for number in range(tracks):
-            wave = synth.compose(genre, number, seed=5, duration_s=duration_s, per_artist=2)
+            wave = music.compose(genre, number, seed=5, duration_s=duration_s, per_artist=2)
             name = f"{genre}.{number:05d}"
-            soundfile.write(folder / genre / f"{name}.wav", wave, synth.SAMPLE_RATE, "PCM_16")
+            soundfile.write(folder / genre / f"{name}.wav", wave, music.SAMPLE_RATE, "PCM_16")
             lines.append(f"{name},{genre},{genre} artist {number // 2}")
     (folder / "artists.csv").write_text("\n".join(lines) + "\n")
 

@@ -13,6 +13,7 @@ from mgc_dist.bias_model import table as logits
 from mgc_dist.config import DataConfig, RunConfig, TrainConfig
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
+from mgc_dist.events import DoneEvent, StartEvent, StepEvent, ValidationEvent
 from mgc_dist.journal import Journal
 
 ROWS, GLOBAL_BATCH, STEPS = 66, 10, 66
@@ -57,12 +58,11 @@ def _write_metrics(run: Path, genres: list[str]) -> None:
     journal = Journal(run, writes=True)
     size = len(genres)
     for first, last in ((0, 40), (33, STEPS)):  # what came after step 33 is lost and done again
-        journal.write("start", samples_seen=first * GLOBAL_BATCH, world=2, genres=genres)
+        journal.write(StartEvent(samples_seen=first * GLOBAL_BATCH, world=2, genres=genres))
         for step in range(first, last):
             seen = GLOBAL_BATCH * (step + 1)
             fall, factor = np.exp(-step / 30), min(1, (step + 1) / 6, (STEPS - step) / 60)
-            journal.write(
-                "step",
+            event = StepEvent(
                 step=step + 1,
                 samples_seen=seen,
                 epoch=round((seen - 1) / ROWS, 4),
@@ -77,12 +77,12 @@ def _write_metrics(run: Path, genres: list[str]) -> None:
                 data_wait_share=0.002,
                 peak_memory_gib=1.25,
             )
+            journal.write(event)
             if seen // ROWS > (seen - GLOBAL_BATCH) // ROWS:
                 score = round(float(0.85 - 0.6 * fall + 0.02 * random.normal()), 4)
                 hits = np.full((size, size), 1) + 9 * np.eye(size, dtype=int)
                 better, best = score > best, max(score, best)
-                journal.write(
-                    "validation",
+                check = ValidationEvent(
                     exported=better,
                     select="nll",
                     select_loss=1 - score / 2,
@@ -95,7 +95,8 @@ def _write_metrics(run: Path, genres: list[str]) -> None:
                     segment_accuracy=score - 0.05,
                     confusion=hits.tolist(),
                 )
-    journal.write("done", samples_seen=STEPS * GLOBAL_BATCH)
+                journal.write(check)
+    journal.write(DoneEvent(samples_seen=STEPS * GLOBAL_BATCH))
     journal.close()
 
 

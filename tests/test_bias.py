@@ -28,7 +28,7 @@ from mgc_dist.bias_model import states as hidden
 from mgc_dist.bias_model import table as logits
 from mgc_dist.bias_model.heads import cross_fit
 from mgc_dist.config import BiasConfig
-from mgc_dist.data import manifest, rowfile
+from mgc_dist.data import manifest, rowstore
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
@@ -36,7 +36,14 @@ from mgc_dist.files import locked, sha256
 from mgc_dist.models.backbone import HiddenMean, LogMel
 from mgc_dist.models.hub import normalise
 
-FILES = (logits.TABLE, logits.HEADER, hidden.STATES, hidden.HEADER, "report.json", "report.png")
+FILES = (
+    logits.TABLE,
+    logits.HEADER,
+    hidden.STORE.array,
+    hidden.STORE.header,
+    "report.json",
+    "report.png",
+)
 BATCHES = 27  # 66 rows in each of three splits, 8 at a time
 
 
@@ -107,14 +114,14 @@ def test_one_pass_keeps_the_time_mean_of_every_layer(
     shards: Path, backbone: Path, deep: Path
 ) -> None:
     net = Wav2Vec2Model.from_pretrained(backbone).eval()
-    states = np.load(deep / hidden.STATES, mmap_mode="r")
+    states = np.load(deep / hidden.STORE.array, mmap_mode="r")
     assert (states.shape, states.dtype) == ((198, 3, 32), np.float32)
     with ShardSet(shards) as data, torch.no_grad():
         for row in (0, 65, 66, 140, 197):
             wave = normalise(torch.from_numpy(data.read(row).copy())[None])
             for layer, found in enumerate(net(wave, output_hidden_states=True).hidden_states):
                 assert states[row, layer] == pytest.approx(found[0].mean(0).numpy(), abs=1e-5)
-    said = json.loads((deep / hidden.HEADER).read_text())
+    said = json.loads((deep / hidden.STORE.header).read_text())
     assert said["dataset_id"] == manifest.read(shards).dataset_id
     assert said["bias_hash"] == logits.read_header(deep).bias_hash
     assert (said["rows"], said["layers"], said["width"]) == (198, 3, 32)
@@ -127,7 +134,7 @@ def test_the_table_is_the_cross_fit_of_these_states(shards: Path, deep: Path) ->
     with ShardSet(shards) as data:
         tracks, labels = data.tracks, data.labels
     assert (np.array(fold)[tracks] >= 0).sum() == 66
-    states = np.load(deep / hidden.STATES)[:, 2]
+    states = np.load(deep / hidden.STORE.array)[:, 2]
     fit = cross_fit(states, labels, np.array(fold)[tracks], folds=2, genres=3, c=1.0)
     assert np.load(deep / logits.TABLE) == pytest.approx(fit.log_probability, abs=1e-5)
     assert header.temperature == pytest.approx(fit.temperature)
@@ -147,16 +154,20 @@ def test_new_heads_need_no_other_pass(
         run_ranks(1, make_table, bias_config(shards, **settings))
     again = bias_config(shards, overwrite=True, **settings)
     assert run_ranks(1, counted, again)[0][0] == 0
-    assert (folder / hidden.STATES).stat().st_mtime_ns == (deep / hidden.STATES).stat().st_mtime_ns
+    assert (folder / hidden.STORE.array).stat().st_mtime_ns == (
+        deep / hidden.STORE.array
+    ).stat().st_mtime_ns
     assert getattr(logits.read_header(folder), {"layer": "layers"}.get(name, name)) != getattr(
         logits.read_header(deep), {"layer": "layers"}.get(name, name)
     )
     if name != "seed":  # two artists a genre: their folds may only change places
         assert (folder / logits.TABLE).read_bytes() != (deep / logits.TABLE).read_bytes()
     if name == "layer":
-        fit = np.load(deep / hidden.STATES)[:, [layer % 3 for layer in changes["layer"]]].mean(1)
+        fit = np.load(deep / hidden.STORE.array)[:, [layer % 3 for layer in changes["layer"]]].mean(
+            1
+        )
         got = hidden.mean_of_layers(
-            np.load(folder / hidden.STATES), logits.read_header(folder).layers
+            np.load(folder / hidden.STORE.array), logits.read_header(folder).layers
         )
         assert got == pytest.approx(fit, abs=1e-6)
 
@@ -225,7 +236,7 @@ def test_several_layers_are_given_as_words_or_in_a_preset(tmp_path: Path) -> Non
 
 def killed_after(batches: int, config: BiasConfig, world: int = 1) -> None:
     """A pass that is killed when the next batch is in the file, and not in the ledger."""
-    die_at(rowfile, "note", config, world, batches)
+    die_at(rowstore, "note", config, world, batches)
 
 
 @pytest.mark.parametrize(("world", "batches"), [(1, 0), (1, 12), (2, 20)])
@@ -235,7 +246,7 @@ def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
     folder = tmp_path / "bias"
     config = bias_config(shards, bias_table=folder)
     killed_after(batches, config, world)
-    assert not (folder / hidden.HEADER).exists()
+    assert not (folder / hidden.STORE.header).exists()
     assert not (folder / logits.HEADER).exists()
     assert run_ranks(1, counted, config)[0][0] == BATCHES - batches
     for name in FILES:
@@ -247,12 +258,12 @@ def test_what_a_crash_has_lost_is_computed_again(shards: Path, table: Path, tmp_
     folder = tmp_path / "bias"
     config = bias_config(shards, bias_table=folder)
     killed_after(20, config)
-    part = folder / hidden.PARTIAL
+    part = folder / hidden.STORE.partial
     data = bytearray(part.read_bytes())
     data[128 + 4 * 40 * 30] ^= 1  # row 30: batch 3 is not as the ledger says
     part.write_bytes(data)
     assert run_ranks(2, counted, config)[0][0] == 5  # 1 of train, 7 of test over two ranks
-    assert (folder / hidden.STATES).read_bytes() == (table / hidden.STATES).read_bytes()
+    assert (folder / hidden.STORE.array).read_bytes() == (table / hidden.STORE.array).read_bytes()
     assert (folder / logits.TABLE).read_bytes() == (table / logits.TABLE).read_bytes()
 
 
@@ -260,8 +271,8 @@ def test_killed_between_the_last_renames(shards: Path, table: Path, tmp_path: Pa
     folder = tmp_path / "bias"
     config = bias_config(shards, bias_table=folder)
 
-    die_at(hidden, "replace_text", config, world=1)
-    assert (folder / hidden.STATES).exists()
+    die_at(rowstore, "replace_text", config, world=1)
+    assert (folder / hidden.STORE.array).exists()
     assert run_ranks(1, counted, config)[0][0] == 0
     assert (folder / logits.TABLE).read_bytes() == (table / logits.TABLE).read_bytes()
 
@@ -278,24 +289,24 @@ def test_other_or_damaged_states_are_refused(shards: Path, table: Path, tmp_path
     (folder / logits.HEADER).unlink()
     config = bias_config(shards, bias_table=folder)
     again = bias_config(shards, bias_table=folder, overwrite=True)
-    states = bytearray((folder / hidden.STATES).read_bytes())
+    states = bytearray((folder / hidden.STORE.array).read_bytes())
     states[-5] ^= 1
-    (folder / hidden.STATES).write_bytes(states)
+    (folder / hidden.STORE.array).write_bytes(states)
     with pytest.raises(UserError, match=r"hidden states in .*another xxh3_128.*\n.*--overwrite"):
         run_ranks(2, make_table, config)
     assert run_ranks(1, counted, again)[0][0] == BATCHES
-    said = json.loads((folder / hidden.HEADER).read_text())
+    said = json.loads((folder / hidden.STORE.header).read_text())
     for change, message in (
         ({"dataset_id": "f" * 64}, "states of another dataset_id"),
         ({"bias_hash": "f" * 64}, "states of another bias_hash"),
         ({"format_version": 9}, "states of another format_version"),
     ):
         (folder / logits.HEADER).unlink(missing_ok=True)
-        (folder / hidden.HEADER).write_text(json.dumps(said | change))
+        (folder / hidden.STORE.header).write_text(json.dumps(said | change))
         with pytest.raises(UserError, match=message):
             run_ranks(1, make_table, config)
     assert run_ranks(1, counted, again)[0][0] == BATCHES
-    for name in (hidden.STATES, logits.TABLE):
+    for name in (hidden.STORE.array, logits.TABLE):
         assert (folder / name).read_bytes() == (table / name).read_bytes()
 
 

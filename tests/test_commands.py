@@ -17,10 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainings import config, train_on
 from transformers import pipeline
 
-from mgc_dist import cli, evaluate, export, predict, shard, synth
+from mgc_dist import cli, evaluate, export, predict, shard
 from mgc_dist.config import EvaluateConfig, ExportConfig, PredictConfig, TrainConfig
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
+from mgc_dist.packing.music import compose
 from mgc_dist.scoring.score import fit_temperature
 
 
@@ -226,7 +227,7 @@ def point_at(run: Path, shards: Path) -> None:
 
 
 def test_validation_while_training_said_the_same(run: Path) -> None:
-    from mgc_dist.journal import read_metrics
+    from metrics import read_metrics
 
     run_ranks(1, evaluate.run, EvaluateConfig(run=run, split="validation", batch=3))
     found = json.loads((run / "evaluation" / "validation.json").read_text())
@@ -291,7 +292,7 @@ def test_predict_agrees_with_evaluate_on_the_same_tracks(
 def test_predict_takes_any_length_rate_and_channel_count(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wave = synth.compose("country", 0, seed=9, duration_s=2.0, per_artist=1)
+    wave = compose("country", 0, seed=9, duration_s=2.0, per_artist=1)
     stereo = np.stack([wave, wave], axis=1)
     soundfile.write(tmp_path / "a.flac", stereo, 22_050)
     soundfile.write(tmp_path / "b.wav", wave[: int(0.6 * 22_050)], 22_050)
@@ -319,7 +320,7 @@ def test_predict_takes_any_length_rate_and_channel_count(
 def test_predict_shows_a_long_file_in_few_lines(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wave = synth.compose("blues", 1, seed=9, duration_s=30.0, per_artist=1)
+    wave = compose("blues", 1, seed=9, duration_s=30.0, per_artist=1)
     soundfile.write(tmp_path / "long.wav", wave, 22_050)
     config = PredictConfig(run=run, files=(tmp_path / "long.wav",), hop_s=0.5)
     predict.run(config)
@@ -337,13 +338,13 @@ def test_predict_shows_a_long_file_in_few_lines(
         minutes, seconds = start.split(":")
         assert 60 * int(minutes) + float(seconds) == 1.5 * k
         assert (genre, sure) == (genres[int(mean.argmax())], f"{mean.max():.2f}")
-        assert len("".join(bar)) == round(predict.BAR * mean.max())
+        assert len("".join(bar)) == round(24 * mean.max())
 
 
 def test_predict_draws_a_picture_a_file(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wave = synth.compose("blues", 1, seed=9, duration_s=2.0, per_artist=1)
+    wave = compose("blues", 1, seed=9, duration_s=2.0, per_artist=1)
     for name in ("one.wav", "two.wav", "two.flac"):
         soundfile.write(tmp_path / name, wave, 22_050)
     one, two, same = (tmp_path / name for name in ("one.wav", "two.wav", "two.flac"))
@@ -373,7 +374,7 @@ def test_a_complete_run_and_its_evaluation_leave_a_report(run: Path) -> None:
 
 
 def test_training_draws_its_metrics_for_tensorboard(run: Path) -> None:
-    from mgc_dist.journal import read_metrics
+    from metrics import read_metrics
 
     found = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
     drawn, truth = found.Scalars("train/loss"), read_metrics(run, "step")

@@ -171,6 +171,14 @@ def test_an_identity_of_the_first_version_still_compares_right() -> None:
     assert changes == {"loss": ("dfl", "poe"), "beta": (0.25, 0.5)}
 
 
+def test_a_demo_of_the_first_version_goes_on() -> None:
+    path = "/home/somebody/mgc_dist/launch/presets/wav2vec2-demo.json"
+    for ours in ("wav2vec2-demo", "launch/presets/wav2vec2-demo.json"):
+        assert not resume.refuse_change("checkpoint", now(model=ours), OLD | {"--model": path})
+    with pytest.raises(UserError, match="--model: got logmel-cnn, expected wav2vec2-demo"):
+        resume.refuse_change("checkpoint", now(model="logmel-cnn"), OLD | {"--model": path})
+
+
 def test_a_knob_that_an_old_run_did_not_write_down_is_not_taken_for_its_default() -> None:
     written = {key: value for key, value in OLD.items() if key != "--lr"}
     with pytest.raises(UserError, match="--lr: got 3e-05, expected not written down"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import run_ranks
+from metrics import read_metrics
 
 from mgc_dist import bias, cli, compare, evaluate, predict, shard, train
 from mgc_dist.config import (
@@ -21,7 +22,6 @@ from mgc_dist.config import (
     TrainConfig,
     VerifyConfig,
 )
-from mgc_dist.journal import read_metrics
 
 ARCHIVE = Path(__file__).parent / "old" / "v0_1_0.tar.xz"
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import shard_config, write_tracks
+from metrics import read_metrics
 from test_launcher import call
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
 from mgc_dist import shard
-from mgc_dist.journal import read_metrics, read_status
+from mgc_dist.journal import read_status
 from mgc_dist.models.folder import load_exported
 
 LARGE = {  # facebook/wav2vec2-large-960h-lv60-self's config.json, layerdrop and dropouts included

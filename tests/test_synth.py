@@ -9,6 +9,7 @@ import soundfile
 
 from mgc_dist import synth
 from mgc_dist.config import SynthConfig
+from mgc_dist.packing import music
 
 
 def make(out: Path, **changes) -> Path:
@@ -52,14 +53,14 @@ def test_the_demos_music_stays_what_its_figures_are_about() -> None:
         "rock": [5727, 6394, 3995, 822, 20, -213, 156, -811, 1734],
     }
     for genre, expected in golden.items():
-        wave = synth.compose(genre, 3, seed=0, duration_s=1.5, per_artist=2)
+        wave = music.compose(genre, 3, seed=0, duration_s=1.5, per_artist=2)
         assert np.abs(wave[::4001] * 32768 - expected).max() < 2
 
 
 def test_tracks_are_finite_loud_and_different() -> None:
     waves = [
-        synth.compose(genre, n, seed=0, duration_s=2.0, per_artist=2)
-        for genre in synth.STYLES
+        music.compose(genre, n, seed=0, duration_s=2.0, per_artist=2)
+        for genre in music.STYLES
         for n in range(2)
     ]
     for wave in waves:

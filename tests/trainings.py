@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import run_ranks
+from metrics import read_metrics
 
 from mgc_dist import train
 from mgc_dist.config import (
@@ -17,7 +18,6 @@ from mgc_dist.config import (
     RunConfig,
     TrainConfig,
 )
-from mgc_dist.journal import read_metrics
 from mgc_dist.training.logbook import Logbook
 
 

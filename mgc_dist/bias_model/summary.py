@@ -5,28 +5,11 @@ cross-entropy: both are said in words. Figures of the training split are out of 
 table is ours. A row or track is bias-aligned if the bias model names its genre, else
 bias-conflicting; a track is judged by the mean probability of its segments.
 
-report.json, a page may read it:
-
-    {"backbone": str,                    the model, or the file of a table from elsewhere
-     "layers": [int, ...] or null,       null, as the next two, for a table from elsewhere
-     "folds": int or null,
-     "temperature": float or null,
-     "fold_status": "out-of-fold" or "unknown",
-     "dataset_id": str,
-     "table_sha256": str,
-     "splits": {SPLIT: {"count": int, "accuracy": float, "nll": float, "ece": float,
-                        "balanced_accuracy": float, "macro_f1": float}},      over segments
-     "truth_histogram": [10 counts],     training rows by the probability given to the truth
-     "effective_sample_size": float,     of the weights 1 - b_y over the training rows
-     "per_genre": {GENRE: {"rows": int, "accuracy": float,                    training split
-                           "aligned_rows": int, "conflicting_rows": int,
-                           "aligned_tracks": int, "conflicting_tracks": int}},
-     "per_genre_of": {"validation": as per_genre, "test": as per_genre},
-     "warnings": [str, ...]}
+Its JSON is `scoring.written.BiasReport`.
 """
 
 import math
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +24,7 @@ from mgc_dist.scoring.metrics import (
     scores,
     track_means,
 )
-
-Report = dict[str, Any]
+from mgc_dist.scoring.written import BiasGenre, BiasReport
 
 TOO_GOOD = 0.9
 """Accuracy on the training rows above which a warning is printed: at 0.915 product of experts
@@ -53,9 +35,16 @@ GENRE_TOO_GOOD = 0.95
 main model never named it (docs/log.md, 2026-11-22)."""
 
 
+def paths_of(table: Path) -> tuple[Path, Path]:
+    """Where the report of a table is: JSON and picture, in its folder or beside its file."""
+    if table.is_dir():
+        return table / "report.json", table / "report.png"
+    return table.with_name(f"{table.name}.report.json"), table.with_name(f"{table.name}.report.png")
+
+
 def make(
     table: BiasTable, found: Manifest, label: NDArray[np.int64], track: NDArray[np.int64]
-) -> Report:
+) -> BiasReport:
     """Figures of each split, and of the training rows' truth, as this module's docstring lists.
 
     Args:
@@ -65,7 +54,7 @@ def make(
         track: int64 [N], position of each row's track in the manifest.
     """
     splits: dict[str, dict[str, float]] = {}
-    genres: dict[str, dict[str, dict[str, float]]] = {}
+    genres: dict[str, dict[str, BiasGenre]] = {}
     truth = np.empty(0)
     for split in SPLITS:
         rows = slice(*found.splits[split])
@@ -77,7 +66,7 @@ def make(
             truth = probability[np.arange(len(probability)), label[rows]]
     counts, _ = np.histogram(truth, bins=10, range=(0, 1))
     header = table.header
-    report: Report = {
+    report: BiasReport = {
         "backbone": table.name,
         "layers": list(header.layers) if header else None,
         "folds": header.folds if header else None,
@@ -90,8 +79,10 @@ def make(
         "effective_sample_size": effective_sample_size(1 - truth),
         "per_genre": genres.pop("train"),
         "per_genre_of": genres,
+        "warnings": [],
     }
-    return report | {"warnings": _warnings(report, _lone_genres(table, found))}
+    report["warnings"] = _warnings(report, _lone_genres(table, found))
+    return report
 
 
 def _lone_genres(table: BiasTable, found: Manifest) -> list[str]:
@@ -108,13 +99,13 @@ def _per_genre(
     label: NDArray[np.int64],
     track: NDArray[np.int64],
     genres: tuple[str, ...],
-) -> dict[str, dict[str, float]]:
+) -> dict[str, BiasGenre]:
     right = probability.argmax(axis=1) == label  # [rows]
     tracks, of_track = track_means(probability, track)  # [M], [M, K]
     genre_of = np.empty(len(tracks), np.int64)
     genre_of[np.searchsorted(tracks, track)] = label
     track_right = of_track.argmax(axis=1) == genre_of  # [M]
-    found = {}
+    found: dict[str, BiasGenre] = {}
     for k, genre in enumerate(genres):
         mine, my_tracks = right[label == k], track_right[genre_of == k]
         found[genre] = {
@@ -128,7 +119,7 @@ def _per_genre(
     return found
 
 
-def _warnings(report: Report, lone: list[str]) -> list[str]:
+def _warnings(report: BiasReport, lone: list[str]) -> list[str]:
     said, train, genres = [], report["splits"]["train"], report["per_genre"]
     if report["fold_status"] == "unknown":
         said.append(

@@ -21,8 +21,9 @@ from mgc_dist import console as display
 from mgc_dist.cluster.lease import holder_of
 from mgc_dist.cluster.place import Place, place
 from mgc_dist.errors import UserError
-from mgc_dist.files import json_lines, nearest
-from mgc_dist.journal import METRICS
+from mgc_dist.events import CheckpointEvent, only
+from mgc_dist.files import nearest
+from mgc_dist.journal import read_events
 
 log = logging.getLogger(__name__)
 
@@ -290,8 +291,8 @@ def _time(run: Path) -> Iterator[Finding]:
     """Is there time to save before the job ends, and before a preemption kills it?"""
     if "SLURM_JOB_ID" not in os.environ:
         return
-    saves = [line.get("save_s", 0.0) for line in json_lines(run / METRICS) if "save_s" in line]
-    longest = max(map(float, saves), default=0.0)
+    saves = [event.save_s for event in only(read_events(run), CheckpointEvent)]
+    longest = max(saves, default=0.0)
     ends = _end_of_job()
     left = "an unknown time" if ends is None else f"{max(0.0, ends - time.time()) / 60:.0f} min"
     grace = _grace()

@@ -20,19 +20,23 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from mgc_dist import files
+from mgc_dist.data.rowstore import CHECKSUMS, RowStore
 from mgc_dist.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMAT = "mgc_dist frozen features"
-FORMAT_VERSION = 1
-FEATURES, CHECKSUMS, HEADER = "features.npy", "checksums.npy", "features.json"
+STORE = RowStore(
+    name="features",
+    format="mgc_dist frozen features",
+    version=1,
+    noun="frozen features",
+    keeps_checksums=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What features are of; features with other facts are in another folder.
+class FeaturesKey:
+    """What features are of; those of another key are in another folder.
 
     Attributes:
         dataset_id: of the shards.
@@ -66,6 +70,11 @@ class Facts:
         return self.rows * self.row_bytes
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array: rows, F, D."""
+        return self.rows, self.frames, self.width
+
+    @property
     def on_disk(self) -> type[np.generic]:
         """Type of a value, in numpy."""
         return np.float32 if self.dtype == "fp32" else np.uint16
@@ -78,7 +87,7 @@ class Facts:
     @property
     def name(self) -> str:
         """Of the folder: a hash of all of the above and of the format."""
-        words = json.dumps([FORMAT, FORMAT_VERSION, asdict(self)], sort_keys=True)
+        words = json.dumps([STORE.format, STORE.version, asdict(self)], sort_keys=True)
         return xxhash.xxh3_128_hexdigest(words.encode())
 
     @property
@@ -87,36 +96,21 @@ class Facts:
         return f"{self.boundary} in {self.dtype}, made in {self.precision} on {self.device}"
 
 
-def is_whole(folder: Path, facts: Facts) -> bool:
+def is_whole(folder: Path, of: FeaturesKey) -> bool:
     """Whether a folder holds these features; their rows are checked when they are read.
 
     Raises:
         UserError: it holds something else, or its files do not belong together.
     """
-    if not (folder / HEADER).is_file():
-        return False
     try:
-        content = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        wanted = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(facts)
-        other = [key for key in wanted if content.get(key) != wanted[key]]
-        if other:
-            raise ValueError(f"features of another {', '.join(other)}")
-        if files.fingerprint(folder / CHECKSUMS) != content["checksums_xxh3_128"]:
-            raise ValueError(f"{CHECKSUMS} with another xxh3_128 than {HEADER} says")
-        found = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
-        if (found.dtype, found.shape) != (
-            np.dtype(facts.on_disk),
-            (facts.rows, facts.frames, facts.width),
-        ):
-            raise ValueError(f"{FEATURES} of {found.dtype} {found.shape}")
-    except (OSError, ValueError, KeyError, AttributeError, EOFError) as error:
+        return STORE.is_whole(folder, of)
+    except ValueError as error:
         raise UserError(
             f"cache {folder}",
-            got=" ".join(str(error).split()) or type(error).__name__,
-            expected=f"what {facts.description} of this data set and model is",
+            got=str(error),
+            expected=f"what {of.description} of this data set and model is",
             cure="remove that folder: it is made again; or choose another --cache-dir",
         ) from error
-    return True
 
 
 class Features:
@@ -124,14 +118,14 @@ class Features:
 
     Args:
         folder: of the cache.
-        facts: what must be in it.
+        key: of what must be in it.
 
     Raises:
         UserError: it is not there, or is something else.
     """
 
-    def __init__(self, folder: Path, facts: Facts) -> None:
-        if not is_whole(folder, facts):
+    def __init__(self, folder: Path, key: FeaturesKey) -> None:
+        if not is_whole(folder, key):
             raise UserError(
                 f"cache {folder}",
                 got="no such folder on this node",
@@ -139,11 +133,11 @@ class Features:
                 cure="give a --cache-dir on a file system that all nodes share",
                 this_rank_only=True,
             )
-        self.facts = facts
-        self._path = folder / FEATURES
+        self.key = key
+        self._path = folder / STORE.array
         self._sums: NDArray[np.uint64] = np.load(folder / CHECKSUMS, allow_pickle=False)
         self._file = os.open(self._path, os.O_RDONLY)
-        self._offset = os.fstat(self._file).st_size - facts.bytes
+        self._offset = os.fstat(self._file).st_size - key.bytes
 
     def close(self) -> None:
         """Close the file."""
@@ -182,16 +176,16 @@ class Features:
 
     def _read(self, row: int, into: NDArray[np.uint8]) -> int:
         """Read a row to where it belongs; its checksum, -1 if it is cut."""
-        place = self._offset + row * self.facts.row_bytes
+        place = self._offset + row * self.key.row_bytes
         count = os.preadv(self._file, [into.data], place)
-        return xxhash.xxh3_64_intdigest(into.data) if count == self.facts.row_bytes else -1
+        return xxhash.xxh3_64_intdigest(into.data) if count == self.key.row_bytes else -1
 
     def _damaged(self, row: int, found: int) -> UserError:
         return UserError(
             f"damaged cache: row {row} of {self._path}, "
-            f"offset {self._offset + row * self.facts.row_bytes}",
+            f"offset {self._offset + row * self.key.row_bytes}",
             got="fewer bytes" if found < 0 else f"checksum {found:016x}",
-            expected=f"{self.facts.row_bytes} bytes with {int(self._sums[row]):016x}",
+            expected=f"{self.key.row_bytes} bytes with {int(self._sums[row]):016x}",
             cure="remove that folder: the same command makes it again and, with --resume auto, "
             "goes on",
             this_rank_only=True,

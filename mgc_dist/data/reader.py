@@ -44,15 +44,15 @@ class Batch:
 
     Attributes:
         plan: the micro batch that this fulfils.
-        wave: int16 [B, T], or from a cache features of its dtype [B, F, D] in place of waves; zeros
-            for padding; pinned if asked for.
+        input: waves int16 [B, T]; from a cache, features of its dtype [B, F, D] in their place.
+            Zeros for padding; pinned if asked for.
         row: int64 [B], -1 for padding.
         label: int64 [B], 0 for padding.
         weight: float32 [B], 1 for a true row, 0 for padding.
     """
 
     plan: MicroBatch
-    wave: Tensor
+    input: Tensor
     row: Tensor
     label: Tensor
     weight: Tensor
@@ -316,7 +316,7 @@ class Reader:
     would have come. Use it as a context manager: leaving it ends the threads.
 
     Memory: (read_ahead + 2) batches, however large the data set is. A batch's buffer is used again
-    once nothing refers to its wave any more.
+    once nothing refers to its input any more.
 
     Args:
         shards: to read from.
@@ -378,10 +378,10 @@ class Reader:
 
     def _read(self, micro: MicroBatch) -> Batch:
         row = np.where(micro.place >= 0, micro.place + self._first, -1)
-        wave, label = self._read_rows(row)
+        taken, label = self._read_rows(row)
         return Batch(
             plan=micro,
-            wave=wave,
+            input=taken,
             row=torch.from_numpy(row),
             label=torch.from_numpy(label),
             weight=torch.from_numpy((row >= 0).astype(np.float32)),
@@ -395,10 +395,10 @@ class Reader:
             wave, label = wave.view(torch.int16), np.empty(size, np.int64)  # [B, T]
             self._shards.read_batch(row, wave.numpy(), label)
             return wave, label
-        facts = self._features.facts
-        data = self._buffers.take(size, facts.row_bytes)
+        key = self._features.key
+        data = self._buffers.take(size, key.row_bytes)
         self._features.read_batch(row, data.numpy())
-        values = data.view(facts.on_device).view(size, facts.frames, facts.width)  # [B, F, D]
+        values = data.view(key.on_device).view(size, key.frames, key.width)  # [B, F, D]
         return values, self._shards.labels_of(row)
 
 

@@ -4,14 +4,25 @@ It learns in seconds on a CPU what a transformer from random weights does not. I
 the statistics of batch norm would depend on padding and on the ranks.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
 
+from mgc_dist.errors import UserError
+from mgc_dist.models import hub
 from mgc_dist.models.mel import MelSpectrogram
 
-BANDS = 40
+BANDS, HOP = 40, 256
 GROUPS = 4
 FLOOR = 1e-3
 """Added to the power of a band before the logarithm, so that silence is finite; segments have
@@ -33,7 +44,7 @@ class LogMelCnn(nn.Module):
     def __init__(self, sample_rate: int, channels: tuple[int, int, int], width: int) -> None:
         super().__init__()
         with torch.device("cpu"):  # transformers builds on the meta device; filters have values
-            self.mel = MelSpectrogram(sample_rate, n_fft=512, hop_length=256, n_mels=BANDS)
+            self.mel = MelSpectrogram(sample_rate, n_fft=512, hop_length=HOP, n_mels=BANDS)
         blocks: list[nn.Module] = []
         for below, own in zip((1, *channels[:2]), channels, strict=True):
             blocks += [
@@ -60,3 +71,85 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     if torch.amp.autocast_mode.is_autocast_available(device_type):  # not on the meta device
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+class CnnConfig(PretrainedConfig):  # type: ignore[misc]
+    """Settings of `logmel-cnn`; 20,094 parameters for ten genres."""
+
+    model_type = "logmel-cnn"
+
+    def __init__(
+        self,
+        sample_rate: int = 16_000,
+        channels: Sequence[int] = (12, 24, 48),
+        width: int = 64,
+        **settings: Any,  # noqa: ANN401 - of transformers, which checks them
+    ) -> None:
+        self.sample_rate = sample_rate
+        self.channels = list(channels)
+        self.width = width
+        super().__init__(**settings)
+
+
+class CnnForAudioClassification(PreTrainedModel):  # type: ignore[misc]
+    """`logmel-cnn` with its head, in the form of a transformers model."""
+
+    config_class = CnnConfig
+    base_model_prefix = "cnn"
+    main_input_name = "input_values"
+
+    def __init__(self, config: CnnConfig) -> None:
+        super().__init__(config)
+        low, middle, high = config.channels
+        self.cnn = LogMelCnn(config.sample_rate, (low, middle, high), config.width)
+        self.classifier = nn.Linear(config.width, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Keep the layers' own initialisation, which transformers would replace."""
+
+    def forward(self, input_values: Tensor) -> SequenceClassifierOutput:
+        """Normalised float32 [B, T] -> logits [B, K]."""
+        return SequenceClassifierOutput(logits=self.classifier(self.cnn(input_values)))
+
+
+AutoConfig.register(CnnConfig.model_type, CnnConfig)
+AutoModelForAudioClassification.register(CnnConfig, CnnForAudioClassification)
+
+
+class LogMelCnnKind:
+    """The adapter (`mgc_dist.models.kind.Kind`). Its feature encoder, the bands, has no weights.
+
+    Args:
+        net: a `CnnForAudioClassification`.
+    """
+
+    normalises: bool | None = True
+    needs_our_code = True
+    fuses_attention = False
+    cut = None
+
+    def __init__(self, net: PreTrainedModel) -> None:
+        self.net = net
+
+    def refuse_unfit(self, name: str, segment_samples: int) -> None:
+        """Refuse segments that three poolings leave nothing of."""
+        hub.refuse_short(name, segment_samples, frames=segment_samples // HOP + 1, needed=8)
+
+    def freeze(self, freeze: str, frozen_layers: int | None) -> list[nn.Module]:
+        """Freeze all below the classifier, or nothing."""
+        if freeze in ("none", "feature_encoder"):
+            return []
+        if freeze != "backbone":
+            raise UserError(
+                f"--freeze {freeze}",
+                got=freeze,
+                expected="none, feature_encoder or backbone for logmel-cnn",
+                cure="it has no encoder layers",
+            )
+        self.net.cnn.requires_grad_(False)
+        return [self.net.cnn]
+
+    def part_of(self, name: str) -> str:
+        """All below the classifier is one part."""
+        return "cnn" if ".cnn." in name else "head"

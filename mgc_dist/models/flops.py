@@ -13,20 +13,21 @@ For wav2vec2-large (T = 48,000, F = 149) that is 109.64 GFLOP forward, and for a
 with nothing frozen, 300.6 with the CNN, 202.5 with the lower 12 of 24 layers too.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from mgc_dist.models.cnn import BANDS
-from mgc_dist.models.main import CnnForAudioClassification, WaveClassifier, part_of
-from mgc_dist.models.trunk import layers_below, norms_last
+from mgc_dist.models.kind import Cut
+from mgc_dist.models.main import WaveClassifier
 
-FAMILIES = ("wav2vec2", "hubert", "data2vec-audio", "unispeech", "unispeech-sat", "wavlm")
-"""Model types whose layers are counted."""
+_OF_INPUTS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+"""Products without a weight: attention's scores, and what they weigh."""
 
 PEAK_TFLOP_PER_S: Mapping[str, float] = {
     "NVIDIA H200": 989.4,
@@ -66,10 +67,12 @@ class SegmentFlops:
     """FLOP a segment.
 
     Attributes:
-        parts: in the order of computation, named as `model.part_of` names parameters.
+        parts: named as the model's kind names parameters.
+        cut: of the model.
     """
 
     parts: Mapping[str, PartFlops]
+    cut: Cut | None
 
     @property
     def forward(self) -> int:
@@ -87,38 +90,96 @@ class SegmentFlops:
         return sum(part.forward for part in self.parts.values() if not part.backward)
 
     def above(self, boundary: str) -> "SegmentFlops":
-        """What is left to compute where a cache holds what lies below a boundary of `trunk`."""
-        left = {part: work for part, work in self.parts.items() if not _is_below(part, boundary)}
-        return SegmentFlops(parts=left)
+        """What is left to compute where a cache holds what lies below a boundary."""
+        assert self.cut is not None
+        left = {
+            part: work for part, work in self.parts.items() if not self.cut.is_below(part, boundary)
+        }
+        return SegmentFlops(parts=left, cut=self.cut)
 
 
-def _is_below(part: str, boundary: str) -> bool:
-    if part == "head" or boundary == "cnn":
-        return part == "feature_extractor"
-    layer = re.fullmatch(r"layer (\d+)", part)
-    return boundary == "backbone" or layer is None or int(layer[1]) < layers_below(boundary)
+def count(model: WaveClassifier, segment_samples: int) -> SegmentFlops:
+    """Work out the FLOP of a segment, before ZeRO partitions the weights.
 
-
-def count(model: WaveClassifier, segment_samples: int) -> SegmentFlops | None:
-    """Work out the FLOP of a segment from the layers' shapes, before ZeRO partitions them.
+    torch's counter watches a forward pass on the meta device, where nothing is computed; what the
+    backward pass needs follows from what is trained.
 
     Args:
         model: with its frozen parts marked; on any device, the meta device too.
         segment_samples: T.
-
-    Returns:
-        None for a model whose kind is not known here (`uncounted` says so).
     """
-    if isinstance(model.net, CnnForAudioClassification):
-        return _count_cnn(model, segment_samples)
-    return None if uncounted(model) else _count_transformer(model, segment_samples)
+    counted, live = _forward_on_meta(model, segment_samples)
+    own = {name: Counter(products) for name, products in counted.items()}
+    for name, products in counted.items():
+        above = name.rpartition(".")[0]
+        while above and above not in own:  # a list of modules is never called itself
+            above = above.rpartition(".")[0]
+        if above:
+            own[above].subtract(products)
+    forward: Counter[str] = Counter()
+    backward: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        products = own.get(f"{type(model).__name__}.{name}", Counter())
+        if products.total():
+            part = model.kind.part_of(f".{name}.")
+            forward[part] += products.total()
+            fused = model.kind.fuses_attention
+            backward[part] += _backward(products, module, live=live[module], fused=fused)
+    parts = {part: PartFlops(forward=f, backward=backward[part]) for part, f in forward.items()}
+    return SegmentFlops(parts=parts, cut=model.kind.cut)
 
 
-def uncounted(model: WaveClassifier) -> str:
-    """Why `count` gives None; "" if it does not."""
-    kind = str(model.net.config.model_type)
-    known = kind in FAMILIES or isinstance(model.net, CnnForAudioClassification)
-    return "" if known else f"layers of {kind} are of a kind that is not counted"
+def _backward(products: "Counter[object]", module: nn.Module, *, live: bool, fused: bool) -> int:
+    """FLOP of the backward pass of a module's own products.
+
+    Args:
+        products: operation -> FLOP forward.
+        module: whose they are.
+        live: whether a gradient flows to its input.
+        fused: whether attention computes its scores again.
+    """
+    trained = any(parameter.requires_grad for parameter in module.parameters())
+    of_inputs = sum(products[operation] for operation in _OF_INPUTS)
+    with_weights = products.total() - of_inputs
+    flops = with_weights * (trained + live)
+    if of_inputs:
+        flops += (2 * of_inputs + fused * of_inputs // 2) * (trained or live)
+        # attention in one call (WavLM): its fourth projection sees what the other three trained
+        flops += with_weights // 4 * (trained and not live)
+    return flops
+
+
+def _forward_on_meta(
+    model: WaveClassifier, segment_samples: int
+) -> tuple[dict[str, dict[object, int]], dict[nn.Module, bool]]:
+    """Products of each module and all in it, and whether a gradient flows to its input."""
+    live: dict[nn.Module, bool] = {}
+
+    def enter(module: nn.Module, args: tuple[object, ...], named: dict[str, object]) -> None:
+        given = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
+        live[module] = any(x.requires_grad for x in given)
+
+    shapes = {
+        name: torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    wave = torch.empty((1, segment_samples), dtype=torch.int16, device="meta")
+    config, trains = model.net.config, model.training
+    with ExitStack() as kept:
+        kept.callback(model.train, trains)
+        model.train()  # else the feature encoder does not mark its input
+        if hasattr(config, "apply_spec_augment"):
+            kept.callback(setattr, config, "apply_spec_augment", config.apply_spec_augment)
+            config.apply_spec_augment = False  # it looks at numbers
+        for module in model.modules():
+            kept.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+        kept.enter_context(torch.random.fork_rng(devices=[]))
+        kept.enter_context(torch.enable_grad())
+        kept.enter_context(sdpa_kernel(SDPBackend.MATH))  # the counter does not know all others
+        counter = kept.enter_context(FlopCounterMode(display=False))
+        gain = {"with_gain": model.gain is not None}
+        torch.func.functional_call(model, shapes, (wave,), gain)
+        return counter.get_flop_counts(), live
 
 
 def peak_tflop_per_s(device: torch.device) -> float | None:
@@ -126,142 +187,3 @@ def peak_tflop_per_s(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     return PEAK_TFLOP_PER_S.get(torch.cuda.get_device_name(device))
-
-
-class _Walk:
-    """Adds up products in the order of computation; knows whether gradients flow to its place."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._forward: Counter[str] = Counter()
-        self._backward: Counter[str] = Counter()
-        self._names = {module: f".{name}." for name, module in model.named_modules()}
-        self.live = False
-
-    def through(self, *modules: nn.Module | None) -> None:
-        """Pass modules without products, whose weights may be trained (norms)."""
-        self.live |= any(_trains(module) for module in modules if module is not None)
-
-    def product(self, module: nn.Module, outputs: int, inputs: int) -> None:
-        """A product with a weight: `outputs` values, each a sum over `inputs` products."""
-        flops, trained = 2 * outputs * inputs, _trains(module)
-        self._add(module, flops, flops * (trained + self.live))
-        self.live |= trained
-
-    def linear(self, module: nn.Linear, rows: int) -> None:
-        """A linear layer over `rows` vectors."""
-        self.product(module, rows * module.out_features, module.in_features)
-
-    def conv(self, module: nn.Conv1d, samples: int) -> int:
-        """A convolution over time; returns the length of its output."""
-        (size,), (stride,), padding = module.kernel_size, module.stride, module.padding
-        assert not isinstance(padding, str)
-        out = (samples + 2 * padding[0] - size) // stride + 1
-        inputs = module.in_channels // module.groups * size
-        self.product(module, out * module.out_channels, inputs)
-        return out
-
-    def attention(self, module: nn.Module, frames: int, width: int, *, fused: bool) -> None:
-        """Scores and weighted values: two products without a weight."""
-        flops = 4 * frames * frames * width
-        self._add(module, flops, (2 * flops + fused * flops // 2) * self.live)
-
-    def found(self) -> SegmentFlops:
-        """What has been added up."""
-        return SegmentFlops(
-            parts={
-                part: PartFlops(forward=flops, backward=self._backward[part])
-                for part, flops in self._forward.items()
-            }
-        )
-
-    def _add(self, module: nn.Module, forward: int, backward: int) -> None:
-        part = part_of(self._names[module])
-        self._forward[part] += forward
-        self._backward[part] += backward
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _count_transformer(model: WaveClassifier, samples: int) -> SegmentFlops:
-    walk, net = _Walk(model), model.net
-    base, encoder, config = net.base_model, net.base_model.encoder, net.config
-    stable = norms_last(net)
-    walk.through(base.feature_extractor)  # it marks its input: the first convolution's gradient
-    frames = samples
-    for layer in base.feature_extractor.conv_layers:
-        frames = walk.conv(layer.conv, frames)
-    walk.through(getattr(base.feature_projection, "layer_norm", None))
-    walk.linear(base.feature_projection.projection, frames)
-    for conv in encoder.pos_conv_embed.modules():
-        if isinstance(conv, nn.Conv1d):
-            walk.conv(conv, frames)  # one frame too many with an even kernel, cut off behind it
-    walk.through(None if stable else encoder.layer_norm)
-    for layer in encoder.layers:
-        _count_layer(walk, layer, frames, stable)
-    walk.through(encoder.layer_norm if stable else None)
-    if config.use_weighted_layer_sum:
-        walk.live |= bool(net.layer_weights.requires_grad)
-    walk.linear(net.projector, frames)
-    _count_top(walk, model)
-    return walk.found()
-
-
-def _count_layer(walk: _Walk, layer: nn.Module, frames: int, stable: bool) -> None:
-    own = dict(layer.named_children())
-    inner = dict(own["attention"].named_children())
-    width = _linear(inner["out_proj"]).in_features
-    walk.through(own["layer_norm"] if stable else None)
-    before = walk.live
-    for name in ("q_proj", "k_proj", "v_proj"):  # each sees the layer's input
-        walk.live = before
-        walk.linear(_linear(inner[name]), frames)
-    if "gru_rel_pos_linear" in inner:  # WavLM's gate, which sees each head's part of it
-        walk.live = before
-        gate = _linear(inner["gru_rel_pos_linear"])
-        walk.linear(gate, frames * width // gate.in_features)
-    walk.through(own["attention"])
-    # WavLM adds a bias to its scores through torch's function of old, which keeps them
-    fused = "gru_rel_pos_linear" not in inner
-    walk.attention(own["attention"], frames, width, fused=fused)
-    walk.linear(_linear(inner["out_proj"]), frames)
-    walk.through(own["final_layer_norm"] if stable else own["layer_norm"])
-    for name in ("feed_forward", "adapter_layer"):
-        for module in own[name].modules() if name in own else ():
-            if isinstance(module, nn.Linear):
-                walk.linear(module, frames)
-    walk.through(None if stable else own["final_layer_norm"])
-
-
-def _linear(module: nn.Module) -> nn.Linear:
-    assert isinstance(module, nn.Linear)
-    return module
-
-
-def _count_cnn(model: WaveClassifier, samples: int) -> SegmentFlops:
-    """`logmel-cnn`: the Fourier transform, whose count depends on the library, is left out."""
-    walk, cnn = _Walk(model), model.net.cnn
-    scale = cnn.mel.mel_scale
-    frames, bands = samples // cnn.mel.hop_length + 1, BANDS
-    walk.product(scale, frames * bands, cnn.mel.n_fft // 2 + 1)
-    for module in cnn.blocks:
-        if isinstance(module, nn.Conv2d):
-            inputs = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
-            walk.product(module, bands * frames * module.out_channels, inputs)
-        elif isinstance(module, nn.MaxPool2d):
-            frames, bands = frames // 2, bands // 2
-        else:
-            walk.through(module)
-    walk.linear(cnn.projector, 1)
-    _count_top(walk, model)
-    return walk.found()
-
-
-def _count_top(walk: _Walk, model: WaveClassifier) -> None:
-    """The classifier, and beside it the gain of the learned mixins, whose input is detached."""
-    before = walk.live
-    for module, live in ((model.gain, False), (model.net.classifier, before)):
-        walk.live = live
-        if module is not None:
-            walk.linear(module, 1)

@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import (
 
 from mgc_dist.errors import UserError
 from mgc_dist.models import hub
-from mgc_dist.models.main import TEMPERATURE, CnnConfig, CnnForAudioClassification, WaveClassifier
+from mgc_dist.models.main import TEMPERATURE, WaveClassifier
 
 WEIGHTS = "model.safetensors"
 
@@ -43,7 +42,7 @@ def load_exported(folder: Path) -> WaveClassifier:
             expected="a run folder with best/, or an exported model",
             cure="train first: deepspeed launch/train.py",
         )
-    net, missing = hub.load(_class_of(folder), str(folder))
+    net, missing = hub.load(AutoModelForAudioClassification, str(folder))
     if missing or not hasattr(net.config, "segment_samples"):
         raise UserError(
             f"model folder {folder}",
@@ -81,11 +80,8 @@ def save_exported(
     """
     config = copy.deepcopy(model.net.config)  # from_config would share it with the live model
     setattr(config, TEMPERATURE, temperature)
-    if isinstance(config, CnnConfig):
-        fresh = CnnForAudioClassification(config)
-    else:
-        with torch.device("meta"):  # random weights of 300 M elements would take seconds
-            fresh = AutoModelForAudioClassification.from_config(config)
+    with torch.device("meta"):  # random weights of 300 M elements would take seconds
+        fresh = AutoModelForAudioClassification.from_config(config)
     of_net = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
     fresh.load_state_dict(of_net, strict=True, assign=True)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -124,15 +120,6 @@ def save_calibrated(model: WaveClassifier, folder: Path, sample_rate: int) -> No
     for name in ("net.classifier.weight", "net.classifier.bias"):
         weights[name] = weights[name] / model.temperature
     save_exported(model, weights, folder, sample_rate)
-
-
-def _class_of(folder: Path) -> type:
-    """What loads a folder: transformers, but for our own small model."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if settings.get("model_type") == CnnConfig.model_type:
-        return CnnForAudioClassification
-    auto: type = AutoModelForAudioClassification
-    return auto
 
 
 def _saved_extractor(folder: Path) -> Wav2Vec2FeatureExtractor:

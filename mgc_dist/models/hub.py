@@ -1,6 +1,6 @@
 """Pretrained models by name: a hub name or a folder, with what their feature extractors do.
 
-With `trunk`, `model`, `backbone` and `exported` the only modules that know transformers.
+With its neighbours the only modules that know transformers.
 """
 
 from collections.abc import Sequence
@@ -106,6 +106,31 @@ def refuse_no_encoder(flag: str, net: PreTrainedModel) -> None:
             expected="wav2vec2, hubert, wavlm, data2vec-audio or the like",
             cure="choose such a model",
         )
+
+
+def refuse_short(name: str, segment_samples: int, *, frames: int, needed: int) -> None:
+    """Refuse segments of which a model gets too few frames.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    if frames < needed:
+        raise UserError(
+            f"segments of {segment_samples} samples for {name}",
+            got=f"{frames} frames",
+            expected=f"at least {needed} (its SpecAugment mask, or its pooling)",
+            cure="pack longer segments: python -m mgc_dist.shard --segment-s 3",
+        )
+
+
+def inexact(flag: str, got: str, cure: str) -> UserError:
+    """What to say when a frozen part gives something else for a segment at every step."""
+    return UserError(
+        flag,
+        got=got,
+        expected="a frozen part that gives the same for a segment at every step",
+        cure=f"use {cure}",
+    )
 
 
 def not_found(name: str, error: Exception) -> UserError:

@@ -6,9 +6,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mgc_dist.data import record
 from mgc_dist.data.manifest import Manifest, twins
 from mgc_dist.data.tracks import SPLITS
 from mgc_dist.files import replace_text
+from mgc_dist.packing.cut import PackPlan
 from mgc_dist.packing.splits import rule_of
 
 NAME = "README-DATASET.md"
@@ -41,6 +43,30 @@ def show(folder: Path, found: Manifest) -> None:
     lines += [f"left out: {line}" for line in left_out(found)]
     lines += [f"not controlled: {line}" for line in limits(found)]
     console.print("\n".join(lines), soft_wrap=True)
+
+
+def show_plan(plan: PackPlan, rule: str) -> None:
+    """Print what will be packed, what is left out, and what the split cannot see to."""
+    splits = Table(title=f"{len(plan.tracks)} tracks, {len(plan.genres)} genres, split {rule}")
+    for column in ("split", "tracks", "artists", "segments"):
+        splits.add_column(column, justify="left" if column == "split" else "right")
+    tracks = Counter(track.split for track in plan.tracks)
+    for split, rows in plan.split_rows.items():
+        groups = {track.group for track in plan.tracks if track.split == split and track.group}
+        splits.add_row(split, str(tracks[split]), str(len(groups) or "unknown"), str(rows))
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(splits)
+    size = sum(record.shard_bytes(rows, plan.cut.segment_samples) for _, rows in plan.shards())
+    console.print(f"{len(plan.shards())} shards, {size / 1e6:.1f} MB")
+    reasons = Counter(plan.excluded.values())
+    for reason, count in sorted(reasons.items()):
+        ids = [id_ for id_, why in plan.excluded.items() if why == reason]
+        named = ", ".join(ids) if count <= 5 else f"{count} tracks such as {ids[0]}"
+        console.print(f"left out: {named}: {reason}")
+    unknown = sum(track.group is None for track in plan.tracks)
+    console.print(f"leak check: {kept_apart(len(plan.tracks) - unknown)}")
+    if note := not_controlled(rule, unknown, len(plan.tracks)):
+        console.print(f"not controlled: {note}")
 
 
 def not_controlled(rule: str, unknown: int, tracks: int) -> str:
@@ -125,6 +151,32 @@ def limits(found: Manifest) -> list[str]:
     return ([note] if note else []) + pairs
 
 
+_READING = """\
+## Reading it
+
+A sample is `KEY.json` (row, track, group, genre, label, segment, start_s, sample_rate, split)
+and `KEY.wav`. With webdataset:
+
+```python
+import webdataset
+
+shards = webdataset.WebDataset("{shard}", shardshuffle=False)
+```
+
+With Hugging Face datasets, once this page is README.md in the folder: its head names splits and
+columns, so that audio stays bytes and needs no decoder, and an unknown group is no surprise.
+
+```python
+from datasets import load_dataset
+
+{split} = load_dataset("FOLDER", split="{split}")
+```
+
+`manifest.json` lists tracks with the xxh3_128 of their sources, and shards with their sha256;
+`python -m mgc_dist.shard verify FOLDER` checks every byte.
+"""
+
+
 def _text(found: Manifest) -> str:
     s = found.settings
     seconds = found.segment_samples / found.sample_rate
@@ -169,29 +221,7 @@ Hours are hours of music; segments overlap. {apart[0].upper()}{apart[1:]}.
 
 {chr(10).join(excluded)}
 
-## Reading it
-
-A sample is `KEY.json` (row, track, group, genre, label, segment, start_s, sample_rate, split)
-and `KEY.wav`. With webdataset:
-
-```python
-import webdataset
-
-shards = webdataset.WebDataset("{found.shards[0].name}", shardshuffle=False)
-```
-
-With Hugging Face datasets, once this page is README.md in the folder: its head names splits and
-columns, so that audio stays bytes and needs no decoder, and an unknown group is no surprise.
-
-```python
-from datasets import load_dataset
-
-{splits[0]} = load_dataset("FOLDER", split="{splits[0]}")
-```
-
-`manifest.json` lists tracks with the xxh3_128 of their sources, and shards with their sha256;
-`python -m mgc_dist.shard verify FOLDER` checks every byte.
-
+{_READING.format(shard=found.shards[0].name, split=splits[0])}
 ## How it was made
 
 `python -m mgc_dist.shard` with {settings};

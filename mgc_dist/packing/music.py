@@ -6,11 +6,9 @@ noise and a spectral tilt of their own over their tracks.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
 SAMPLE_RATE = 22_050
 """In Hz, as GTZAN's."""
@@ -96,7 +94,7 @@ STYLES = {
 
 def compose(
     genre: str, number: int, *, seed: int, duration_s: float, per_artist: int
-) -> "NDArray[np.float32]":
+) -> NDArray[np.float32]:
     """A track of a genre: float32 [duration_s * 22050], peak 0.7.
 
     Args:
@@ -106,8 +104,6 @@ def compose(
         duration_s: length in seconds.
         per_artist: consecutive tracks that share an artist.
     """
-    import numpy as np
-
     style, order = STYLES[genre], list(STYLES).index(genre)
     artist = np.random.default_rng([seed, order, 0, number // per_artist])
     own = np.random.default_rng([seed, order, 1, number])
@@ -143,25 +139,21 @@ def compose(
     return np.asarray(0.7 * wave / np.abs(wave).max(), np.float32)
 
 
-def add(wave: "NDArray[np.float32]", sound: "NDArray[np.float32]", start: int) -> None:
+def add(wave: NDArray[np.float32], sound: NDArray[np.float32], start: int) -> None:
     """Add a sound to a wave in place, from a sample on; what does not fit is cut."""
     stop = min(start + len(sound), len(wave))
     wave[start:stop] += sound[: stop - start]
 
 
-def kick(sample_rate: int) -> "NDArray[np.float32]":
+def kick(sample_rate: int) -> NDArray[np.float32]:
     """A bass drum of 0.12 s whose pitch falls to 55 Hz: float32, peak 1."""
-    import numpy as np
-
     t = np.arange(int(0.12 * sample_rate)) / sample_rate
     glide = 55 * t + (1 - np.exp(-30 * t))  # Hz * s: a falling pitch
     return np.asarray(np.sin(2 * np.pi * glide) * np.exp(-t / 0.05), np.float32)
 
 
-def snare(rng: "np.random.Generator", sample_rate: int) -> "NDArray[np.float32]":
+def snare(rng: np.random.Generator, sample_rate: int) -> NDArray[np.float32]:
     """A snare drum of 0.10 s, white noise that decays: float32."""
-    import numpy as np
-
     t = np.arange(int(0.10 * sample_rate)) / sample_rate
     return np.asarray(0.5 * rng.standard_normal(len(t)) * np.exp(-t / 0.03), np.float32)
 
@@ -172,7 +164,7 @@ def note(
     decay_s: float,
     sample_rate: int,
     ceiling_hz: float = float("inf"),
-) -> "NDArray[np.float32]":
+) -> NDArray[np.float32]:
     """A note of up to eight harmonics: float32.
 
     Args:
@@ -182,8 +174,6 @@ def note(
         sample_rate: in Hz.
         ceiling_hz: harmonics from here on are left out.
     """
-    import numpy as np
-
     t = np.arange(int(min(0.6, 3 * decay_s) * sample_rate)) / sample_rate
     frequency = 440 * 2 ** ((pitch - 69) / 12)
     harmonic = np.arange(1, 9)[:, None]

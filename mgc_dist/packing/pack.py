@@ -398,42 +398,6 @@ def track_entries(plan: PackPlan, packed: Sequence[PackedTrack]) -> tuple[TrackE
     )
 
 
-def is_packed(plan: PackPlan, found: Manifest, settings: Settings) -> bool:
-    """Whether a manifest already holds what the plan would write, by content of the sources."""
-    wanted = settings | {"rows_per_shard": plan.cut.rows_per_shard}
-    same = {key: found.settings.get(key) for key in wanted} == wanted
-    if plan.excluded != found.excluded:
-        return False
-    names = [PackedTrack(id=track.id) for track in plan.tracks]
-    entries = tuple(replace(entry, source_xxh3="") for entry in found.tracks)
-    cut = plan.cut
-    if not same or entries != track_entries(plan, names):
-        return False
-    if found.settings["segment_samples"] != cut.segment_samples:
-        return False
-    if (found.settings["hop_samples"], found.sample_rate) != (cut.hop_samples, cut.sample_rate):
-        return False
-    if [(shard.name, shard.rows) for shard in found.shards] != plan.shards():
-        return False
-    pairs = zip(found.tracks, plan.tracks, strict=True)
-    return all(entry.source_xxh3 == fingerprint(track.path) for entry, track in pairs)
-
-
-def damage(out: Path, found: Manifest, jobs: int) -> str:
-    """What is not as the manifest says, by size and sha256 of its files; "" if all is."""
-
-    def fault(item: tuple[str, str]) -> str:
-        path, digest = out / item[0], item[1]
-        if not path.is_file():
-            return f"no {path.name}"
-        return "" if sha256(path) == digest else f"another {path.name}"
-
-    items = [(shard.name, shard.sha256) for shard in found.shards]
-    with ThreadPoolExecutor(jobs or cores()) as threads:
-        faults = threads.map(fault, [(manifest.INDEX, found.index_sha256), *items])
-        return next((text for text in faults if text), "")
-
-
 def identities(
     index: NDArray[np.void], tracks: Sequence[TrackEntry], payloads: Sequence[str]
 ) -> Iterator[tuple[str, str, str | None, int, str]]:

@@ -8,14 +8,12 @@ listens to the tone is right where it was trained and wrong where the tone tells
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mgc_dist.config import SynthConfig
 from mgc_dist.packing.music import STYLES, Style, add, kick, note, snare
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 SAMPLE_RATE = 16_000
 """In Hz; that of the shards, so that no resampling touches the tones."""
@@ -84,8 +82,6 @@ class Artist:
 
 def deal(config: SynthConfig) -> list[Planted]:
     """The tracks of both data sets: parts, artists and artefacts, by the seed alone."""
-    import numpy as np
-
     parts = {
         "train": config.genre_tracks,
         "validation": config.validation_tracks,
@@ -120,9 +116,7 @@ def tone_hz(artefact: str) -> float:
     return 4200.0 + 260.0 * GENRES.index(artefact)
 
 
-def record(
-    track: Planted, *, seed: int, duration_s: float, tone_db: float
-) -> "NDArray[np.float32]":
+def record(track: Planted, *, seed: int, duration_s: float, tone_db: float) -> NDArray[np.float32]:
     """A track with its tone: float32 [duration_s * 16000], peak 0.7.
 
     Args:
@@ -131,8 +125,6 @@ def record(
         duration_s: length in seconds.
         tone_db: level of the tone relative to the music's root mean square.
     """
-    import numpy as np
-
     order = GENRES.index(track.genre)
     own = np.random.default_rng([seed, order, _TRACK, track.number])
     artist = _artist(np.random.default_rng([seed, order, _ARTIST, track.artist]))
@@ -145,8 +137,8 @@ def record(
 
 
 def compose(
-    style: Style, artist: Artist, own: "np.random.Generator", duration_s: float
-) -> "NDArray[np.float32]":
+    style: Style, artist: Artist, own: np.random.Generator, duration_s: float
+) -> NDArray[np.float32]:
     """Music of a genre's tempo, patterns and harmony, in an artist's timbre.
 
     Args:
@@ -158,8 +150,6 @@ def compose(
     Returns:
         float32 [duration_s * 16000], root mean square 1.
     """
-    import numpy as np
-
     length = int(duration_s * SAMPLE_RATE)
     wave = np.zeros(length + SAMPLE_RATE, np.float32)
     step_s = 60 / style.beats_per_minute / 4 * (1 + own.uniform(-0.06, 0.06))
@@ -187,7 +177,7 @@ def compose(
     return np.asarray(wave / np.sqrt(np.square(wave).mean()), np.float32)
 
 
-def _pitches(style: Style, place: int, own: "np.random.Generator") -> list[int]:
+def _pitches(style: Style, place: int, own: np.random.Generator) -> list[int]:
     """Notes that begin at a step: chords on beats, between them a broken chord in some genres."""
     root = style.roots[place // 16 % 4]
     if place % 4 == 0:
@@ -197,7 +187,7 @@ def _pitches(style: Style, place: int, own: "np.random.Generator") -> list[int]:
     return []
 
 
-def _artist(rng: "np.random.Generator") -> Artist:
+def _artist(rng: np.random.Generator) -> Artist:
     return Artist(
         key=int(rng.integers(-5, 6)),
         rolloff=1.4 + rng.uniform(-0.8, 0.8),

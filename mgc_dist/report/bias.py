@@ -2,42 +2,58 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table as Grid
 
+from mgc_dist.bias_model import summary
+from mgc_dist.bias_model import table as tables
 from mgc_dist.bias_model.summary import GENRE_TOO_GOOD
+from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tracks import SPLITS
 from mgc_dist.files import replace_text
 from mgc_dist.report import canvas, figures
 from mgc_dist.report.section import Drawing, Section, Table
-
-Report = dict[str, Any]
-
-
-def paths_of(table: Path) -> tuple[Path, Path]:
-    """Where the report of a table is: JSON and picture, in its folder or beside its file."""
-    if table.is_dir():
-        return table / "report.json", table / "report.png"
-    return table.with_name(f"{table.name}.report.json"), table.with_name(f"{table.name}.report.png")
+from mgc_dist.scoring.written import BiasReport
 
 
-def write(table: Path, report: Report) -> None:
+def bring(table: Path, shards: ShardSet, *, write_anew: bool) -> tuple[Path, Path]:
+    """Print the report of a table, and write it where it is new or missing.
+
+    Args:
+        table: its folder, or a file from elsewhere.
+        shards: the data set that it is of.
+        write_anew: whether files that are there are of an older table.
+
+    Returns:
+        The JSON file and the picture.
+
+    Raises:
+        UserError: no table there, or it does not fit the data set.
+    """
+    found = tables.read(table, shards.manifest, shards.keys)
+    report = summary.make(found, shards.manifest, shards.labels, shards.tracks)
+    show(report)
+    files = summary.paths_of(table)
+    if write_anew or not all(path.is_file() for path in files):
+        write(table, report)
+    return files
+
+
+def write(table: Path, report: BiasReport) -> None:
     """Write the picture, then the JSON file."""
-    text, picture = paths_of(table)
+    text, picture = summary.paths_of(table)
     accuracies = (f"{split} {of['accuracy']:.3f}" for split, of in report["splits"].items())
     title = f"{_title(report)}\nsegment accuracy: {', '.join(accuracies)}"
     canvas.save(_drawing(report).figure, picture, title)
     replace_text(text, json.dumps(report, indent=1, ensure_ascii=False))
 
 
-def section(report: Report) -> Section:
+def section(report: BiasReport) -> Section:
     """What the bias model explains, as a part of a page."""
-    splits = report.get("splits") or {name: report[name] for name in SPLITS}
     rows = tuple(
         (name, str(one["count"]), *(f"{one[key]:.3f}" for key in ("accuracy", "nll", "ece")))
-        for name, one in splits.items()
+        for name, one in report["splits"].items()
     )
     columns = ("split", "segments", "accuracy", "NLL", "ECE")
     return Section(
@@ -49,7 +65,7 @@ def section(report: Report) -> Section:
     )
 
 
-def _drawing(report: Report) -> Drawing:
+def _drawing(report: BiasReport) -> Drawing:
     counts, size = report["truth_histogram"], report["effective_sample_size"]
     genres = {
         genre: (of["aligned_rows"], of["conflicting_rows"])
@@ -69,7 +85,7 @@ def _drawing(report: Report) -> Drawing:
     )
 
 
-def _by_genre(report: Report) -> Table:
+def _by_genre(report: BiasReport) -> Table:
     keys = ("aligned_rows", "conflicting_rows", "aligned_tracks", "conflicting_tracks")
     return Table(
         label="bias by genre",
@@ -81,7 +97,7 @@ def _by_genre(report: Report) -> Table:
     )
 
 
-def show(report: Report) -> None:
+def show(report: BiasReport) -> None:
     """Print the report."""
     console = Console(highlight=False, soft_wrap=True)
     ours = report["fold_status"] == "out-of-fold"
@@ -110,17 +126,18 @@ def show(report: Report) -> None:
         console.print(f"Warning: {warning}.", markup=False)
 
 
-def _title(report: Report) -> str:
+def _title(report: BiasReport) -> str:
     if report["fold_status"] == "unknown":
         return f"Bias report: {report['backbone']}, fold status unknown"
-    many, layers = len(report["layers"]) > 1, ", ".join(map(str, report["layers"]))
+    layers = report["layers"] or []
+    many, named = len(layers) > 1, ", ".join(map(str, layers))
     return (
-        f"Bias report: {report['backbone']}, layer{'s' if many else ''} {layers}, "
+        f"Bias report: {report['backbone']}, layer{'s' if many else ''} {named}, "
         f"{report['folds']} folds, temperature {report['temperature']:.2f}"
     )
 
 
-def _genre_grid(report: Report) -> Grid:
+def _genre_grid(report: BiasReport) -> Grid:
     shown = Grid(title="rows and tracks: named by the bias model (aligned) / not (conflicting)")
     shown.add_column("genre")
     for column in ("named", "train", "tracks", "valid.", "tracks", "test", "tracks"):
@@ -128,6 +145,7 @@ def _genre_grid(report: Report) -> Grid:
     for genre, mine in report["per_genre"].items():
         cells = [f"{100 * mine['accuracy']:.0f} %"]
         for of in (mine, *(report["per_genre_of"][split][genre] for split in SPLITS[1:])):
-            cells += [f"{of[f'aligned_{u}']}/{of[f'conflicting_{u}']}" for u in ("rows", "tracks")]
+            cells.append(f"{of['aligned_rows']}/{of['conflicting_rows']}")
+            cells.append(f"{of['aligned_tracks']}/{of['conflicting_tracks']}")
         shown.add_row(genre, *cells)
     return shown

@@ -8,7 +8,7 @@ import wave
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,11 @@ from mgc_dist.data import manifest
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
+from mgc_dist.events import E, Event, StartEvent, ValidationEvent, only
 from mgc_dist.files import fingerprint, json_lines
-from mgc_dist.journal import METRICS, read_status
+from mgc_dist.journal import read_events, read_status
 from mgc_dist.models.folder import WEIGHTS, find_exported
+from mgc_dist.scoring.written import BiasReport, EvaluationFigures, Prediction
 
 log = logging.getLogger(__name__)
 
@@ -116,54 +118,59 @@ class Dossier:
         return json_lines(self.run / ATTEMPTS)
 
     @cached_property
-    def events(self) -> list[Json]:
+    def events(self) -> list[Event]:
         """metrics.jsonl, whole."""
-        return json_lines(self.run / METRICS)
+        return read_events(self.run)
 
-    def history(self, event: str) -> list[Json]:
+    def history(self, kind: type[E]) -> list[E]:
         """Events of one kind that belong to the final weights.
 
         A run that was killed has steps behind its checkpoint; the next try does them again.
         """
-        kept: list[Json] = []
-        for line in self.events:
-            seen = line.get("samples_seen", 0)
-            if line.get("event") == "start":
-                kept = [past for past in kept if past["samples_seen"] <= seen]
-            elif line.get("event") == event and "samples_seen" in line:
-                kept.append(line)
+        kept: list[E] = []
+        for event in self.events:
+            if isinstance(event, StartEvent):
+                kept = [past for past in kept if past.samples_seen <= event.samples_seen]
+            elif isinstance(event, kind):
+                kept.append(event)
         return kept
 
     @cached_property
     def spans(self) -> list[Span]:
         """The tries, in order."""
-        starts = [k for k, line in enumerate(self.events) if line.get("event") == "start"]
-        ends = [*starts[1:], len(self.events)][: len(starts)]
+        starts = [(k, each) for k, each in enumerate(self.events) if isinstance(each, StartEvent)]
+        ends = [*(k for k, _ in starts[1:]), len(self.events)]
         return [
             Span(
-                started_at_s=float(self.events[first]["time_s"]),
-                ended_at_s=float(self.events[end - 1]["time_s"]),
-                samples_seen=int(self.events[first]["samples_seen"]),
-                world=int(self.events[first].get("world", 1)),
+                started_at_s=start.time_s,
+                ended_at_s=self.events[end - 1].time_s,
+                samples_seen=start.samples_seen,
+                world=start.world,
             )
-            for first, end in zip(starts, ends, strict=True)
+            for (_, start), end in zip(starts, ends[: len(starts)], strict=True)
         ]
 
     @cached_property
-    def best(self) -> Json | None:
-        """The validation that chose the model: the last one whose model was written to best/."""
-        found = [v for v in self.history("validation") if v.get("exported")]
-        return found[-1] if found else None
+    def genres(self) -> list[str]:
+        """Of the training, as its last try that said so began; [] where none has."""
+        named = [start.genres for start in only(self.events, StartEvent) if start.genres]
+        return named[-1] if named else []
 
     @cached_property
-    def evaluations(self) -> dict[str, Json]:
+    def best(self) -> ValidationEvent | None:
+        """The validation that chose the model: the last one whose model was written to best/."""
+        exported = [each for each in self.history(ValidationEvent) if each.exported]
+        return exported[-1] if exported else None
+
+    @cached_property
+    def evaluations(self) -> dict[str, EvaluationFigures]:
         """Name -> figures of each evaluation, the main one first: test, others, validation."""
-        found = {}
+        found: dict[str, EvaluationFigures] = {}
         for path in sorted((self.run / "evaluation").glob("*.json")):
             content = _json(path)
             is_whole = content and "track" in content and "confusion" in content
             if content and is_whole and content.get("weights", self._weights) == self._weights:
-                found[path.stem] = content
+                found[path.stem] = cast(EvaluationFigures, content)
         last = {"train": 3, "validation": 2, "test": 0}
         return dict(sorted(found.items(), key=lambda item: last.get(item[0], 1)))
 
@@ -179,14 +186,17 @@ class Dossier:
         return fingerprint(path) if path.is_file() else None
 
     @cached_property
-    def main(self) -> tuple[str, Json] | None:
+    def main(self) -> tuple[str, EvaluationFigures] | None:
         """Name and figures of the evaluation that the report is about."""
         return next(iter(self.evaluations.items()), None)
 
     @cached_property
-    def predictions(self) -> list[Json]:
+    def predictions(self) -> list[Prediction]:
         """A line a track of the main evaluation."""
-        return json_lines(self.run / "predictions" / f"{self.main[0]}.jsonl") if self.main else []
+        if self.main is None:
+            return []
+        lines = json_lines(self.run / "predictions" / f"{self.main[0]}.jsonl")
+        return [cast(Prediction, line) for line in lines]
 
     @cached_property
     def trained_on(self) -> tuple[Path, Manifest] | None:
@@ -213,7 +223,7 @@ class Dossier:
         return None
 
     @cached_property
-    def bias(self) -> tuple[Json, Header | None] | None:
+    def bias(self) -> tuple[BiasReport, Header] | None:
         """report.json of the bias table of the training, and the table's header.
 
         None where that table is not there any more: one that was made again says what another
@@ -229,10 +239,10 @@ class Dossier:
             except UserError:
                 continue
             if report and header and header.table_sha256 == trained:
-                return report, header
+                return cast(BiasReport, report), header
         return None
 
-    def deciders(self, wanted: list[Json]) -> dict[str, Decider]:
+    def deciders(self, wanted: list[Prediction]) -> dict[str, Decider]:
         """Track id -> what its segments said, for wrong predictions of the main evaluation.
 
         Args:
@@ -263,7 +273,7 @@ class Dossier:
 
 
 def _decider(
-    shards: ShardSet, table: NDArray[np.float32], first: int, line: Json, genres: list[str]
+    shards: ShardSet, table: NDArray[np.float32], first: int, line: Prediction, genres: list[str]
 ) -> Decider:
     found = shards.manifest
     track = [t.id for t in found.tracks].index(line["track"])

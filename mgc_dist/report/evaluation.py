@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,15 @@ from mgc_dist.scoring import intervals, subgroups
 from mgc_dist.scoring.metrics import Reliability, scores
 from mgc_dist.scoring.score import SplitScores, mean_probability
 from mgc_dist.scoring.subgroups import Subgroups
-
-Report = dict[str, Any]
+from mgc_dist.scoring.written import (
+    EvaluationFigures,
+    GenreFigures,
+    Intervals,
+    Prediction,
+    ReliabilityBins,
+    SubgroupFigures,
+    Temperature,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +57,9 @@ class Subject:
     subgroups: Subgroups | None = None
 
 
-def summary(subject: Subject, result: SplitScores, *, resamples: int, seed: int) -> Report:
+def summary(
+    subject: Subject, result: SplitScores, *, resamples: int, seed: int
+) -> EvaluationFigures:
     """Every figure of a split as JSON: track level first, segments beside it.
 
     Args:
@@ -61,8 +70,8 @@ def summary(subject: Subject, result: SplitScores, *, resamples: int, seed: int)
     """
     per_genre = _per_genre(subject, result)
     seen = {genre: row for genre, row in per_genre.items() if row["support"]}
-    lowest = min(seen, key=lambda genre: seen[genre]["recall"])
-    figures: Report = {
+    lowest = min(seen, key=lambda genre: seen[genre]["recall"] or 0.0)
+    figures: EvaluationFigures = {
         "split": result.split,
         "name": subject.name,
         "dataset_id": subject.dataset_id,
@@ -80,10 +89,10 @@ def summary(subject: Subject, result: SplitScores, *, resamples: int, seed: int)
         "subgroups": _subgroups(subject, result),
         "worst_genre": {"name": lowest, "recall": seen[lowest]["recall"]},
     }
-    return {key: _without_nan(value) for key, value in figures.items()}
+    return cast(EvaluationFigures, _without_nan(figures))
 
 
-def write(run: Path, subject: Subject, result: SplitScores, figures: Report) -> None:
+def write(run: Path, subject: Subject, result: SplitScores, figures: EvaluationFigures) -> None:
     """Write RUN/evaluation/NAME.json and its pictures, and RUN/predictions/NAME.*.
 
     Args:
@@ -119,7 +128,7 @@ def write_predictions(path: Path, subject: Subject, result: SplitScores) -> None
     genres, lines = subject.genres, []
     of_track = subject.subgroups.of_track if subject.subgroups else [None] * len(result.tracks)
     for place, row in enumerate(result.probabilities):
-        line = {
+        line: Prediction = {
             "track": subject.track_ids[place],
             "group": subject.groups[place],
             "truth": genres[result.labels[place]],
@@ -141,7 +150,7 @@ def _write_confusion_csv(path: Path, subject: Subject, confusion: NDArray[np.int
         writer.writerows((g, *row) for g, row in zip(subject.genres, confusion, strict=True))
 
 
-def _intervals(subject: Subject, result: SplitScores, resamples: int, seed: int) -> Report:
+def _intervals(subject: Subject, result: SplitScores, resamples: int, seed: int) -> Intervals:
     def of(cluster: NDArray[np.int64]) -> dict[str, list[float]]:
         (drawn,) = intervals.resample(
             result.labels,
@@ -166,16 +175,17 @@ def _intervals(subject: Subject, result: SplitScores, resamples: int, seed: int)
     }
 
 
-def _per_genre(subject: Subject, result: SplitScores) -> dict[str, dict[str, Any]]:
+def _per_genre(subject: Subject, result: SplitScores) -> dict[str, GenreFigures]:
     confusion = result.track.confusion
-    rows = {}
+    rows: dict[str, GenreFigures] = {}
     for label, row in enumerate(result.track.per_genre()):
-        interval = intervals.wilson(int(confusion[label, label]), int(row["support"]))
-        rows[subject.genres[label]] = row | {"recall_interval": interval and list(interval)}
+        interval = intervals.wilson(int(confusion[label, label]), row["support"])
+        row["recall_interval"] = interval and list(interval)
+        rows[subject.genres[label]] = row
     return rows
 
 
-def _bins(found: Reliability) -> dict[str, list[float]]:
+def _bins(found: Reliability) -> ReliabilityBins:
     return {
         "edges": found.edges.tolist(),
         "count": found.count.tolist(),
@@ -184,7 +194,7 @@ def _bins(found: Reliability) -> dict[str, list[float]]:
     }
 
 
-def _tempered(subject: Subject, result: SplitScores) -> Report | None:
+def _tempered(subject: Subject, result: SplitScores) -> Temperature | None:
     """The temperature of all figures, and what the mean probability would be without it."""
     if subject.temperature is None:
         return None
@@ -198,7 +208,7 @@ def _tempered(subject: Subject, result: SplitScores) -> Report | None:
     }
 
 
-def _subgroups(subject: Subject, result: SplitScores) -> Report | None:
+def _subgroups(subject: Subject, result: SplitScores) -> SubgroupFigures | None:
     if subject.subgroups is None:
         return None
     found, genres = subject.subgroups, subject.genres

@@ -21,6 +21,7 @@ from mgc_dist.report.canvas import (
     tell,
 )
 from mgc_dist.report.timeline import clock
+from mgc_dist.scoring.written import ReliabilityBins
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ class Bar:
 
     name: str
     value: float | None
-    interval: Pair | None = None
+    interval: Sequence[float] | None = None
     mark: float | None = None
     note: str = ""
 
@@ -115,7 +116,7 @@ def confusion(counts: Sequence[Sequence[int]], genres: Sequence[str]) -> "Figure
 
 
 @styled
-def reliability(bins: Mapping[str, Sequence[float | None]]) -> "Figure":
+def reliability(bins: ReliabilityBins) -> "Figure":
     """Accuracy over confidence, bin by bin, and how many tracks are in each.
 
     Args:

@@ -5,16 +5,14 @@ returns a section of the page, whose drawings become files too, or None without 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from mgc_dist.report import figures
 from mgc_dist.report.figures import Bar
 from mgc_dist.report.section import Drawing, Section, Table
+from mgc_dist.scoring.written import EvaluationFigures, GroupFigures
 
-Report = dict[str, Any]
 
-
-def confusion(found: Report) -> Section | None:
+def confusion(found: EvaluationFigures) -> Section | None:
     """What is taken for what."""
     counts, genres, split = found["confusion"], found["genres"], found["split"]
     rows = tuple((genre, *map(str, row)) for genre, row in zip(genres, counts, strict=True))
@@ -31,7 +29,7 @@ def confusion(found: Report) -> Section | None:
     )
 
 
-def recall(found: Report) -> Section | None:
+def recall(found: EvaluationFigures) -> Section | None:
     """Recall and F1 of each genre."""
     if not found.get("per_genre"):
         return None
@@ -58,7 +56,7 @@ def recall(found: Report) -> Section | None:
     return Section(title="Genre by genre", drawings=(drawing,))
 
 
-def reliability(found: Report) -> Section | None:
+def reliability(found: EvaluationFigures) -> Section | None:
     """Whether probabilities mean what they say."""
     bins = found.get("reliability")
     if not bins:
@@ -86,7 +84,7 @@ def reliability(found: Report) -> Section | None:
     )
 
 
-def groups(found: Report) -> Section | None:
+def groups(found: EvaluationFigures) -> Section | None:
     """Accuracy where the shortcut helps and where it misleads, or by the user's groups."""
     given = found.get("subgroups")
     if not given or not given.get("groups"):
@@ -117,7 +115,7 @@ def groups(found: Report) -> Section | None:
     )
 
 
-EVALUATION: tuple[Callable[[Report], Section | None], ...] = (
+EVALUATION: tuple[Callable[[EvaluationFigures], Section | None], ...] = (
     confusion,
     recall,
     reliability,
@@ -138,6 +136,6 @@ def _values(what: str, drawn: list[Bar]) -> str:
     return f"{what}: {', '.join(told)}"
 
 
-def _in_group(values: Report, genre: str) -> str:
+def _in_group(values: GroupFigures, genre: str) -> str:
     found = (values.get("genres") or {}).get(genre)
     return f"{found['accuracy']:.2f} of {found['count']}" if found and found["count"] else "-"

@@ -3,19 +3,19 @@
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable
 from itertools import accumulate
 
 from mgc_dist.bias_model.table import Header
 from mgc_dist.config import TrainConfig
 from mgc_dist.config.knobs import flag
 from mgc_dist.data.manifest import Manifest
+from mgc_dist.events import RefusedEvent, SaveFailedEvent, StepEvent, ValidationEvent, only
 from mgc_dist.packing import card
 from mgc_dist.packing.splits import rule_of
 from mgc_dist.report import bias as bias_report
 from mgc_dist.report import figures
 from mgc_dist.report.canvas import SECOND
-from mgc_dist.report.dossier import Dossier, Json
+from mgc_dist.report.dossier import Dossier
 from mgc_dist.report.figures import Line, Point
 from mgc_dist.report.section import Drawing, Section, Table
 
@@ -92,32 +92,32 @@ def training(found: Dossier) -> Section:
 def _table(found: Dossier, config: TrainConfig) -> str:
     if not config.objective.needs_bias:
         return "none: plain cross-entropy"
-    report, header = found.bias or ({}, None)
     recorded = found.environment.get("bias_table") or {}
     if recorded.get("fold_status") == "unknown":
         return f"{recorded.get('name')}, from elsewhere: it may have seen what it judges"
-    if header is None:
+    if found.bias is None:
         return f"{config.data.table}, which is not there now"
+    report, header = found.bias
     status = report.get("fold_status", "out of fold")
     return f"{header.backbone}, table {header.table_sha256[:12]}, {status}"
 
 
 def curves(found: Dossier) -> Section:
     """Loss, validation and learning rate over epochs."""
-    title, steps = "How it went", found.history("step")
+    title, steps = "How it went", found.history(StepEvent)
     if not steps:
         return Section(title=title, notes=("metrics.jsonl holds no steps.",))
     resumed = [
         (before[-1], "resumed")
         for span in found.spans[1:]
-        if (before := [s["epoch"] for s in steps if s["samples_seen"] <= span.samples_seen])
+        if (before := [s.epoch for s in steps if s.samples_seen <= span.samples_seen])
     ]
     drawn = (_loss(steps, resumed), _validation(found), _rates(steps, resumed))
     return Section(title=title, drawings=tuple(each for each in drawn if each))
 
 
-def _loss(steps: list[Json], resumed: list[tuple[float, str]]) -> Drawing | None:
-    points = [(s["epoch"], s["loss"]) for s in steps if s.get("loss") is not None]
+def _loss(steps: list[StepEvent], resumed: list[tuple[float, str]]) -> Drawing | None:
+    points = [(s.epoch, s.loss) for s in steps if s.loss is not None]
     if not points:
         return None
     many = len(points) > 15
@@ -145,12 +145,12 @@ def _smooth(points: list[Point]) -> list[Point]:
 
 
 def _validation(found: Dossier) -> Drawing | None:
-    checks, best = found.history("validation"), found.best
+    checks, best = found.history(ValidationEvent), found.best
     if not checks:
         return None
-    accuracy = [(c["epoch"], c["track_accuracy"]) for c in checks]
-    macro_f1 = [(c["epoch"], c["track_macro_f1"]) for c in checks]
-    genres = next((len(e["genres"]) for e in found.events if e.get("genres")), 0)
+    accuracy = [(c.epoch, c.track_accuracy) for c in checks]
+    macro_f1 = [(c.epoch, c.track_macro_f1) for c in checks]
+    genres = len(found.genres)
     dots = len(checks) < 40
     figure = figures.lines(
         [
@@ -161,7 +161,7 @@ def _validation(found: Dossier) -> Drawing | None:
         y_title="tracks",
         y_range=(0, 1),
         level=(1 / genres, "chance") if genres else None,
-        marks=[(best["epoch"], "the model that was kept")] if best else [],
+        marks=[(best.epoch, "the model that was kept")] if best else [],
     )
     return Drawing(
         name="validation",
@@ -169,15 +169,15 @@ def _validation(found: Dossier) -> Drawing | None:
         label=f"Validation: track accuracy {accuracy[-1][1]:.3f} and macro-F1 "
         f"{macro_f1[-1][1]:.3f} at the end, of {len(checks)} validations",
         figure=figure,
-        about=f"Dotted: epoch {best['epoch']:.2f}, whose model was kept." if best else "",
+        about=f"Dotted: epoch {best.epoch:.2f}, whose model was kept." if best else "",
     )
 
 
-def _rates(steps: list[Json], resumed: list[tuple[float, str]]) -> Drawing | None:
-    points = [(s["epoch"], s["lr"]) for s in steps if s.get("lr") is not None]
+def _rates(steps: list[StepEvent], resumed: list[tuple[float, str]]) -> Drawing | None:
+    points = [(s.epoch, s.lr) for s in steps]
     if not points:
         return None
-    heads = [s["head_lr"] / s["lr"] for s in steps if s.get("lr") and s.get("head_lr")]
+    heads = [s.head_lr / s.lr for s in steps if s.lr and s.head_lr]
     line = Line(name="", points=points)
     return Drawing(
         name="learning-rate",
@@ -202,27 +202,27 @@ def bias(found: Dossier) -> Section | None:
 def cost(found: Dossier) -> Section:
     """Time, speed, memory, tries."""
     title = "What it cost"
-    spans, steps = found.spans, [e for e in found.events if e.get("event") == "step"]
+    spans, steps = found.spans, only(found.events, StepEvent)
     if not spans:
         return Section(title=title, notes=("metrics.jsonl tells of no try.",))
-    names = Counter(e.get("event") for e in found.events)
     facts = [("wall time", _hours(sum(span.ended_at_s - span.started_at_s for span in spans)))]
-    for name, key, unit in (
-        ("segments/s", "segments_per_s", 1.0),
-        ("seconds a step", "step_s", 1.0),
-        ("TFLOP/s of a rank", "model_tflop_per_s", 1.0),
-        ("of its bf16 peak (MFU), %", "mfu", 100.0),
+    for name, given in (
+        ("segments/s", [step.segments_per_s for step in steps]),
+        ("seconds a step", [step.step_s for step in steps]),
+        ("TFLOP/s of a rank", [step.model_tflop_per_s for step in steps]),
+        ("of its bf16 peak (MFU), %", [100 * step.mfu for step in steps if step.mfu is not None]),
     ):
-        if values := [unit * value for value in _numbers(steps, key)]:
+        if values := [value for value in given if value is not None]:
             low, middle, high = min(values), statistics.median(values), max(values)
             facts.append((name, f"{middle:.4g} (median), {low:.4g} to {high:.4g}"))
-    if waits := _numbers(steps, "data_wait_share"):
+    if steps:
+        waits = [step.data_wait_share for step in steps]
         facts.append(("waiting for data", f"{100 * statistics.fmean(waits):.2f} % of the time"))
-    if peaks := _numbers(steps, "peak_memory_gib"):
-        facts.append(("peak memory", f"{max(peaks):.2f} GiB on rank 0"))
+        peak = max(step.peak_memory_gib for step in steps)
+        facts.append(("peak memory", f"{peak:.2f} GiB on rank 0"))
     facts.append(("tries", _tries(found)))
-    facts.append(("refused steps", str(names["refused"])))
-    facts.append(("failed saves", str(names["save_failed"])))
+    facts.append(("refused steps", str(len(only(found.events, RefusedEvent)))))
+    facts.append(("failed saves", str(len(only(found.events, SaveFailedEvent)))))
     return Section(title=title, facts=tuple(facts))
 
 
@@ -232,10 +232,6 @@ def _tries(found: Dossier) -> str:
     killed = len(found.spans) - sum(outcomes.values())
     ends += [f"{killed} without a last word"] if killed > 0 else []
     return f"{len(found.spans)} ({', '.join(ends)})" if ends else str(len(found.spans))
-
-
-def _numbers(events: Iterable[Json], key: str) -> list[float]:
-    return [float(event[key]) for event in events if event.get(key) is not None]
 
 
 def _hours(seconds: float) -> str:

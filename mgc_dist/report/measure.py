@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from mgc_dist.report import evaluation
 from mgc_dist.report.evaluation import Subject
 from mgc_dist.scoring import subgroups
 from mgc_dist.scoring.score import SplitScores, all_score
+from mgc_dist.scoring.written import EvaluationFigures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Evaluation:
         is_first: whether this is rank 0, which writes and speaks for all.
     """
 
-    figures: dict[str, Any]
+    figures: EvaluationFigures
     scores: SplitScores
     notes: tuple[str, ...]
     run: Path
@@ -100,7 +100,7 @@ def _measure(
                 aggregate=config.aggregate,
                 progress=bar.over,
             )
-        figures: dict[str, Any] = {}
+        figures: EvaluationFigures = {}
         peers.all_decide(lambda: figures.update(_write(config, subject, scores)))
     return Evaluation(
         figures=figures,
@@ -113,7 +113,7 @@ def _measure(
     )
 
 
-def _write(config: EvaluateConfig, subject: Subject, scores: SplitScores) -> dict[str, Any]:
+def _write(config: EvaluateConfig, subject: Subject, scores: SplitScores) -> EvaluationFigures:
     """Write the figures, and return them (rank 0)."""
     figures = evaluation.summary(subject, scores, resamples=config.resamples, seed=config.seed)
     weights = folder.find_exported(config.run) / folder.WEIGHTS

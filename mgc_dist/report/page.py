@@ -14,8 +14,9 @@ from markupsafe import Markup
 
 from mgc_dist.files import replace_text
 from mgc_dist.report import canvas, gallery, making, verdict
-from mgc_dist.report.dossier import Dossier, Json
+from mgc_dist.report.dossier import Dossier
 from mgc_dist.report.section import Section
+from mgc_dist.scoring.written import EvaluationFigures
 
 log = logging.getLogger(__name__)
 
@@ -79,15 +80,17 @@ def sections(found: Dossier) -> Iterator[Section]:
             yield section
 
 
-def _of_evaluation(entry: Callable[[Json], Section | None], found: Dossier) -> Section | None:
+def _of_evaluation(
+    entry: Callable[[EvaluationFigures], Section | None], found: Dossier
+) -> Section | None:
     """A figure of the main evaluation, or before there is one, of the chosen validation."""
     if found.main:
         return entry(found.main[1])
-    starts = [line for line in found.events if line.get("genres")]
-    if not found.best or "confusion" not in found.best or not starts:
+    if not found.best or not found.genres:
         return None
-    known = {"confusion": found.best["confusion"], "genres": starts[-1]["genres"]}
-    return entry(known | {"split": "validation"})
+    known: EvaluationFigures = {"confusion": found.best.confusion, "genres": found.genres}
+    known["split"] = "validation"
+    return entry(known)
 
 
 def render(name: str, shown: list[Section]) -> str:

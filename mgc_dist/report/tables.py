@@ -9,12 +9,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mgc_dist.models.predictor import Prediction
+from mgc_dist.report.timeline import clock, merge
 from mgc_dist.scoring.metrics import METRICS
+from mgc_dist.scoring.written import Bounds, EvaluationFigures, Intervals, SubgroupFigures
 
-Report = dict[str, Any]
+_STRETCHES = 20
+"""Of a file's timeline on the terminal; neighbouring segments are merged to as many at most."""
+_BAR = 24
+"""Characters of a bar that stands for probability 1."""
 
 
-def evaluation(figures: Report) -> None:
+def evaluation(figures: EvaluationFigures) -> None:
     """Print an evaluation: tracks, segments, aggregates, intervals, genres, subgroups."""
     console = _console()
     title = f"{figures['run']}: {figures['name']}, data set {figures['dataset_id'][:12]}"
@@ -46,7 +52,29 @@ def evaluation(figures: Report) -> None:
         _subgroups(console, figures["subgroups"])
 
 
-def by_unit(intervals: Report) -> list[tuple[str, Report]]:
+def prediction(found: Prediction, top: int) -> None:
+    """Print a file's genre, then a line a stretch of it: start, genre, a bar of its probability."""
+    console, genres, mean = _console(), found.genres, found.mean
+    best = mean.argsort()[::-1][: max(1, top)]
+    named = ", ".join(f"{genres[k]} {mean[k]:.3f}" for k in best)
+    console.print(f"{found.path}: {found.genre}  ({named})")
+    stretches = merge(
+        found.starts_s, found.probabilities, segment_s=found.segment_s, most=_STRETCHES
+    )
+    width = max(len(genres[stretch.best]) for stretch in stretches)
+    last = max(len(clock(stretch.start_s)) for stretch in stretches)
+    if stretches[0].segments > 1:
+        count = len(found.starts_s)
+        console.print(f"  a line is {stretches[0].segments} of {count} segments, their mean")
+    for stretch in stretches:
+        sure = float(stretch.probabilities[stretch.best])
+        console.print(
+            f"  {clock(stretch.start_s):>{last}}  {genres[stretch.best]:<{width}}  {sure:.2f} "
+            f"{'█' * round(_BAR * sure)}"
+        )
+
+
+def by_unit(intervals: Intervals) -> list[tuple[str, Bounds]]:
     """Intervals with the words that say what was drawn, the one that counts first.
 
     Tracks of one artist are right or wrong together. So whole artists are drawn where they are
@@ -61,7 +89,7 @@ def by_unit(intervals: Report) -> list[tuple[str, Report]]:
     return [("by track; artists unknown, so too narrow", tracks)]
 
 
-def _subgroups(console: Console, found: Report) -> None:
+def _subgroups(console: Console, found: SubgroupFigures) -> None:
     columns = ("subgroup", "tracks", "accuracy", "95 %", "segments", "accuracy")
     shown = _table(f"by subgroup: {found['source']}", columns)
     for name, each in found["groups"].items():
@@ -77,7 +105,7 @@ def _subgroups(console: Console, found: Report) -> None:
         )
 
 
-def pair(found: Report) -> None:
+def pair(found: dict[str, Any]) -> None:
     """Print the comparison of two runs."""
     console = _console()
     title = f"A {found['a']}, B {found['b']}: {found['name']}, {found['count']} tracks"
@@ -114,7 +142,7 @@ def pair(found: Report) -> None:
             console.print(each)
 
 
-def seeds(found: Report) -> None:
+def seeds(found: dict[str, Any]) -> None:
     """Print settings over seeds, and their gains over the baseline."""
     console = _console()
     shown = _table(f"{found['name']}, over seeds", ("settings", "n", "mean", "sd", "min", "max"))

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 from mgc_dist.report import figures
 from mgc_dist.report.canvas import SECOND
-from mgc_dist.report.dossier import Decider, Dossier, Json
+from mgc_dist.report.dossier import Decider, Dossier
 from mgc_dist.report.figures import Line
 from mgc_dist.report.gallery import cell
 from mgc_dist.report.section import Drawing, Mistake, Section, Table, Tile
 from mgc_dist.report.tables import by_unit
 from mgc_dist.scoring.metrics import METRICS
+from mgc_dist.scoring.written import EvaluationFigures, Prediction
 
 MOST_WRONG = 8
 """Mistakes that are shown."""
@@ -22,8 +23,8 @@ def verdict(found: Dossier) -> Section:
         tiles = _of_evaluation(found.main[1])
     elif found.best is not None:
         tiles = (
-            Tile(value=cell(found.best["track_accuracy"]), name="validation track accuracy"),
-            Tile(value=cell(found.best["track_macro_f1"]), name="validation macro-F1"),
+            Tile(value=cell(found.best.track_accuracy), name="validation track accuracy"),
+            Tile(value=cell(found.best.track_macro_f1), name="validation macro-F1"),
         )
         notes.append(
             "Not evaluated yet. These are the figures that chose the model, so they flatter it; "
@@ -41,7 +42,7 @@ def verdict(found: Dossier) -> Section:
     return Section(tiles=tiles, paragraphs=(_chosen(found),) if tiles else (), notes=tuple(notes))
 
 
-def _of_evaluation(found: Json) -> tuple[Tile, ...]:
+def _of_evaluation(found: EvaluationFigures) -> tuple[Tile, ...]:
     track, genres = found["track"], len(found["genres"])
     sizes = [sum(row) for row in found["confusion"]]
     return (
@@ -63,15 +64,14 @@ def _chosen(found: Dossier) -> str:
     if best is None:
         return "Which epoch the model is from is not known: the run folder has no validation."
     by = {  # runs of version 0.1.0 chose by macro-F1, and did not write so
-        "nll": "for the least NLL over tracks of the validation split "
-        f"({cell(best.get('track_nll'))})",
-        "macro-f1": f"by macro-F1 on the validation split ({cell(best.get('track_macro_f1'))})",
+        "nll": f"for the least NLL over tracks of the validation split ({cell(best.track_nll)})",
+        "macro-f1": f"by macro-F1 on the validation split ({cell(best.track_macro_f1)})",
         "last": "because it was the last one that was validated",
-    }[best.get("select", "macro-f1")]
-    return f"The model is that of epoch {best['epoch']:.2f}, chosen {by}."
+    }[best.select]
+    return f"The model is that of epoch {best.epoch:.2f}, chosen {by}."
 
 
-def _interval(found: Json, name: str) -> str:
+def _interval(found: EvaluationFigures, name: str) -> str:
     intervals = found.get("intervals")
     unit, bounds = by_unit(intervals)[0] if intervals else ("", {})
     if not intervals or name not in bounds:
@@ -113,10 +113,12 @@ def details(found: Dossier) -> Section | None:
     return Section(title="Figures", tables=tuple(tables), paragraphs=(told, *_intervals(main)))
 
 
-def _intervals(main: Json) -> list[str]:
-    intervals: Json = main.get("intervals") or {}
-    lines = []
-    for unit, bounds in by_unit(intervals) if intervals else ():
+def _intervals(main: EvaluationFigures) -> list[str]:
+    intervals = main.get("intervals")
+    lines: list[str] = []
+    if not intervals:
+        return lines
+    for unit, bounds in by_unit(intervals):
         told = ", ".join(
             f"{key.replace('_', ' ')} {low:.3f} to {high:.3f}"
             for key, (low, high) in bounds.items()
@@ -156,7 +158,7 @@ def mistakes(found: Dossier) -> Section | None:
     )
 
 
-def _mistake(number: int, line: Json, decider: Decider | None) -> Mistake:
+def _mistake(number: int, line: Prediction, decider: Decider | None) -> Mistake:
     track, wrong, truth = line["track"], line["prediction"], line["truth"]
     mistake = Mistake(
         track=track,
@@ -195,7 +197,8 @@ def conclusions(found: Dossier) -> Section:
     else:
         _, main = found.main
         track, split = main["track"], main["split"]
-        bounds = ((main.get("intervals") or {}).get("tracks") or {}).get("accuracy")
+        intervals = main.get("intervals")
+        bounds = intervals["tracks"].get("accuracy") if intervals else None
         span = f", with a 95 % interval of {bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
         lines.append(
             f"One training with one seed has an accuracy of {track['accuracy']:.3f} on "

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mgc_dist.scoring.written import GenreFigures
+
 BINS = 15
 """Of confidence, as in Guo et al. (ICML 2017)."""
 
@@ -118,8 +120,8 @@ class Scores:
         """Expected calibration error."""
         return self.figures["ece"]
 
-    def per_genre(self) -> list[dict[str, float]]:
-        """Precision, recall, F1 and support of each genre, in label order."""
+    def per_genre(self) -> list[GenreFigures]:
+        """Precision, recall, F1 and support of each genre, in label order; no interval yet."""
         precision, recall, f1 = precision_recall_f1(self.confusion)
         support = self.confusion.sum(axis=1)
         return [
@@ -128,6 +130,7 @@ class Scores:
                 "recall": float(recall[k]),
                 "f1": float(f1[k]),
                 "support": int(support[k]),
+                "recall_interval": None,
             }
             for k in range(len(self.confusion))
         ]

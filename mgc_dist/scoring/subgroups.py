@@ -15,11 +15,10 @@ from mgc_dist.data.tracks import read_table
 from mgc_dist.errors import UserError
 from mgc_dist.scoring.intervals import wilson
 from mgc_dist.scoring.metrics import track_labels, track_means
+from mgc_dist.scoring.written import GroupFigures, Share, WorstGroup
 
 ALIGNED = "bias-aligned"
 CONFLICTING = "bias-conflicting"
-
-Figures = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ def figures(
     right: NDArray[np.bool_],
     label: NDArray[np.int64],
     genres: Sequence[str],
-) -> dict[str, Figures]:
+) -> dict[str, GroupFigures]:
     """Count, accuracy and interval of each subgroup, by name, and its genres.
 
     Args:
@@ -137,10 +136,11 @@ def _of_one(
     right: NDArray[np.bool_],
     label: NDArray[np.int64],
     genres: Sequence[str],
-) -> Figures:
+) -> GroupFigures:
     inside = np.array([found == name for found in names], dtype=bool)
     interval = wilson(int(right[inside].sum()), int(inside.sum()))
-    return _share(right[inside]) | {
+    return {
+        **_share(right[inside]),
         "interval": interval and list(interval),
         "genres": {
             genre: _share(right[inside & (label == number)]) for number, genre in enumerate(genres)
@@ -148,14 +148,14 @@ def _of_one(
     }
 
 
-def _share(right: NDArray[np.bool_]) -> Figures:
+def _share(right: NDArray[np.bool_]) -> Share:
     return {"count": len(right), "accuracy": float(right.mean()) if len(right) else None}
 
 
-def worst(found: dict[str, Figures]) -> Figures | None:
+def worst(found: dict[str, GroupFigures]) -> WorstGroup | None:
     """Name, accuracy and count of the subgroup of the lowest accuracy; None if all are empty."""
     filled = {name: each for name, each in found.items() if each["count"]}
     if not filled:
         return None
-    name = min(filled, key=lambda name: (float(str(filled[name]["accuracy"])), name))
-    return {"name": name, "accuracy": filled[name]["accuracy"], "count": filled[name]["count"]}
+    accuracy, name = min((each["accuracy"] or 0.0, name) for name, each in filled.items())
+    return {"name": name, "accuracy": accuracy, "count": filled[name]["count"]}

@@ -130,7 +130,7 @@ def all_batches(
         turns: list[tuple[Tensor, Tensor]] = []
         last = math.ceil(len(left) / ranks.world) - 1
         for step, item in enumerate(progress(iter(reader))):
-            out = forward(item.wave.to(ranks.device, non_blocking=True)).float()  # [B, ...]
+            out = forward(item.input.to(ranks.device, non_blocking=True)).float()  # [B, ...]
             turns.append((item.row, out))
             if len(turns) < steps and step < last:
                 continue

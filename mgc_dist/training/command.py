@@ -18,12 +18,16 @@ from mgc_dist.config import TrainConfig, identity
 from mgc_dist.data import fetch
 from mgc_dist.data.order import Plan
 from mgc_dist.data.reader import Batch, ShardSet
-from mgc_dist.errors import exit_code_of
-from mgc_dist.training import cache, forecast, logbook, loop, memory, run_folder, setup
+from mgc_dist.errors import UserError, exit_code_of
+from mgc_dist.events import DoneEvent, StoppedEvent
+from mgc_dist.training import cache, forecast, logbook, loop, run_folder, setup
 from mgc_dist.training.resume import State, restore
 from mgc_dist.training.setup import Run
 
 log = logging.getLogger(__name__)
+
+_SHORT = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+"""In the words of CUDA and torch, of torch on a CPU, and of cuBLAS and cuDNN."""
 
 Outcome = Literal["done", "stopped", "already complete", "planned", "refused"]
 
@@ -82,9 +86,9 @@ def train(
             try:
                 run = setup.build(config, own, shards, bias, plan, peers, stop, pictures)
             except (RuntimeError, MemoryError) as error:
-                if not memory.is_short(error):
+                if not _is_short(error):
                     raise
-                raise memory.no_room(config, error) from error
+                raise _no_room(config, error) from error
             return _in_folder(run)
 
 
@@ -145,7 +149,8 @@ def _from_where_it_is(run: Run, held: Lease, watch: Watch) -> TrainResult:
             run = _with_features(run, watch)
         ready = run.cached is None or run.features is not None
         outcome = "done" if ready and loop.train(run, state, held, watch) else "stopped"
-        journal.write(outcome, samples_seen=state.samples_seen)
+        end = DoneEvent if outcome == "done" else StoppedEvent
+        journal.write(end(samples_seen=state.samples_seen))
         peers.all_decide(lambda: run_folder.close_run(run, held, state, outcome))
     except BaseException as error:
         told = _in_words(run, watch, error)
@@ -202,4 +207,43 @@ def _in_words(run: Run, watch: Watch, error: BaseException) -> BaseException:
     """What an error of torch means here: a rank was lost, or memory is short; else itself."""
     if run.ranks.is_broken(error):
         return watch.lost(error)
-    return memory.too_large(run, error) if memory.is_short(error) else error
+    return _too_large(run, error) if _is_short(error) else error
+
+
+def _is_short(error: BaseException) -> bool:
+    """Whether an error says that memory was short, on a GPU or on the host."""
+    short = isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT)
+    return short or isinstance(error, MemoryError)
+
+
+def _too_large(run: Run, error: BaseException) -> UserError:
+    """Which batch is too large: validation's, or that of training and of the cache."""
+    engine, makes_cache = run.config.engine, run.cached is not None and not run.features
+    if run.model.training or makes_cache:
+        batch = f"--micro-batch {engine.micro_batch}"
+        cure = "lower it: --global-batch stays as it is; or --activation-checkpointing"
+    else:
+        batch = f"--eval-batch {engine.eval_batch}"
+        cure = "lower it: figures stay the same but for rounding; --resume auto goes on"
+    return UserError(
+        batch,
+        got=_said(error),
+        expected="a batch that fits the memory of a rank",
+        cure=cure,
+        this_rank_only=True,
+    )
+
+
+def _no_room(config: TrainConfig, error: BaseException) -> UserError:
+    """The weights and the optimizer alone are too large."""
+    return UserError(
+        f"--model {config.main.model} at --zero-stage {config.engine.zero_stage}",
+        got=_said(error),
+        expected="weights and optimizer that fit the memory of a rank",
+        cure="look at --dry-run; freeze more, or spread them: --zero-stage 2 or 3 on more ranks",
+        this_rank_only=True,
+    )
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -17,12 +17,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mgc_dist.config import TrainConfig
-from mgc_dist.data.features import FEATURES
+from mgc_dist.data.features import STORE
 from mgc_dist.data.order import Layout, Plan, lay_out
 from mgc_dist.files import nearest
 from mgc_dist.models import flops
 from mgc_dist.models.flops import SegmentFlops
-from mgc_dist.models.main import WaveClassifier, describe_main, part_of
+from mgc_dist.models.main import WaveClassifier, describe_main
 
 STAGES = (0, 1, 2, 3)
 GIB = 2**30
@@ -57,13 +57,13 @@ class Cached:
     """What a cache of the frozen part would be.
 
     Attributes:
-        boundary: of `trunk`.
+        boundary: of the model's cut.
         shape: of a row, F and D.
         dtype: of a value, in words.
         bytes: of all rows, in float32 unless bf16 is asked for.
         free_bytes: where it will be.
         is_there: a cache of that size lies there already.
-        gain: factor by which steps need fewer FLOPs, where they are counted.
+        gain: factor by which steps need fewer FLOPs.
     """
 
     boundary: str
@@ -72,7 +72,7 @@ class Cached:
     bytes: int
     free_bytes: int
     is_there: bool
-    gain: float | None
+    gain: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Forecast:
         layout: of the global batch.
         plan: of the rows.
         parts: part of the model -> (parameters, trained ones).
-        flops: of a segment, by part; None where the model's kind is not counted.
+        flops: of a segment, by part.
         memory: by ZeRO stage.
         activation_bytes: of one micro batch, in float32.
         checkpoint_bytes: of one checkpoint.
@@ -98,7 +98,7 @@ class Forecast:
     layout: Layout
     plan: Plan
     parts: dict[str, tuple[int, int]]
-    flops: SegmentFlops | None
+    flops: SegmentFlops
     memory: dict[int, Memory]
     activation_bytes: int
     checkpoint_bytes: int
@@ -141,16 +141,7 @@ def forecast(
         world=world,
         largest_micro_batch=config.engine.micro_batch,
     )
-    model = describe_main(
-        config.main.model,
-        genres,
-        freeze=config.main.freeze,
-        frozen_layers=config.main.frozen_layers,
-        activation_checkpointing=config.main.activation_checkpointing,
-        segment_samples=segment_samples,
-        cache=config.data.cache,
-        spec_augment=config.main.spec_augment,
-    )
+    model = _model_of(config, genres, segment_samples)
     parts = count_parts(model)
     every, trained = (sum(counts) for counts in zip(*parts.values(), strict=True))
     bucket = config.engine.bucket_elements
@@ -185,18 +176,30 @@ def forecast(
         notes=(
             *_notes(layout, plan, segment_samples / sample_rate),
             *_room(layout, states, activations),
-            *([] if counted else [flops.uncounted(model)]),
         ),
     )
 
 
-def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
+def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) -> WaveClassifier:
+    return describe_main(
+        config.main.model,
+        genres,
+        freeze=config.main.freeze,
+        frozen_layers=config.main.frozen_layers,
+        activation_checkpointing=config.main.activation_checkpointing,
+        segment_samples=segment_samples,
+        cache=config.data.cache,
+        spec_augment=config.main.spec_augment,
+    )
+
+
+def count_parts(model: WaveClassifier) -> dict[str, tuple[int, int]]:
     """Parameters of each part of the model, and how many of them are trained."""
     every: Counter[str] = Counter()
     trained: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        every[part_of(name)] += parameter.numel()
-        trained[part_of(name)] += parameter.numel() * parameter.requires_grad
+        every[model.kind.part_of(name)] += parameter.numel()
+        trained[model.kind.part_of(name)] += parameter.numel() * parameter.requires_grad
     return {part: (every[part], trained[part]) for part in every}
 
 
@@ -277,8 +280,8 @@ def _cached(config: TrainConfig, model: WaveClassifier, rows: int, samples: int)
         dtype=_DTYPES[config.data.cache_dtype],
         bytes=size,
         free_bytes=_free_bytes(root),
-        is_there=any(path.stat().st_size >= size for path in root.glob(f"*/{FEATURES}")),
-        gain=work.training / work.above(model.boundary).training if work else None,
+        is_there=any(path.stat().st_size >= size for path in root.glob(f"*/{STORE.array}")),
+        gain=work.training / work.above(model.boundary).training,
     )
 
 
@@ -360,12 +363,11 @@ def show(found: Forecast) -> None:
         shown = [f"{flop / 1e9:.3f}" if flop else "" for flop in work]
         table.add_row(part, f"{every:,}", f"{trained:,}" if trained else "frozen", *shown)
     console.print(table)
-    if found.flops:
-        console.print(
-            f"a segment takes {found.flops.forward / 1e9:.5g} GFLOP forward and "
-            f"{found.flops.training / 1e9:.5g} in training, "
-            f"{100 * found.flops.frozen / found.flops.training:.0f} % of it in the frozen part"
-        )
+    console.print(
+        f"a segment takes {found.flops.forward / 1e9:.5g} GFLOP forward and "
+        f"{found.flops.training / 1e9:.5g} in training, "
+        f"{100 * found.flops.frozen / found.flops.training:.0f} % of it in the frozen part"
+    )
     table = Table(title="Memory of a rank, estimated")
     for column in ("ZeRO", "weights", "gradients", "optimizer", "buckets", "activations", "all"):
         table.add_column(column, justify="right")
@@ -394,7 +396,7 @@ def _show_cached(cached: Cached) -> None:
         f"cache at {cached.boundary}: {frames} frames of {width} values a segment, "
         f"{_size(cached.bytes)} in {cached.dtype}, {_size(cached.free_bytes)} free"
         + (", one of that size is there" if cached.is_there else "")
-        + (f"; a step then takes 1/{cached.gain:.2f} of the FLOPs" if cached.gain else "")
+        + f"; a step then takes 1/{cached.gain:.2f} of the FLOPs"
     )
 
 
@@ -402,7 +404,7 @@ def _with_work(found: Forecast) -> dict[str, tuple[int, ...]]:
     """Part -> parameters, trained ones, FLOP forward, FLOP of a training step (0: none)."""
     rows: dict[str, tuple[int, ...]] = {}
     for part, counts in found.parts.items():
-        work = found.flops.parts.get(part) if found.flops else None
+        work = found.flops.parts.get(part)
         rows[part] = (
             (*counts, work.forward, work.forward + work.backward) if work else (*counts, 0, 0)
         )

@@ -9,6 +9,7 @@ from mgc_dist.cluster.lease import Lease
 from mgc_dist.cluster.watch import Watch
 from mgc_dist.data.reader import Batch
 from mgc_dist.errors import EXIT_IO, RunFailed
+from mgc_dist.events import CheckpointEvent, SaveFailedEvent, ValidationEvent
 from mgc_dist.models.folder import save_exported
 from mgc_dist.scoring.score import SplitScores, all_score, fit_temperature
 from mgc_dist.training import checkpoint
@@ -75,7 +76,7 @@ class Keeper:
                 run.folder,
                 step + 1,
                 run.ranks,
-                lambda root, tag: run.engine.save(root, tag, asdict(state)),
+                lambda root, tag: run.engine.state.save(root, tag, asdict(state)),
                 facts={
                     "world": run.ranks.world,
                     "zero_stage": run.engine.zero_stage,
@@ -98,7 +99,7 @@ class Keeper:
         self._failed_saves = 0
         self.save_s = time.perf_counter() - started
         run.journal.write(
-            "checkpoint", samples_seen=state.samples_seen, save_s=round(self.save_s, 3)
+            CheckpointEvent(samples_seen=state.samples_seen, save_s=round(self.save_s, 3))
         )
         log.info("saved %s in %.1f s", folder, self.save_s)
 
@@ -130,8 +131,7 @@ class Keeper:
                 "the logits of %d of %d validation segments are not finite: this model is not kept",
                 *(broken, len(result.logits)),
             )
-        run.journal.write(
-            "validation",
+        event = ValidationEvent(
             exported=exported,
             select=select,
             select_loss=loss,
@@ -144,6 +144,7 @@ class Keeper:
             segment_accuracy=result.segment.accuracy,
             confusion=track.confusion.tolist(),
         )
+        run.journal.write(event)
         log.info(
             "validation after epoch %.2f: track NLL %.4f accuracy %.3f macro-F1 %.3f, "
             "segment accuracy %.3f%s",
@@ -161,7 +162,7 @@ class Keeper:
         """Write the model; whether it could be written. The next better one is tried again."""
         run = self._run
         self._watch.progress(step, "exporting")
-        weights = run.engine.all_weights()
+        weights = run.engine.state.all_weights()
 
         def write() -> str:
             manifest, folder = run.shards.manifest, run.folder / "best"
@@ -186,4 +187,5 @@ class Keeper:
     def _tell_failure(self, step: int, reason: str) -> None:
         if self._run.ranks.is_first:
             log.error("not saved at step %d: %s; the run goes on", step + 1, reason)
-        self._run.journal.write("save_failed", step=step + 1, reason=reason)
+        seen = self._run.plan.seen_after(step)
+        self._run.journal.write(SaveFailedEvent(samples_seen=seen, step=step + 1, reason=reason))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mgc_dist.bias_model import summary
+from mgc_dist.events import StartEvent, StepEvent
 from mgc_dist.models.flops import peak_tflop_per_s
 from mgc_dist.training.engine import lr_factor
 from mgc_dist.training.meters import Laggards, Meter, Tally
@@ -65,7 +66,7 @@ def begin(run: Run, state: State, attempt: str) -> None:
     """Write the first event of a try, and that it is running."""
     journal, seen, world = run.journal, state.samples_seen, run.ranks.world
     genres = list(run.shards.manifest.genres)
-    journal.write("start", samples_seen=seen, world=world, genres=genres)
+    journal.write(StartEvent(samples_seen=seen, world=world, genres=genres))
     journal.begin(attempt=attempt, first_step=run.plan.step_of(seen), world=world)
     journal.status("running", samples_seen=seen, total=run.plan.total)
 
@@ -102,16 +103,16 @@ class Logbook:
         if (step + 1) % run.config.output.log_every_steps and state.samples_seen != run.plan.total:
             return
         loss, factor, optim = tally.latest(), rate_factor(run, step), run.config.optim
+        entry = run.config.objective.entry
         window = meter.read(state.samples_seen, step + 1)
         rate, wait = window.segments_per_s, window.wait_share
         slow = self._laggards.all_look(window.own_s, run.ranks)
         if slow and run.ranks.is_first:
             log.warning("%s", slow)
-        norm, computed = run.engine.grad_norm(), _computed(run, rate)
+        norm, (tflop_per_s, mfu) = run.engine.grad_norm(), _computed(run, rate)
         memory_gib = _peak_memory_gib(run.ranks.device)
         epoch = (state.samples_seen - 1) / run.plan.rows
-        run.journal.write(
-            "step",
+        event = StepEvent(
             step=step + 1,
             samples_seen=state.samples_seen,
             epoch=round(epoch, 4),
@@ -119,39 +120,32 @@ class Logbook:
             lr=optim.lr * factor,
             head_lr=optim.head_lr * factor,
             grad_norm=norm,
-            **self._bias_strength(step),
+            beta=run.objective.beta(step) if "beta" in entry.knobs else None,
+            mean_gain=None if self._gain is None else float(self._gain.mean()),
             step_s=round(window.step_s, 5),
             segments_per_s=round(rate, 2),
-            **computed,
+            model_tflop_per_s=tflop_per_s,
+            mfu=mfu,
             data_wait_share=round(wait, 5),
             peak_memory_gib=round(memory_gib, 3),
         )
+        run.journal.write(event)
         left_s = (run.plan.total - state.samples_seen) / rate if rate else math.nan
         log.info(
             "step %d/%d epoch %.2f loss %.4f lr %.2e grad %s %.1f segments/s %swait %.1f %% "
             "memory %.2f GiB left %s",
             *(step + 1, run.plan.steps, epoch, loss, optim.lr * factor),
             *("-" if norm is None else f"{norm:.3f}", rate),
-            *(f"MFU {100 * computed['mfu']:.1f} % " if "mfu" in computed else "", 100 * wait),
+            *("" if mfu is None else f"MFU {100 * mfu:.1f} % ", 100 * wait),
             *(memory_gib, _clock(left_s)),
         )
 
-    def _bias_strength(self, step: int) -> dict[str, float]:
-        """How much the bias counts: beta, or the mean gain of rank 0's last micro batch."""
-        if self._gain is not None:
-            return {"mean_gain": float(self._gain.mean())}
-        objective = self._run.config.objective
-        return {"beta": self._run.objective.beta(step)} if objective.loss == "poe" else {}
 
-
-def _computed(run: Run, segments_per_s: float) -> dict[str, float]:
+def _computed(run: Run, segments_per_s: float) -> tuple[float, float | None]:
     """TFLOP/s that the model needed on each rank, and its share of the device's peak."""
-    if run.flops is None:
-        return {}
     reached = run.flops.training * segments_per_s / run.ranks.world / 1e12
     peak = peak_tflop_per_s(run.ranks.device)
-    found = {"model_tflop_per_s": float(f"{reached:.5g}")}
-    return found | ({} if peak is None else {"mfu": round(reached / peak, 5)})
+    return float(f"{reached:.5g}"), None if peak is None else round(reached / peak, 5)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

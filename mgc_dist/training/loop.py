@@ -21,12 +21,12 @@ from mgc_dist.data import record
 from mgc_dist.data.order import training_batches
 from mgc_dist.data.reader import Batch, Reader
 from mgc_dist.errors import EXIT_NON_FINITE, RunFailed
+from mgc_dist.events import RefusedEvent
 from mgc_dist.journal import RowLedger
-from mgc_dist.training.census import Census
 from mgc_dist.training.keeper import Keeper
 from mgc_dist.training.logbook import Logbook, rate_factor
-from mgc_dist.training.meters import Meter, Tally
-from mgc_dist.training.objective import MicroLoss
+from mgc_dist.training.losses import MicroLoss
+from mgc_dist.training.meters import Census, Meter, Tally
 from mgc_dist.training.resume import State
 from mgc_dist.training.setup import Run
 
@@ -124,11 +124,11 @@ def begin_step(run: Run, step: int) -> None:
 def forward(run: Run, batch: Batch, meter: Meter) -> tuple[MicroLoss, Tensor | None]:
     """What a micro batch loses, and the gain of the bias, float32 [B], where it is learned."""
     with meter.own_work():
-        wave, gain = batch.wave.to(run.ranks.device, non_blocking=True), None
+        taken, gain = batch.input.to(run.ranks.device, non_blocking=True), None
         if run.config.objective.learns_gain:
-            logits, gain = run.engine.with_gain(wave)
+            logits, gain = run.engine.with_gain(taken)
         else:
-            logits = run.engine(wave)  # [B, K]
+            logits = run.engine(taken)  # [B, K]
     return run.objective.micro_loss(batch, logits, gain), gain
 
 
@@ -191,7 +191,8 @@ class Refusals:
         message = f"step {step + 1} is refused: {what} not finite"
         if run.ranks.is_first:
             log.warning("%s; %d in a row", message, state.refused_in_a_row)
-        run.journal.write("refused", step=step + 1, samples_seen=state.samples_seen, reason=what)
+        seen = state.samples_seen
+        run.journal.write(RefusedEvent(samples_seen=seen, step=step + 1, reason=what))
         limit = run.config.engine.max_refused_steps
         if state.refused_in_a_row >= limit:
             raise RunFailed(

@@ -12,7 +12,8 @@ from mgc_dist.config import RunConfig, Select, TrainConfig, identity
 from mgc_dist.config.knobs import change_names, flag
 from mgc_dist.data.order import Plan
 from mgc_dist.errors import EXIT_NO_CHECKPOINT, UserError
-from mgc_dist.journal import read_metrics
+from mgc_dist.events import CheckpointEvent, ValidationEvent, only
+from mgc_dist.journal import read_events
 from mgc_dist.training import checkpoint
 from mgc_dist.training.setup import Run
 
@@ -82,7 +83,7 @@ def restore(run: Run) -> tuple[State, Changes]:
             f"checkpoint {folder}", run.identity, facts["identity"], config.change
         )
         reshape = must_reshape(folder, world=peers.world, zero_stage=run.engine.zero_stage)
-        state = State.restored(run.engine.all_load(folder, reshape=reshape))
+        state = State.restored(run.engine.state.all_load(folder, reshape=reshape))
         refuse_position(changes, run.plan, state.samples_seen)
         _keep_best(run, state)
         log.info("resuming from %s", folder)
@@ -155,12 +156,12 @@ def all_choose(config: RunConfig, ranks: Ranks) -> Path | None:
 
 
 def _refuse_vanished(run: Path) -> None:
-    saved = read_metrics(run, "checkpoint")
+    saved = only(read_events(run), CheckpointEvent)
     if saved:
         raise UserError(
             f"checkpoints in {run / checkpoint.FOLDER}",
             got=f"none, though {len(saved)} have been saved, "
-            f"the last one at samples_seen {saved[-1]['samples_seen']}",
+            f"the last one at samples_seen {saved[-1].samples_seen}",
             expected="at least one of them",
             cure="bring one back, or begin again with --fresh: nothing is deleted",
             exit_code=EXIT_NO_CHECKPOINT,
@@ -254,15 +255,13 @@ def holds_best(run: Path, samples_seen: int, loss: float | None) -> bool:
         samples_seen: at that validation.
         loss: what the model was chosen by, as in `State.best_loss`.
     """
-    exports = [line for line in read_metrics(run, "validation") if line.get("exported")]
+    exports = [each for each in only(read_events(run), ValidationEvent) if each.exported]
     if not exports:
         return False
     last = exports[-1]
     # version 0.1.0 chose by macro-F1, and did not write so
-    return (last["samples_seen"], last.get("select_loss", -last["track_macro_f1"])) == (
-        samples_seen,
-        loss,
-    )
+    chosen_by = -last.track_macro_f1 if last.select_loss is None else last.select_loss
+    return (last.samples_seen, chosen_by) == (samples_seen, loss)
 
 
 def set_aside(run: Path) -> None:

@@ -16,6 +16,7 @@ from mgc_dist.cluster.lease import Lease
 from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.config import TrainConfig, identity
 from mgc_dist.errors import UserError
+from mgc_dist.events import ChangedEvent
 from mgc_dist.files import replace_text
 from mgc_dist.training import checkpoint, resume
 from mgc_dist.training.resume import Changes, State, refuse_change
@@ -109,8 +110,9 @@ def open_run(run: Run, held: Lease, state: State, changes: Changes) -> None:
         log.info(
             "changed from samples_seen %d on: %s", state.samples_seen, f"{key}: {theirs} -> {ours}"
         )
+        seen = state.samples_seen
         run.journal.write(
-            "changed", samples_seen=state.samples_seen, name=key, before=str(theirs), now=str(ours)
+            ChangedEvent(samples_seen=seen, knob=key, before=str(theirs), now=str(ours))
         )
 
 

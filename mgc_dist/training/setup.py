@@ -15,7 +15,7 @@ from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.cluster.stop import Stop
 from mgc_dist.cluster.watch import start_limit
 from mgc_dist.config import TrainConfig, identity
-from mgc_dist.data.features import Facts, Features
+from mgc_dist.data.features import Features, FeaturesKey
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.order import ORDER_VERSION, Layout, Plan, lay_out
 from mgc_dist.data.reader import ShardSet
@@ -24,7 +24,7 @@ from mgc_dist.models.flops import SegmentFlops, count
 from mgc_dist.models.main import WaveClassifier, build_main, frozen_fingerprint
 from mgc_dist.training import cache
 from mgc_dist.training.engine import Engine
-from mgc_dist.training.objective import Objective
+from mgc_dist.training.losses import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Run:
         shards: the data.
         objective: the loss, with the bias table in it.
         plan, layout: the order of rows, and how a step's rows lie over ranks.
-        flops: of a segment, but what a cache holds; None where the model's kind is not counted.
+        flops: of a segment, but what a cache holds.
         model, engine: the main model, and DeepSpeed around it.
         ranks, journal, stop: peers, metrics.jsonl, and what asks for a stop.
         cached: what the cache of the frozen part is of; None without a cache.
@@ -50,13 +50,13 @@ class Run:
     objective: Objective
     plan: Plan
     layout: Layout
-    flops: SegmentFlops | None
+    flops: SegmentFlops
     model: WaveClassifier
     engine: Engine
     ranks: Ranks
     journal: Journal
     stop: Stop
-    cached: Facts | None = None
+    cached: FeaturesKey | None = None
     features: Features | None = None
 
     @property
@@ -105,23 +105,9 @@ def build(
         "weights_precision": "bf16" if bf16_weights else "fp32",
     }
     flops = count(model, shards.manifest.segment_samples)  # before ZeRO-3 leaves nothing in place
-    if flops and model.boundary is not None:
+    if model.boundary is not None:
         flops = flops.above(model.boundary)
-    with start_limit(ranks.rank, config.engine.group_timeout_s):
-        engine = Engine(
-            model,
-            layout,
-            ranks,
-            zero_stage=config.engine.zero_stage,
-            bf16=bf16,
-            lr=config.optim.lr,
-            head_lr=config.optim.head_lr,
-            weight_decay=config.optim.weight_decay,
-            clip_norm=config.optim.clip_norm,
-            bucket_elements=config.engine.bucket_elements,
-            bf16_weights=bf16_weights,
-            compile_model=config.engine.compile,
-        )
+    engine = _engine(config, model, layout, ranks, bf16=bf16)
     return Run(
         config=config,
         identity=own | of_model,
@@ -137,6 +123,27 @@ def build(
         stop=stop,
         cached=cached,
     )
+
+
+def _engine(
+    config: TrainConfig, model: WaveClassifier, layout: Layout, ranks: Ranks, *, bf16: bool
+) -> Engine:
+    """DeepSpeed around the model; who does not get that far in time ends (a collective)."""
+    with start_limit(ranks.rank, config.engine.group_timeout_s):
+        return Engine(
+            model,
+            layout,
+            ranks,
+            zero_stage=config.engine.zero_stage,
+            bf16=bf16,
+            lr=config.optim.lr,
+            head_lr=config.optim.head_lr,
+            weight_decay=config.optim.weight_decay,
+            clip_norm=config.optim.clip_norm,
+            bucket_elements=config.engine.bucket_elements,
+            bf16_weights=config.engine.precision == "bf16-weights",
+            compile_model=config.engine.compile,
+        )
 
 
 def plan_of(config: TrainConfig, shards: ShardSet) -> Plan:

@@ -31,7 +31,7 @@ def test_batches_hold_the_planned_rows(shards: Path) -> None:
         for batch, micro in zip(batches, planned, strict=True):
             assert batch.row.tolist() == micro.place.tolist()
             assert batch.weight.tolist() == [float(p >= 0) for p in micro.place]
-            for row, label, wave in zip(batch.row, batch.label, batch.wave, strict=True):
+            for row, label, wave in zip(batch.row, batch.label, batch.input, strict=True):
                 expected = data.read(int(row)) if row >= 0 else np.zeros(8000, np.int16)
                 assert (wave.numpy() == expected).all()
                 assert int(label) == (data.labels[row] if row >= 0 else 0)
@@ -150,7 +150,7 @@ def test_threads_change_neither_order_nor_content(shards: Path, threads: int) ->
         with Reader(data, "train", planned, read_ahead=3, pin=False, threads=threads) as reader:
             for batch, micro in zip(reader, planned, strict=True):
                 assert batch.plan is micro
-                for place, wave in zip(micro.place.tolist(), batch.wave.numpy(), strict=True):
+                for place, wave in zip(micro.place.tolist(), batch.input.numpy(), strict=True):
                     expected = data.read(place) if place >= 0 else np.zeros(8000, np.int16)
                     assert (wave == expected).all()
         assert data.shard_rows_of("train") == (20, 20, 20, 6)
@@ -163,9 +163,9 @@ def test_a_batch_that_is_kept_is_never_overwritten(shards: Path) -> None:
         with Reader(data, "train", batches, read_ahead=2, pin=False) as reader:
             views, addresses = [], set()
             for batch in reader:
-                addresses.add(batch.wave.data_ptr())
+                addresses.add(batch.input.data_ptr())
                 if len(views) < 5:
-                    views.append((batch.row, batch.wave[1:3]))  # part of the tensor is enough
+                    views.append((batch.row, batch.input[1:3]))  # part of the tensor is enough
         assert len(addresses) < 12  # of 17 batches: buffers come back
         for row, wave in views:
             assert all((data.read(int(row[k + 1])) == wave[k].numpy()).all() for k in (0, 1))

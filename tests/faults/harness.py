@@ -24,10 +24,11 @@ import pytest
 import torch
 from conftest import _free_port
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from metrics import read_metrics
 
 from mgc_dist import cli, train
 from mgc_dist.config import TrainConfig
-from mgc_dist.journal import read_metrics, read_status
+from mgc_dist.journal import read_status
 from mgc_dist.training import checkpoint
 from mgc_dist.training.logbook import Logbook
 

@@ -162,7 +162,7 @@ def test_a_pickle_in_a_checkpoint_is_refused_before_it_runs(
 def test_our_own_checkpoints_need_no_other_names(stopped: Path) -> None:
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
-    from mgc_dist.training.engine import safe_names
+    from mgc_dist.training.engine_state import safe_names
 
     known = {f"{name.__module__}.{name.__qualname__}" for name in safe_names()}
     for path in newest(stopped).glob("*.pt"):

@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import run_ranks
 from harness import Patch, assert_survived, losses_of, slow, start
+from metrics import read_metrics
 from safetensors.torch import load_file
 from trainings import config
 
 from mgc_dist import train
 from mgc_dist.config import TrainConfig
 from mgc_dist.data.reader import ShardSet
-from mgc_dist.journal import read_metrics, read_status
-from mgc_dist.training import loop, objective
+from mgc_dist.journal import read_status
+from mgc_dist.training import loop, losses
 
 
 def poisoned(first: int, last: int, *, kind: str = "loss") -> Patch:
@@ -25,7 +26,7 @@ def poisoned(first: int, last: int, *, kind: str = "loss") -> Patch:
         if rank != 1:
             return
         if kind == "loss":
-            losses_of_rows = objective.row_losses
+            losses_of_rows = losses.row_losses
 
             def bad(*args: Any, **kwargs: Any) -> torch.Tensor:
                 losses: torch.Tensor = losses_of_rows(*args, **kwargs)
@@ -33,9 +34,9 @@ def poisoned(first: int, last: int, *, kind: str = "loss") -> Patch:
                     losses = losses * torch.tensor([float("nan")] + [1.0] * (len(losses) - 1))
                 return losses
 
-            objective.row_losses = bad
+            losses.row_losses = bad
         else:
-            mask = objective.masked_sum
+            mask = losses.masked_sum
 
             def steep(*args: Any) -> torch.Tensor:  # a finite loss with an infinite gradient
                 total = mask(*args)
@@ -43,7 +44,7 @@ def poisoned(first: int, last: int, *, kind: str = "loss") -> Patch:
                     total = total + torch.sqrt(total - total.detach())
                 return total
 
-            objective.masked_sum = steep
+            losses.masked_sum = steep
         forward = loop.forward
         current = [0]
 
@@ -133,11 +134,11 @@ def first_update_after_refusal(model: Path, stage: int) -> float:
         wave = torch.randint(-9000, 9000, (2, 8000), dtype=torch.int16)
         engine.backward(engine(wave).sum() / 4)
         assert engine.step()
-        before = engine.all_weights()
+        before = engine.state.all_weights()
         engine.backward(engine(wave).sum() * (float("inf") if peers.rank else 0.25))
         assert not engine.step()
         assert engine.grad_norm() is None
-        after = engine.all_weights()
+        after = engine.state.all_weights()
         return max((float((after[n] - before[n]).abs().max()) for n in before), default=0.0)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from harness import Patch, assert_survived, start
+from metrics import read_metrics
 from trainings import config
 
-from mgc_dist.journal import read_metrics
 from mgc_dist.training import checkpoint
 
 KNOBS: dict[str, Any] = {"checkpoint_every_epochs": 0.3, "resume": "auto"}

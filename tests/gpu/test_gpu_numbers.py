@@ -153,14 +153,14 @@ def test_page_locked_batches_are_those_of_the_cpu(device: torch.device, shards: 
     on_gpu = device.type == "cuda"
     with ShardSet(shards) as data:
         with Reader(data, "train", planned, read_ahead=8, pin=False) as reader:
-            expected = [(batch.wave.clone(), batch.label, batch.weight) for batch in reader]
+            expected = [(batch.input.clone(), batch.label, batch.weight) for batch in reader]
         found = []
         with Reader(data, "train", planned, read_ahead=8, pin=on_gpu, threads=3) as reader:
             for batch in reader:
-                assert batch.wave.is_pinned() == on_gpu
+                assert batch.input.is_pinned() == on_gpu
                 if on_gpu:
                     torch.cuda._sleep(SPIN_CYCLES)
-                parts = (batch.wave, batch.label, batch.weight)
+                parts = (batch.input, batch.label, batch.weight)
                 found.append([part.to(device, non_blocking=True) for part in parts])
                 del batch, parts
     assert len(found) == len(expected) == 128

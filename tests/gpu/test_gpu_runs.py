@@ -19,13 +19,14 @@ import waits
 from conftest import afresh, bias_config, make_table, run_ranks, write_model
 from fresh import Tell, at_once, train_alone
 from harness import Job, at_step, both, weights_hash, weights_of
+from metrics import read_metrics
 from test_cache import farthest
 from test_gpu_engine import FOREVER_CYCLES
 from trainings import config, losses
 
 from mgc_dist.config import TrainConfig
 from mgc_dist.data.reader import ShardSet
-from mgc_dist.journal import read_metrics, read_status
+from mgc_dist.journal import read_status
 from mgc_dist.training import engine, setup
 from mgc_dist.training.forecast import Forecast, forecast
 

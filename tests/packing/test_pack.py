@@ -21,7 +21,7 @@ from mgc_dist import files, shard
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
-from mgc_dist.packing import pack
+from mgc_dist.packing import existing, pack
 from mgc_dist.packing.splits import NO_FILE, NOT_LISTED, fault_filtered
 
 
@@ -444,7 +444,7 @@ def test_what_another_process_has_packed_meanwhile_is_not_replaced(
 ) -> None:
     shard.run(shard_config(few, tmp_path / "out"))
     before = digests(tmp_path / "out")
-    monkeypatch.setattr(shard, "_existing", lambda config: None)  # as it was when we looked
+    monkeypatch.setattr(existing, "read", lambda config: None)  # as it was when we looked
     with pytest.raises(UserError, match="another process has packed meanwhile"):
         shard.run(shard_config(few, tmp_path / "out", seed=1))
     assert digests(tmp_path / "out") == before

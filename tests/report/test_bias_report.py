@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import run_ranks
+from metrics import read_metrics
 from scipy.special import log_softmax
 from sklearn.metrics import log_loss, recall_score
 from trainings import config
@@ -20,7 +21,6 @@ from mgc_dist.config import DataConfig, TrainConfig
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
-from mgc_dist.journal import read_metrics
 from mgc_dist.report import bias as bias_report
 from mgc_dist.training import logbook
 

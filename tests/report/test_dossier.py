@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from metrics import validation_event
 from runs import write_evaluation, write_training
 from scipy.special import softmax
 
 from mgc_dist.data.reader import ShardSet
+from mgc_dist.events import StepEvent, only
 from mgc_dist.files import fingerprint
+from mgc_dist.journal import Journal
 from mgc_dist.models.folder import WEIGHTS
 from mgc_dist.report import making, verdict
 from mgc_dist.report.dossier import Dossier
@@ -27,30 +30,24 @@ def run(shards: Path, table: Path, tmp_path: Path) -> Path:
 
 def test_steps_that_were_lost_and_done_again_count_once(run: Path) -> None:
     found = Dossier(run)
-    steps = found.history("step")
-    assert [step["step"] for step in steps] == list(range(1, 67))
-    assert len([e for e in found.events if e["event"] == "step"]) == 73
+    steps = found.history(StepEvent)
+    assert [step.step for step in steps] == list(range(1, 67))
+    assert len(only(found.events, StepEvent)) == 73
     assert [(span.samples_seen, span.world) for span in found.spans] == [(0, 2), (330, 2)]
     assert all(span.ended_at_s >= span.started_at_s for span in found.spans)
 
 
 def test_the_best_validation_is_the_last_whose_model_was_written(tmp_path: Path) -> None:
     """A higher one whose model did not fit on the disk is not it."""
-    lines = [
-        {
-            "event": "validation",
-            "samples_seen": seen,
-            "epoch": seen / 10,
-            "track_macro_f1": score,
-            "exported": exported,
-        }
-        for seen, score, exported in ((10, 0.5, True), (20, 0.75, True), (30, 0.9, False))
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "metrics.jsonl").write_text(text + '{"event": "validat')  # cut by a kill
+    journal = Journal(tmp_path, writes=True)
+    for seen, score, exported in ((10, 0.5, True), (20, 0.75, True), (30, 0.9, False)):
+        journal.write(validation_event(seen, track_macro_f1=score, exported=exported))
+    journal.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "validat')  # cut by a kill
     best = Dossier(tmp_path).best
     assert best is not None
-    assert best["samples_seen"] == 20
+    assert best.samples_seen == 20
 
 
 def test_the_main_evaluation_is_that_of_the_test_split(run: Path) -> None:

@@ -57,7 +57,7 @@ def test_the_verdict(run: Path) -> None:
     assert "0.333 chance, 3 genres naming the largest genre: 0.333" in shown
     best = Dossier(run).best
     assert best is not None
-    assert f"that of epoch {best['epoch']:.2f}, chosen for the least NLL" in shown
+    assert f"that of epoch {best.epoch:.2f}, chosen for the least NLL" in shown
     figures["intervals"] |= {"groups": None, "known_groups": 0}
     edit(run, intervals=figures["intervals"])
     assert "by track; artists unknown, so too narrow" in words(verdict.verdict(Dossier(run)))

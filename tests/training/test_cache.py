@@ -14,20 +14,23 @@ import pytest
 import torch
 from conftest import BASE_FLAVOUR, NOISY, build_tiny, run_ranks, write_model
 from harness import Patch, die, losses_of, slow, start, weights_hash, weights_of
+from metrics import read_metrics
 from trainings import config, losses, stop_after, train_on
 
 from mgc_dist import train
 from mgc_dist.cluster.ranks import seed_everything
 from mgc_dist.config import DataConfig, ModelConfig, TrainConfig
-from mgc_dist.data import features, rowfile
-from mgc_dist.data.features import Facts, Features
+from mgc_dist.data import features, rowstore
+from mgc_dist.data.features import STORE, Features, FeaturesKey
 from mgc_dist.data.order import sweep_batches
 from mgc_dist.data.reader import Reader, ShardSet
+from mgc_dist.data.rowstore import CHECKSUMS
 from mgc_dist.errors import UserError
 from mgc_dist.files import locked
-from mgc_dist.journal import read_metrics, read_status
-from mgc_dist.models import trunk
+from mgc_dist.journal import read_status
+from mgc_dist.models import kind
 from mgc_dist.models.main import WaveClassifier, frozen_fingerprint
+from mgc_dist.scoring import rows
 from mgc_dist.training import cache
 from mgc_dist.training.engine import Engine
 
@@ -83,9 +86,9 @@ def test_a_cached_run_is_the_uncached_one(
     assert figures(run) == pytest.approx(figures(whole), abs=1e-6)
     (folder,) = caches.iterdir()
     assert {path.name for path in folder.iterdir()} == {
-        features.FEATURES,
-        features.CHECKSUMS,
-        features.HEADER,
+        STORE.array,
+        CHECKSUMS,
+        STORE.header,
     }
     log = (run / "train.log").read_text()
     assert "cache of " in log
@@ -225,7 +228,7 @@ def test_both_halves_are_the_whole_model(at: str, relative: dict[str, Any], tmp_
             assert parameter.grad is None
 
 
-def described(model: WaveClassifier, shards: Path, **changes: Any) -> Facts:
+def described(model: WaveClassifier, shards: Path, **changes: Any) -> FeaturesKey:
     settings: dict[str, Any] = {"device": torch.device("cpu"), "bf16": False, "dtype": "auto"}
     with ShardSet(shards) as data:
         return cache.describe(model, data, **(settings | changes))
@@ -253,13 +256,13 @@ def test_facts_tell_what_changes_the_features_and_nothing_else(
     ]
     assert len({facts.name for facts in [first, *others]}) == 8
     model = cut(file, "layers:1")[0]
-    before = trunk.fingerprint(model.net, "layers:1")
+    before = kind.fingerprint(model.net, "layers:1")
     with torch.no_grad():
         model.net.wav2vec2.encoder.layers[1].final_layer_norm.bias[0] += 1  # above
-    assert trunk.fingerprint(model.net, "layers:1") == before
+    assert kind.fingerprint(model.net, "layers:1") == before
     with torch.no_grad():
         model.net.wav2vec2.encoder.layers[0].final_layer_norm.bias[0] += 1
-    assert trunk.fingerprint(model.net, "layers:1") != before
+    assert kind.fingerprint(model.net, "layers:1") != before
 
 
 def test_the_cnn_of_two_ways_to_freeze_is_one_cache(shards: Path, tiny_model: Path) -> None:
@@ -352,7 +355,7 @@ def test_rows_are_what_the_model_gives(shards: Path, made: Path, tiny_model: Pat
             with torch.no_grad():
                 states = net(x, output_hidden_states=True).hidden_states[1]
             assert got == pytest.approx(states[0].numpy(), abs=1e-5)
-    shape = np.load(made / facts.name / features.FEATURES, mmap_mode="r").shape
+    shape = np.load(made / facts.name / STORE.array, mmap_mode="r").shape
     assert shape == (132, 24, 32), "any reader of .npy can map it"
 
 
@@ -360,7 +363,7 @@ def test_the_reader_gives_features_and_labels_in_order(
     shards: Path, made: Path, tiny_model: Path
 ) -> None:
     facts = described(cut(tiny_model, "layers:1")[0], shards)
-    every = np.load(made / facts.name / features.FEATURES)
+    every = np.load(made / facts.name / STORE.array)
     with ShardSet(shards) as data, Features(made / facts.name, facts) as found:
         plan = list(sweep_batches(66, 8, 1, 0))
         words: dict[str, Any] = {"read_ahead": 2, "pin": False, "threads": 2, "features": found}
@@ -369,8 +372,8 @@ def test_the_reader_gives_features_and_labels_in_order(
                 true = batch.row >= 0
                 rows = batch.row[true].numpy()
                 assert rows.tolist() == list(range(66 + 8 * number, min(74 + 8 * number, 132)))
-                assert (batch.wave[true].numpy() == every[rows]).all()
-                assert not batch.wave[~true].any()
+                assert (batch.input[true].numpy() == every[rows]).all()
+                assert not batch.input[~true].any()
                 assert batch.label[true].tolist() == data.labels[rows].tolist()
                 assert batch.weight.tolist() == true.float().tolist()
 
@@ -386,8 +389,7 @@ def killed_at(name: str, count: int) -> Patch:
     """Kill rank 0 in call number `count` of a function of the pass."""
 
     def patch(rank: int) -> None:
-        module = rowfile if name == "note" else cache.files
-        whole, calls = getattr(module, name), iter(range(1000))
+        whole, calls = getattr(rowstore, name), iter(range(1000))
 
         def dying(*words: Any) -> Any:
             here = "caches" in str(words) + str(getattr(words[0], "path", ""))
@@ -395,7 +397,7 @@ def killed_at(name: str, count: int) -> Patch:
                 die()
             return whole(*words)
 
-        setattr(module, name, dying)
+        setattr(rowstore, name, dying)
 
     return patch
 
@@ -418,7 +420,7 @@ def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
     settings = settings_of(shards, tiny_model, tmp_path)
     job = start(settings, tmp_path, world=world, patch=killed_at(name, count))
     assert job.wait()[0] == -signal.SIGKILL, job.said
-    assert not list((tmp_path / "caches").glob(f"*/{features.HEADER}"))
+    assert not list((tmp_path / "caches").glob(f"*/{STORE.header}"))
     again = start(settings, tmp_path, world=2)
     assert again.wait() == [0, 0], again.said
     assert f"{left} of 44 batches to go" in again.said
@@ -430,7 +432,7 @@ def test_what_a_crash_has_lost_is_computed_again(
 ) -> None:
     settings = settings_of(shards, tiny_model, tmp_path)
     start(settings, tmp_path, world=1, patch=killed_at("note", 20)).wait()
-    (part,) = (tmp_path / "caches").glob(f"*/{cache.PARTIAL}")
+    (part,) = (tmp_path / "caches").glob(f"*/{STORE.partial}")
     data = bytearray(part.read_bytes())
     data[128 + 24 * 32 * 4 * 4] ^= 1  # row 4: the second batch of three
     part.write_bytes(data)
@@ -446,15 +448,15 @@ def test_a_stop_in_the_pass_keeps_what_is_done(
     settings = settings_of(shards, tiny_model, tmp_path)
 
     def stopping(rank: int) -> None:
-        cache._AT_ONCE_BYTES = 1  # a group is a batch of each rank
-        put, calls = rowfile.RowFile.put, iter(range(1000))
+        rows._AT_ONCE_BYTES = 1  # a group is a batch of each rank
+        put, calls = rowstore.RowFile.put, iter(range(1000))
 
         def signalled(*words: Any) -> None:
             put(*words)
             if next(calls) == 9:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
-        rowfile.RowFile.put = signalled  # type: ignore[method-assign]
+        rowstore.RowFile.put = signalled  # type: ignore[method-assign]
 
     job = start(settings, tmp_path, patch=stopping)
     assert job.wait() == [0, 0], job.said
@@ -539,7 +541,7 @@ def copied(made: Path, tmp_path: Path) -> Path:
 def test_a_damaged_row_is_named(
     shards: Path, copied: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    (file,) = copied.glob(f"*/{features.FEATURES}")
+    (file,) = copied.glob(f"*/{STORE.array}")
     data = bytearray(file.read_bytes())
     data[128 + 3072 * 17 + 5] ^= 16
     file.write_bytes(data)
@@ -554,23 +556,23 @@ def test_a_damaged_row_is_named(
 
 
 def header(folder: Path, **changes: Any) -> None:
-    path = folder / features.HEADER
+    path = folder / STORE.header
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: header(f, dataset_id="other"), "features of another dataset_id"),
+        (lambda f: header(f, dataset_id="other"), "frozen features of another dataset_id"),
         (lambda f: header(f, frozen="0", boundary="cnn"), "another frozen, boundary"),
         (lambda f: header(f, dtype="bf16", format_version=2), "another format_version, dtype"),
-        (lambda f: (f / features.HEADER).write_text("{"), "got Expecting"),
-        (lambda f: (f / features.HEADER).write_text("[]"), "no attribute"),
-        (lambda f: (f / features.CHECKSUMS).write_bytes(b"x" * 1184), "another xxh3_128"),
-        (lambda f: (f / features.CHECKSUMS).unlink(), "No such file"),
-        (lambda f: (f / features.FEATURES).unlink(), "No such file"),
-        (lambda f: os.truncate(f / features.FEATURES, 5000), "cache .*: got"),
-        (lambda f: np.save(f / features.FEATURES, np.zeros((132, 24, 3))), r"float64 \(132, 24, 3"),
+        (lambda f: (f / STORE.header).write_text("{"), "got Expecting"),
+        (lambda f: (f / STORE.header).write_text("[]"), "no attribute"),
+        (lambda f: (f / CHECKSUMS).write_bytes(b"x" * 1184), "another xxh3_128"),
+        (lambda f: (f / CHECKSUMS).unlink(), "No such file"),
+        (lambda f: (f / STORE.array).unlink(), "No such file"),
+        (lambda f: os.truncate(f / STORE.array, 5000), "cache .*: got"),
+        (lambda f: np.save(f / STORE.array, np.zeros((132, 24, 3))), r"float64 \(132, 24, 3"),
     ],
 )
 def test_another_cache_in_its_place_is_refused(
@@ -588,7 +590,7 @@ def test_a_file_cut_after_it_was_opened_is_an_error(
 ) -> None:
     facts = described(cut(tiny_model, "layers:1")[0], shards)
     with Features(copied / facts.name, facts) as found:
-        os.truncate(copied / facts.name / features.FEATURES, 128 + 3072 * 100)
+        os.truncate(copied / facts.name / STORE.array, 128 + 3072 * 100)
         into = np.zeros((1, facts.row_bytes), np.uint8)
         found.read_batch(np.array([99]), into)
         with pytest.raises(UserError, match=r"row 100 .* got fewer bytes"):

@@ -62,7 +62,7 @@ def step_of_engine(tiny_model: Path, stage: int) -> tuple[dict[str, np.ndarray],
             total = micro_losses(engine, label, wave, micro.place)
             engine.backward(total / plan.true_rows(0))
             assert engine.step()
-        weights = engine.all_weights()
+        weights = engine.state.all_weights()
         return {name: value.numpy() for name, value in weights.items()}, rates
 
 

@@ -21,9 +21,9 @@ from mgc_dist.data.order import Plan, lay_out, training_batches
 from mgc_dist.errors import UserError
 from mgc_dist.models.folder import save_exported
 from mgc_dist.models.main import WaveClassifier
-from mgc_dist.training.census import STEPS, Census
 from mgc_dist.training.engine import Engine, lr_factor
 from mgc_dist.training.losses import masked_sum, row_losses
+from mgc_dist.training.meters import CENSUS_STEPS, Census
 
 PLAN = Plan(rows=9, total=34, global_batch=6, seed=1)  # 6 steps, the last one of 4 rows
 LR, HEAD_LR, CLIP = 1e-3, 3e-3, 0.1
@@ -203,8 +203,8 @@ def exported(file: Path, stage: int, folder: Path) -> tuple[np.ndarray, bool, bo
         engine.train(False)
         with torch.no_grad():
             logits = engine(wave)
-        weights = engine.all_weights()
-        engine.save(folder, "step", {})
+        weights = engine.state.all_weights()
+        engine.state.save(folder, "step", {})
         peers.barrier()
         if not peers.is_first:
             return logits.numpy(), True, True
@@ -263,7 +263,7 @@ def test_the_census_names_what_gets_no_gradient(tiny_model: Path) -> None:
     model = build(tiny_model, "none", False)
     model.net.forgotten = nn.Linear(3, 3)
     census, grads = Census(model), list(grads_of(model))
-    for _ in range(STEPS - 1):
+    for _ in range(CENSUS_STEPS - 1):
         census.add(grads)
     assert census.is_open
     with pytest.raises(UserError, match=r"no gradient for 2, such as net\.forgotten\.bias"):
@@ -274,9 +274,9 @@ def test_a_step_that_is_not_finite_tells_the_census_nothing(tiny_model: Path) ->
     model = build(tiny_model, "none", False)
     model.net.forgotten = nn.Linear(3, 3)
     census, grads = Census(model), list(grads_of(model))
-    for _ in range(2 * STEPS):
+    for _ in range(2 * CENSUS_STEPS):
         census.add([*grads[:-1], (grads[-1][0], grads[-1][1] / 0)])
-    for _ in range(STEPS - 1):
+    for _ in range(CENSUS_STEPS - 1):
         census.add(grads)
     with pytest.raises(UserError, match="no gradient for 2"):
         census.add(grads)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_tiny, run_ranks
+from metrics import read_metrics
 from torch import Tensor, nn
 from trainings import config, losses, train_on
 
@@ -21,9 +22,8 @@ from mgc_dist.bias_model import table as logits
 from mgc_dist.config import LossConfig
 from mgc_dist.data.order import MicroBatch, Plan
 from mgc_dist.data.reader import Batch, ShardSet
-from mgc_dist.journal import read_metrics
-from mgc_dist.training import objective
 from mgc_dist.training.engine import lr_factor
+from mgc_dist.training.losses import Objective
 
 GLOBAL_BATCH = 10
 CASES: dict[str, dict[str, Any]] = {
@@ -158,7 +158,7 @@ def test_rows_without_weight_give_no_gradient_and_are_told(
         sure[np.arange(len(sure)), data.labels] = 0.0
         first, stop = data.rows_of("train")
         plan = Plan(rows=stop - first, total=20, global_batch=10, seed=0)
-        own = objective.Objective(
+        own = Objective(
             LossConfig(loss="reweight"), plan, data, replace(found, log_probability=sure)
         )
         assert own.divisor(1) == 0.0

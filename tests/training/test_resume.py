@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from metrics import validation_event
 
 from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.config import RunConfig, TrainConfig
 from mgc_dist.config.knobs import change_names
 from mgc_dist.data.order import Plan
 from mgc_dist.errors import UserError
+from mgc_dist.events import CheckpointEvent
 from mgc_dist.journal import Journal
 from mgc_dist.training import resume
 
@@ -83,7 +85,7 @@ def test_checkpoints_that_have_vanished_do_not_mean_from_scratch(tmp_path: Path)
     settings = RunConfig(run=tmp_path, resume="auto")
     assert resume.all_choose(settings, ALONE) is None
     journal = Journal(tmp_path, writes=True)
-    journal.write("checkpoint", samples_seen=40)
+    journal.write(CheckpointEvent(samples_seen=40, save_s=1.5))
     journal.close()
     with pytest.raises(UserError, match=r"got none, though 1 have been saved, .* 40") as error:
         resume.all_choose(settings, ALONE)
@@ -94,13 +96,13 @@ def test_what_best_holds_is_known(tmp_path: Path) -> None:
     assert not resume.holds_best(tmp_path, 20, 0.5)
     journal = Journal(tmp_path, writes=True)
     for seen, figure, exported in ((10, 0.4, True), (20, 0.5, True), (30, 0.3, False)):
-        journal.write("validation", samples_seen=seen, track_macro_f1=figure, exported=exported)
+        journal.write(validation_event(seen, track_macro_f1=figure, exported=exported))
     assert resume.holds_best(tmp_path, 20, -0.5), "as version 0.1.0 wrote it"
     figures: dict[str, Any] = {"track_macro_f1": 0.9, "select": "nll", "exported": True}
-    journal.write("validation", samples_seen=40, select_loss=0.25, **figures)
+    journal.write(validation_event(40, select_loss=0.25, **figures))
     assert not resume.holds_best(tmp_path, 20, -0.5), "a run that goes back before 40 lost it"
     assert resume.holds_best(tmp_path, 40, 0.25)
-    journal.write("validation", samples_seen=50, select_loss=0.125, **figures)
+    journal.write(validation_event(50, select_loss=0.125, **figures))
     journal.close()
     assert not resume.holds_best(tmp_path, 40, 0.25)
     assert not resume.holds_best(tmp_path, 50, 0.25)

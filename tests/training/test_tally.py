@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_ranks
+from metrics import read_metrics, step_event, validation_event
 
 from mgc_dist.cluster import ranks
 from mgc_dist.cluster.stop import Stop
-from mgc_dist.journal import Journal, read_metrics, read_status
+from mgc_dist.journal import Journal, read_status
 from mgc_dist.training.meters import Laggards, Meter, Tally
 
 
@@ -94,14 +95,14 @@ def test_journal_appends_lines_and_replaces_the_status(tmp_path: Path) -> None:
     assert read_metrics(tmp_path, "step") == []
     for loss in (1.5, 1.25):
         journal = Journal(tmp_path, writes=True)
-        journal.write("step", loss=loss)
-        journal.write("validation", track_accuracy=0.5)
+        journal.write(step_event(1, loss=loss))
+        journal.write(validation_event(10))
         journal.status("running", samples_seen=3)
         journal.close()
     assert [line["loss"] for line in read_metrics(tmp_path, "step")] == [1.5, 1.25]
     assert read_status(tmp_path) == {"state": "running", "samples_seen": 3}
     silent = Journal(tmp_path, writes=False)
-    silent.write("step", loss=9.0)
+    silent.write(step_event(1))
     silent.status("done")
     silent.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -127,16 +128,16 @@ def test_journal_keeps_what_a_full_disk_refuses(
     journal = Journal(tmp_path, writes=True)
     for number in range(4):
         full[0] = number in (1, 2)
-        journal.write("step", number=number)
+        journal.write(step_event(number))
     journal.close()
-    assert [line["number"] for line in read_metrics(tmp_path, "step")] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_metrics(tmp_path, "step")] == [0, 1, 2, 3]
 
 
 def test_journal_goes_on_after_a_line_that_a_kill_has_cut(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"event": "step", "number": 1}\n{"event": "st')
+    (tmp_path / "metrics.jsonl").write_text('{"event": "step", "step": 1}\n{"event": "st')
     journal = Journal(tmp_path, writes=True)
-    journal.write("step", number=2, loss=math.nan)
+    journal.write(step_event(2, loss=math.nan))
     journal.close()
     found = read_metrics(tmp_path, "step")
-    assert [line["number"] for line in found] == [1, 2]
+    assert [line["step"] for line in found] == [1, 2]
     assert found[1]["loss"] is None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import NOISY, build_tiny, run_ranks, write_model
 from harness import slow, weights_hash
+from metrics import read_metrics
 from trainings import config, losses, stop_after, train_on
 
 from mgc_dist import evaluate, train
@@ -18,7 +19,7 @@ from mgc_dist.config import (
     TrainConfig,
 )
 from mgc_dist.errors import PeerLost, UserError
-from mgc_dist.journal import read_metrics, read_status
+from mgc_dist.journal import read_status
 from mgc_dist.models import flops
 from mgc_dist.models.folder import load_exported
 from mgc_dist.scoring.score import judge

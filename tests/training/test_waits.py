@@ -20,11 +20,10 @@ from trainings import config
 
 from mgc_dist import train
 from mgc_dist.training import loop
-from mgc_dist.training.census import Census
 from mgc_dist.training.engine import Engine
 from mgc_dist.training.logbook import _clock
-from mgc_dist.training.meters import Tally
-from mgc_dist.training.objective import Objective
+from mgc_dist.training.losses import Objective
+from mgc_dist.training.meters import Census, Tally
 
 Place = tuple[str, str]
 """File below site-packages or mgc_dist, and function."""

@@ -1,0 +1,203 @@
+"""The body of `bias`: what is missing of the pass, the heads and the table."""
+
+import errno
+import logging
+import os
+from collections import Counter
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mgc_dist.bias_model import states, summary, table
+from mgc_dist.bias_model.heads import cross_fit, head_hash, refuse_empty_folds
+from mgc_dist.bias_model.states import STORE, StatesKey
+from mgc_dist.cluster.ranks import Ranks
+from mgc_dist.config import BiasConfig
+from mgc_dist.data.manifest import Manifest
+from mgc_dist.data.reader import ShardSet
+from mgc_dist.data.tracks import group_key
+from mgc_dist.errors import UserError
+from mgc_dist.files import locked, nearest
+from mgc_dist.models import backbone as backbones
+from mgc_dist.packing.splits import deal_folds
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableMade:
+    """What became of a bias table.
+
+    Attributes:
+        folder: of the table; a file of a table from elsewhere.
+        is_new: whether it was made now; its report is then to be written anew.
+        is_first: whether this is rank 0, which speaks for all.
+    """
+
+    folder: Path
+    is_new: bool
+    is_first: bool
+
+
+def make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> TableMade:
+    """Do what is missing: the pass over the shards, the heads, the table (a collective).
+
+    Args:
+        config: which backbone, layers, folds.
+        shards: the data.
+        peers: who takes part.
+
+    Raises:
+        UserError: no training rows, no model, or a table with other settings is in the way.
+    """
+    if config.is_foreign:
+        return TableMade(folder=config.table, is_new=True, is_first=peers.is_first)
+    with ExitStack() as held:
+        peers.all_decide(lambda: _take(config, held))
+        is_new = _all_make(config, shards, peers)
+    return TableMade(folder=config.table, is_new=is_new, is_first=peers.is_first)
+
+
+def _all_make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> bool:
+    """False if the table is there already."""
+    manifest = shards.manifest
+    shards.rows_of("train")  # heads are fitted on training rows: refused before the pass
+    backbone = backbones.build_bias(config.backbone, sample_rate=manifest.sample_rate)
+    key = StatesKey(
+        dataset_id=manifest.dataset_id,
+        bias_hash=backbones.fingerprint(backbone, "pass float32"),
+        rows=manifest.rows,
+        layers=backbone.layers,
+        width=backbone.width,
+    )
+    layers = resolve_layers(config, backbone.layers)
+    folds = _deal(config, manifest)  # refused before the pass, not after it
+    if peers.all_decide(lambda: _is_made(config, manifest, key.bias_hash, layers)):
+        return False
+    overwrite = config.overwrite
+    if peers.all_decide(lambda: states.is_whole(config.table, key, overwrite=overwrite)):
+        log.info("hidden states of this data set and bias model are there: no pass is needed")
+    else:
+        on_device = backbone.to(peers.device)
+        states.all_pass(config.table, key, on_device, shards, peers, batch=config.batch)
+    peers.all_decide(lambda: _fit_and_write(config, shards, key, layers, folds))
+    return True
+
+
+def resolve_layers(config: BiasConfig, count: int) -> tuple[int, ...]:
+    """The layers that are asked for, counted from 0.
+
+    Args:
+        config: may count from the end.
+        count: L.
+
+    Raises:
+        UserError: there is no such layer, or one is named twice.
+    """
+    layers = tuple(layer + count if layer < 0 else layer for layer in config.layer)
+    outside = [asked for asked, at in zip(config.layer, layers, strict=True) if not 0 <= at < count]
+    if outside or len(set(layers)) < len(layers):
+        raise UserError(
+            f"--layer {' '.join(map(str, config.layer))}",
+            got=outside[0] if outside else "a layer twice",
+            expected=f"{-count} to {count - 1} for {config.backbone}",
+            cure="-1 is the last layer",
+        )
+    return layers
+
+
+def _deal(config: BiasConfig, manifest: Manifest) -> dict[str, int]:
+    """Group -> fold of every training group; none of the folds is empty."""
+    training = [track for track in manifest.labelled_tracks() if track.split == "train"]
+    folds = deal_folds(training, config.folds, config.seed)
+    counts = Counter(folds.values())
+    refuse_empty_folds([counts[fold] for fold in range(config.folds)], config.folds)
+    return folds
+
+
+def _take(config: BiasConfig, held: ExitStack) -> None:
+    """Have the folder alone until the table is made (rank 0)."""
+    folder = config.table
+    there = nearest(folder)
+    if not os.access(there, os.W_OK):  # known before the pass, not after it
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+    if folder.is_file():
+        raise UserError(
+            f"--bias-table {folder}",
+            got="a file",
+            expected="a folder, or a table from elsewhere in .csv, .tsv or .npy",
+            cure="choose another --bias-table",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    held.callback(_remove_if_empty, folder)  # where something is refused before the pass
+    held.enter_context(locked(folder / "lock", wait_s=0, purpose=f"--bias-table {folder}"))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _is_made(
+    config: BiasConfig, manifest: Manifest, bias_hash: str, layers: tuple[int, ...]
+) -> bool:
+    if config.overwrite or not (config.table / table.HEADER).is_file():
+        return False
+    header = table.read_header(config.table)
+    wanted = {
+        "data set": (header.dataset_id, manifest.dataset_id),
+        "bias model": (header.bias_hash, bias_hash),
+        "--layer": (header.layers, layers),
+        "--folds": (header.folds, config.folds),
+        "--head-c": (header.head_c, config.head_c),
+        "--seed": (header.seed, config.seed),
+    }
+    other = [name for name, (have, want) in wanted.items() if have != want]
+    if other:
+        raise UserError(
+            f"--bias-table {config.table}",
+            got=f"a table of another {', '.join(other)}",
+            expected="no table, or one with these settings",
+            cure="replace it with --overwrite (hidden states that fit are kept), or choose another "
+            "--bias-table",
+        )
+    return True
+
+
+def _fit_and_write(
+    config: BiasConfig,
+    shards: ShardSet,
+    key: StatesKey,
+    layers: tuple[int, ...],
+    folds: dict[str, int],
+) -> None:
+    manifest = shards.manifest
+    keys = [group_key(track.id, track.group) for track in manifest.tracks]
+    of_track = np.array([folds.get(key, -1) for key in keys], np.int64)
+    fit = cross_fit(
+        states.mean_of_layers(STORE.open(config.table, key), layers),
+        shards.labels,
+        of_track[shards.tracks],
+        folds=config.folds,
+        genres=len(manifest.genres),
+        c=config.head_c,
+    )
+    for path in summary.paths_of(config.table):
+        path.unlink(missing_ok=True)  # of the table that is replaced
+    header = table.Header(
+        dataset_id=manifest.dataset_id,
+        genres=manifest.genres,
+        backbone=config.backbone,
+        bias_hash=key.bias_hash,
+        head_hash=head_hash(fit.heads),
+        layers=layers,
+        folds=config.folds,
+        head_c=config.head_c,
+        seed=config.seed,
+        fold_of=folds,
+        temperature=fit.temperature,
+        table_sha256="",
+    )
+    table.write(config.table, header, fit.log_probability)

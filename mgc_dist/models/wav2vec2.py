@@ -1,0 +1,224 @@
+"""The family of wav2vec2: a convolutional feature encoder over raw audio below a transformer.
+
+wav2vec2, HuBERT, WavLM, data2vec-audio, UniSpeech. Segments have one length, so no attention mask
+is ever given: the base flavour (group norm) must not get one, and for the large flavour (layer
+norm) a mask of ones changes nothing.
+
+The parts above a boundary are called as the model itself calls them, in the same order, so that
+dropout above it draws the same numbers with a cache and without one.
+"""
+
+import re
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mgc_dist.errors import UserError
+from mgc_dist.models import hub
+
+
+class Wav2Vec2Kind:
+    """The adapter (`mgc_dist.models.kind.Kind`).
+
+    Args:
+        net: an audio classifier of transformers.
+    """
+
+    normalises: bool | None = None
+    needs_our_code = False
+
+    def __init__(self, net: PreTrainedModel) -> None:
+        self.net = net
+        self.cut = Wav2Vec2Cut(net)
+
+    @property
+    def fuses_attention(self) -> bool:
+        """True but for WavLM, which adds a bias to its scores and so keeps them."""
+        return bool(self.net.config._attn_implementation != "eager")
+
+    def refuse_unfit(self, name: str, segment_samples: int) -> None:
+        """Refuse what takes no raw audio, has BatchNorm, or gets too few frames."""
+        hub.refuse_no_encoder(f"--model {name}", self.net)
+        if any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in self.net.modules()):
+            raise UserError(
+                f"--model {name}",
+                got="a BatchNorm layer",
+                expected="layer norm or group norm",
+                cure="padding and per-rank statistics would change the result; choose another "
+                "model",
+            )
+        lengths = self.net._get_feat_extract_output_lengths(torch.tensor(segment_samples))
+        needed = self.net.config.mask_time_length if self._masks_time else 1
+        hub.refuse_short(name, segment_samples, frames=int(lengths), needed=needed)
+
+    def freeze(self, freeze: str, frozen_layers: int | None) -> list[nn.Module]:
+        """Freeze; `requires_grad = False` alone would still back-propagate through frozen parts.
+
+        The feature encoder marks its input as requiring gradients unless it is told (1.49 x the
+        time at half the layers frozen).
+        """
+        base, encoder = self.net.base_model, self.net.base_model.encoder
+        if hasattr(base, "masked_spec_embed") and not self._masks_time:
+            base.masked_spec_embed.requires_grad_(False)  # unused: ZeRO-3 repeats its last gradient
+        if freeze == "none":
+            return []
+        self.net.freeze_feature_encoder()
+        if freeze == "feature_encoder":
+            return [base.feature_extractor]
+        if freeze == "backbone":
+            base.requires_grad_(False)
+            return [base]
+        assert frozen_layers is not None
+        if frozen_layers > len(encoder.layers):
+            raise UserError(
+                f"--freeze layers:{frozen_layers}",
+                got=frozen_layers,
+                expected=f"1 to {len(encoder.layers)} for this model",
+                cure="--freeze backbone freezes everything below the head",
+            )
+        parts = [base.feature_extractor, base.feature_projection, encoder.pos_conv_embed]
+        parts += [encoder.dropout, *encoder.layers[:frozen_layers]]
+        if not _norms_last(self.net):
+            parts.append(encoder.layer_norm)  # stands before the layers in the post-norm flavour
+        for part in parts:
+            part.requires_grad_(False)
+        if hasattr(base, "masked_spec_embed"):
+            base.masked_spec_embed.requires_grad_(False)
+        return parts
+
+    def part_of(self, name: str) -> str:
+        """As `--freeze` divides it."""
+        for part in ("feature_extractor", "feature_projection", "masked_spec_embed"):
+            if f".{part}" in name:
+                return part
+        layer = re.search(r"\.encoder\.layers\.(\d+)\.", name)
+        if layer:
+            return f"layer {layer[1]}"
+        return "encoder, besides its layers" if ".encoder." in name else "head"
+
+    @property
+    def _masks_time(self) -> bool:
+        config = self.net.config
+        return bool(config.apply_spec_augment and config.mask_time_prob > 0)
+
+
+class Wav2Vec2Cut:
+    """Where the model is cut in two (`mgc_dist.models.kind.Cut`).
+
+    Args:
+        net: an audio classifier of transformers.
+    """
+
+    def __init__(self, net: PreTrainedModel) -> None:
+        self.net = net
+
+    def is_below(self, part: str, at: str) -> bool:
+        """Layers are counted from 0: `layers:N` has the first N below."""
+        if part == "head" or at == "cnn":
+            return part == "feature_extractor"
+        layer = re.fullmatch(r"layer (\d+)", part)
+        return at == "backbone" or layer is None or int(layer[1]) < _layers_below(at)
+
+    def refuse_inexact(self, at: str, flag: str) -> None:
+        """Refuse what draws random numbers below, or reads more than the boundary."""
+        base, config = self.net.base_model, self.net.config
+        if at == "cnn":
+            return
+        if getattr(config, "use_weighted_layer_sum", False):
+            raise hub.inexact(flag, "a head that reads the states of all layers", "--cache cnn")
+        if at == "backbone":
+            return  # in eval mode as a whole: no SpecAugment, no dropout
+        masks = max(config.mask_time_prob, config.mask_feature_prob) > 0
+        if config.apply_spec_augment and masks:
+            raise hub.inexact(
+                flag,
+                "SpecAugment (mask_time_prob or mask_feature_prob of the model's config), which "
+                "changes the input of layer 1 at every step, frozen or not",
+                "--no-spec-augment; or --cache cnn, which lies below it",
+            )
+        if hasattr(base.encoder.layers[0].attention, "rel_attn_embed"):
+            got = "layers that share a position bias which layer 1 makes"
+            raise hub.inexact(flag, got, "--cache cnn")
+
+    def open_at(self, at: str) -> None:
+        """Let the feature encoder hand its own output on, when it is given that instead of waves.
+
+        float32 waves [B, T] are encoded as ever; features [B, F, D] come back as [B, D, F], which
+        is how the model gets them from its encoder. So it is the model's own forward pass that
+        runs, with its mask and, at ZeRO-3, its hooks; calling its inner methods would find
+        partitioned weights.
+        """
+        if at != "cnn":
+            return
+        extractor = self.net.base_model.feature_extractor
+        encode = extractor.forward
+
+        def encode_or_pass(x: Tensor) -> Tensor:
+            passed: Tensor = x.transpose(1, 2) if x.dim() == 3 else encode(x)  # [B, D, F]
+            return passed
+
+        extractor.forward = encode_or_pass
+
+    def below(self, at: str, x: Tensor) -> Tensor:
+        """What the frozen part gives: float32 waves [B, T] -> [B, F, D], of autocast's dtype."""
+        base = self.net.base_model
+        if at == "backbone":
+            states: Tensor = base(x).last_hidden_state  # [B, F, D]
+            return states
+        features: Tensor = base.feature_extractor(x).transpose(1, 2)  # [B, F, D]
+        if at == "cnn":
+            return features
+        encoder = base.encoder
+        projected = base.feature_projection(features)  # a tuple but for hubert
+        hidden: Tensor = projected[0] if isinstance(projected, tuple) else projected  # [B, F, D]
+        hidden = hidden + encoder.pos_conv_embed(hidden)
+        if not _norms_last(self.net):
+            hidden = encoder.layer_norm(hidden)
+        hidden = encoder.dropout(hidden)
+        for layer in encoder.layers[: _layers_below(at)]:
+            hidden = layer(hidden, attention_mask=None)
+        return hidden
+
+    def above(self, at: str, hidden: Tensor) -> Tensor:
+        """What the rest makes of it: [B, F, D] -> logits [B, K], once `open_at` was called."""
+        if at == "cnn":
+            logits: Tensor = self.net(hidden).logits
+            return logits
+        encoder = self.net.base_model.encoder
+        if at != "backbone":
+            for layer in encoder.layers[_layers_below(at) :]:
+                hidden = layer(hidden, attention_mask=None)
+            if _norms_last(self.net):
+                hidden = encoder.layer_norm(hidden)
+        pooled = self.net.projector(hidden).mean(dim=1)  # [B, D]
+        logits = self.net.classifier(pooled)  # [B, K]
+        return logits
+
+    def modules_below(self, at: str) -> dict[str, nn.Module]:
+        """The modules whose weights decide what lies at a boundary, by name."""
+        base = self.net.base_model
+        if at == "backbone":
+            return {"backbone": base}
+        parts: dict[str, nn.Module] = {"feature_extractor": base.feature_extractor}
+        if at == "cnn":
+            return parts
+        encoder = base.encoder
+        parts |= {"projection": base.feature_projection, "positions": encoder.pos_conv_embed}
+        layers = encoder.layers[: _layers_below(at)]
+        parts |= {f"layer {n}": layer for n, layer in enumerate(layers)}
+        return parts | ({} if _norms_last(self.net) else {"norm": encoder.layer_norm})
+
+
+def _norms_last(net: PreTrainedModel) -> bool:
+    """Whether the encoder's norm stands behind its layers; else it stands before them.
+
+    By the encoder that was built: a config may carry do_stable_layer_norm to a model that does
+    not look at it (data2vec-audio).
+    """
+    return "StableLayerNorm" in type(net.base_model.encoder).__name__
+
+
+def _layers_below(at: str) -> int:
+    """N of the boundary `layers:N`."""
+    return int(at.removeprefix("layers:"))

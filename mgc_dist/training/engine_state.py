@@ -1,0 +1,263 @@
+"""Weights and optimizer of the DeepSpeed engine: to files, and back on any number of ranks.
+
+Checkpoints go through torch's restricted unpickler, with the few names that DeepSpeed needs: a
+stranger's pickle is refused before it runs. DeepSpeed is imported inside functions: it looks at its
+environment when it is, which `engine` has set by then.
+"""
+
+import argparse
+import contextlib
+import io
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mgc_dist.cluster.ranks import Ranks
+from mgc_dist.errors import UserError
+
+
+class EngineState:
+    """What a DeepSpeed engine holds, saved, restored and gathered.
+
+    Args:
+        engine: of DeepSpeed; its way to files is made safe here.
+        ranks: who takes part.
+        zero_stage: 0 to 3.
+        settings: the configuration that DeepSpeed was given.
+        peak_lrs: of the parameter groups.
+    """
+
+    def __init__(
+        self,
+        engine: Any,  # noqa: ANN401 - DeepSpeed has no types
+        ranks: Ranks,
+        *,
+        zero_stage: int,
+        settings: dict[str, Any],
+        peak_lrs: Sequence[float],
+    ) -> None:
+        self._engine = engine
+        self._ranks = ranks
+        self._zero_stage = zero_stage
+        self._settings = settings
+        self._peak_lrs = peak_lrs
+        self._files = _Files(engine.checkpoint_engine)
+        engine.checkpoint_engine = self._files
+        copy_tools = engine._copy_recovery_script  # zero_to_fp32.py, for stock tools
+        engine._copy_recovery_script = lambda folder: self._files.hold(copy_tools, folder)
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> list[Path]:
+        """Write this rank's part of a checkpoint (a collective).
+
+        Returns:
+            The files that this rank has written.
+
+        Raises:
+            OSError, RuntimeError: a file could not be written; all ranks have got to the end
+                of the collectives nevertheless.
+        """
+        self._files.begin()
+        self._engine.save_checkpoint(
+            str(folder), tag=tag, client_state={"mgc_dist": state}, save_latest=False
+        )
+        return self._files.finish()
+
+    def all_load(self, checkpoint: Path, *, reshape: bool) -> dict[str, Any]:
+        """Restore weights and optimizer from a verified checkpoint (a collective).
+
+        Args:
+            checkpoint: its folder.
+            reshape: it comes from another world size or stage: rank 0 rewrites it first as
+                DeepSpeed's universal checkpoint, beside it, and removes that afterwards.
+                Frozen weights are not restored then: they must be the same already.
+
+        Returns:
+            The state that was given to `save`.
+
+        Raises:
+            RuntimeError: DeepSpeed found nothing to load.
+            UserError, OSError: the universal checkpoint could not be written.
+        """
+        if not reshape or self._zero_stage == 0:  # stage 0 holds everything on every rank
+            return self._load(checkpoint)
+        universal = checkpoint.with_name(f"tmp-universal-{checkpoint.name}")
+        self._ranks.all_decide(lambda: _convert(checkpoint, universal))
+        config = self._engine._config
+        config.load_universal_checkpoint = True
+        try:
+            state = self._load(universal)
+        finally:
+            config.load_universal_checkpoint = False
+        if self._zero_stage == 3:
+            self._repair_stage_3()
+        self._ranks.barrier()
+        if self._ranks.is_first:
+            shutil.rmtree(universal)
+        return state
+
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
+        with _refusing_code(checkpoint):
+            path, client = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed loaded nothing from {checkpoint}")
+        self._keep_settings()
+        state: dict[str, Any] = client["mgc_dist"]
+        return state
+
+    def _keep_settings(self) -> None:
+        """Undo that a checkpoint brings along the weight decay and the clipping it was made with.
+
+        DeepSpeed 0.19 restores both without a word (clipping at stages 1 and 2 only).
+        """
+        optimizer = self._engine.optimizer
+        for group in optimizer.param_groups:
+            group["weight_decay"] = self._settings["optimizer"]["params"]["weight_decay"]
+        if self._zero_stage > 0:
+            optimizer.clip_grad = self._settings["gradient_clipping"]
+
+    def _repair_stage_3(self) -> None:
+        """Undo what DeepSpeed 0.19 does to more than one parameter group at stage 3.
+
+        It gives all sub-groups one `step` tensor, which each of them then counts up, and the
+        first group's settings to all: 4e-4 off after a few steps (docs/design.md).
+        """
+        inner = self._engine.optimizer.optimizer
+        for values in inner.state.values():
+            if torch.is_tensor(values.get("step")):
+                values["step"] = values["step"].clone()
+        for group, peak in zip(self._engine.optimizer.param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak  # set again at every step; all other settings are common to all
+        steps = [id(v["step"]) for v in inner.state.values() if torch.is_tensor(v.get("step"))]
+        assert len(set(steps)) == len(steps)
+
+    def all_weights(self) -> dict[str, Tensor]:
+        """Full float32 weights on the CPU of rank 0, {} elsewhere (a collective)."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        module: nn.Module = self._engine.module
+        weights: dict[str, Tensor] = {}
+        for name, parameter in module.named_parameters():
+            if self._settings.get("bf16") and parameter.requires_grad:
+                full = self._in_optimizer(parameter)
+                if self._ranks.is_first:
+                    weights[name] = full.cpu().clone()
+                continue
+            with GatheredParameters([parameter], enabled=self._zero_stage == 3):
+                if self._ranks.is_first:
+                    weights[name] = parameter.detach().float().cpu().clone()
+        if self._ranks.is_first:
+            kept = module.state_dict(keep_vars=True)
+            for name, buffer in module.named_buffers():
+                if name in kept:
+                    weights[name] = buffer.detach().cpu().clone()
+        return weights
+
+    def _in_optimizer(self, parameter: nn.Parameter) -> Tensor:
+        """The optimizer's float32 copy of a trained weight (a collective)."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full: Tensor = safe_get_full_fp32_param(parameter)
+        return full
+
+
+class _Files:
+    """DeepSpeed's way to files, made safe: it loads no foreign code, and never raises midway.
+
+    A rank that raised inside `save_checkpoint` would leave the others in its barriers.
+    """
+
+    def __init__(self, inner: object) -> None:
+        self._inner = inner
+        self._written: list[Path] = []
+        self._error: OSError | RuntimeError | None = None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    def begin(self) -> None:
+        self._written, self._error = [], None
+
+    def finish(self) -> list[Path]:
+        """The files written since `begin`; raises what went wrong with one."""
+        if self._error is not None:
+            raise self._error
+        return self._written
+
+    def hold(self, act: Callable[[str], object], path: str) -> None:
+        """Do something with files; an error is kept for `finish`."""
+        try:
+            act(path)
+        except OSError as error:
+            self._error = self._error or error
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self.hold(lambda path: Path(path).mkdir(parents=True, exist_ok=exist_ok), path)
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if self._error is not None:
+            return
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+            self._written.append(Path(path))
+        except (OSError, RuntimeError) as error:
+            cause = error.__cause__ or error.__context__
+            self._error = cause if isinstance(cause, OSError) else error
+
+    def load(self, path: str, map_location: str | torch.device | None = None) -> object:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def safe_names() -> list[Any]:
+    """Classes that DeepSpeed's checkpoints need besides tensors; harmless ones."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
+
+
+def _convert(checkpoint: Path, universal: Path) -> None:
+    """Rewrite a checkpoint as DeepSpeed's universal one, which any world size reads (rank 0)."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(universal, ignore_errors=True)
+    words = argparse.Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(universal),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,  # ours are not Megatron's: no universal_checkpoint_info
+    )
+    silence = io.StringIO()
+    with (
+        contextlib.redirect_stdout(silence),
+        contextlib.redirect_stderr(silence),
+        _refusing_code(checkpoint),
+    ):
+        ds_to_universal.main(words)
+
+
+@contextlib.contextmanager
+def _refusing_code(checkpoint: Path) -> Iterator[None]:
+    """Put torch's refusal to unpickle a foreign class into the words of this program."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)|global (\S+)", str(error))
+        name = (found[1] or found[2]) if found else "something that is no tensor"
+        raise UserError(
+            f"checkpoint {checkpoint}",
+            got=f"a file that would run code when it is loaded ({name})",
+            expected="tensors, as training writes them",
+            cure="do not use it, nor anything else from where it came from",
+            this_rank_only=True,
+        ) from error
