@@ -72,7 +72,7 @@ def ours(folder: Path, scratch: Path) -> Callable[[], int]:
 
     from mgc_dist import shard
     from mgc_dist.config import ShardConfig
-    from mgc_dist.packing import splits as split  # noqa: F401
+    from mgc_dist.packing import splits  # noqa: F401
 
     config = ShardConfig(
         data=folder / "genres_original", out=scratch / "out", split="stratified", jobs=1

@@ -20,7 +20,7 @@ def run(config: BiasConfig) -> None:
     from mgc_dist.cluster.meeting import meet
     from mgc_dist.data import fetch
     from mgc_dist.data.reader import ShardSet
-    from mgc_dist.report import bias as bias_report
+    from mgc_dist.report import bias_report
 
     with meet(cli.flags_of(config), wait_s=config.source.stage_timeout_s) as meeting:
         folder = fetch.at_hand(config.shards, config.source)
@@ -37,7 +37,7 @@ def run(config: BiasConfig) -> None:
                 print(
                     f"{made.folder} is ready, its report in {paths[0]} and {paths[1].name}; next:"
                 )
-                print(f"deepspeed launch/train.py --shards {config.shards}{other}")
+                print(f"{cli.launched('train')} --shards {config.shards}{other}")
 
 
 def main() -> NoReturn:

@@ -129,6 +129,12 @@ def program(command: str) -> str:
     return f"python -m mgc_dist{through}{command}"
 
 
+def launched(command: str) -> str:
+    """How to start a command on all GPUs of a node: a checkout's launch file, or the module."""
+    file = Path("launch", f"{command}.py")
+    return f"deepspeed {file}" if file.exists() else f"deepspeed --module mgc_dist.{command}"
+
+
 def dump(command: str, config: object) -> str:
     """YAML text that `--config` reads back to an equal configuration."""
 

@@ -5,8 +5,8 @@ from typing import NoReturn
 
 from mgc_dist import cli
 from mgc_dist.cluster import preflight
-from mgc_dist.cluster.place import place
 from mgc_dist.cluster.preflight import Finding
+from mgc_dist.cluster.seat import seat
 from mgc_dist.config import DoctorConfig
 from mgc_dist.errors import EXIT_BAD_INPUT
 
@@ -21,7 +21,7 @@ def run(config: DoctorConfig) -> int:
         UserError: the ranks cannot meet, or have other code, flags or data.
         PeerLost: a rank does not come.
     """
-    here = place()
+    here = seat()
     findings = preflight.look(here, run=config.run, device=config.device)
     if here.rank == 0:
         findings += preflight.lease(config.run)

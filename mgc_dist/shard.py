@@ -28,10 +28,11 @@ def run(config: ShardConfig) -> None:
         return
     if packing.outcome == "packed":
         print(f"Packed {made.rows} segments into {len(made.shards)} shards in {config.out}.")
-        task = f"bias.py --shards {config.out}"
+        task = f"{cli.launched('bias')} --shards {config.out}"
         if made.splits["train"][0] == made.splits["train"][1]:
-            task = f"evaluate.py RUN --data {config.out}  (no training tracks: for evaluation only)"
-        print(f"data set {made.dataset_id[:12]}; next: deepspeed launch/{task}")
+            task = f"{cli.launched('evaluate')} RUN --data {config.out}"
+            task += "  (no training tracks: for evaluation only)"
+        print(f"data set {made.dataset_id[:12]}; next: {task}")
     else:
         print(f"{config.out} already holds exactly this; nothing to do.")
     for one, other in card.twins_shown(made):
@@ -48,12 +49,12 @@ def verify(config: VerifyConfig) -> None:
     from mgc_dist.data import manifest
     from mgc_dist.packing.verify import verify as check
 
-    found = manifest.read(config.shards)
-    with progress("verifying", len(found.shards), unit="shards") as bar:
-        check(config.shards, found, jobs=config.jobs, progress=bar.over)
+    dataset = manifest.read(config.shards)
+    with progress("verifying", len(dataset.shards), unit="shards") as bar:
+        check(config.shards, dataset, jobs=config.jobs, progress=bar.over)
     print(
-        f"{config.shards}: {found.rows} segments in {len(found.shards)} shards are as they were "
-        f"packed; stock webdataset reads the same. Data set {found.dataset_id[:12]}."
+        f"{config.shards}: {dataset.rows} segments in {len(dataset.shards)} shards are as they "
+        f"were packed; stock webdataset reads the same. Data set {dataset.dataset_id[:12]}."
     )
 
 

@@ -9,7 +9,7 @@ from scipy.special import softmax
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 from mgc_dist import cli
-from mgc_dist.bias_model import table as logits
+from mgc_dist.bias_model import table as tables
 from mgc_dist.config import DataConfig, RunConfig, TrainConfig
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
@@ -49,8 +49,8 @@ def write_training(run: Path, shards: Path, **sections: Any) -> None:
 
 def _table_of(shards: Path) -> str:
     """sha256 of the bias table that stands beside the shards, if there is one."""
-    there = (shards / "bias" / logits.HEADER).is_file()
-    return logits.read_header(shards / "bias").table_sha256 if there else "none"
+    there = (shards / "bias" / tables.HEADER).is_file()
+    return tables.read_header(shards / "bias").table_sha256 if there else "none"
 
 
 def _write_metrics(run: Path, genres: list[str]) -> None:

@@ -25,7 +25,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from mgc_dist import bias, cli, shard
 from mgc_dist.bias_model import states as hidden
-from mgc_dist.bias_model import table as logits
+from mgc_dist.bias_model import table as tables
 from mgc_dist.bias_model.heads import cross_fit
 from mgc_dist.config import BiasConfig
 from mgc_dist.data import manifest, rowstore
@@ -37,8 +37,8 @@ from mgc_dist.models.backbone import HiddenMean, LogMel
 from mgc_dist.models.hub import normalise
 
 FILES = (
-    logits.TABLE,
-    logits.HEADER,
+    tables.TABLE,
+    tables.HEADER,
     hidden.STORE.array,
     hidden.STORE.header,
     "report.json",
@@ -123,12 +123,12 @@ def test_one_pass_keeps_the_time_mean_of_every_layer(
                 assert states[row, layer] == pytest.approx(found[0].mean(0).numpy(), abs=1e-5)
     said = json.loads((deep / hidden.STORE.header).read_text())
     assert said["dataset_id"] == manifest.read(shards).dataset_id
-    assert said["bias_hash"] == logits.read_header(deep).bias_hash
+    assert said["bias_hash"] == tables.read_header(deep).bias_hash
     assert (said["rows"], said["layers"], said["width"]) == (198, 3, 32)
 
 
 def test_the_table_is_the_cross_fit_of_these_states(shards: Path, deep: Path) -> None:
-    header, found = logits.read_header(deep), manifest.read(shards)
+    header, found = tables.read_header(deep), manifest.read(shards)
     assert header.layers == (2,)
     fold = [header.fold_of.get(group_key(t.id, t.group), -1) for t in found.tracks]
     with ShardSet(shards) as data:
@@ -136,7 +136,7 @@ def test_the_table_is_the_cross_fit_of_these_states(shards: Path, deep: Path) ->
     assert (np.array(fold)[tracks] >= 0).sum() == 66
     states = np.load(deep / hidden.STORE.array)[:, 2]
     fit = cross_fit(states, labels, np.array(fold)[tracks], folds=2, genres=3, c=1.0)
-    assert np.load(deep / logits.TABLE) == pytest.approx(fit.log_probability, abs=1e-5)
+    assert np.load(deep / tables.TABLE) == pytest.approx(fit.log_probability, abs=1e-5)
     assert header.temperature == pytest.approx(fit.temperature)
 
 
@@ -157,17 +157,17 @@ def test_new_heads_need_no_other_pass(
     assert (folder / hidden.STORE.array).stat().st_mtime_ns == (
         deep / hidden.STORE.array
     ).stat().st_mtime_ns
-    assert getattr(logits.read_header(folder), {"layer": "layers"}.get(name, name)) != getattr(
-        logits.read_header(deep), {"layer": "layers"}.get(name, name)
+    assert getattr(tables.read_header(folder), {"layer": "layers"}.get(name, name)) != getattr(
+        tables.read_header(deep), {"layer": "layers"}.get(name, name)
     )
     if name != "seed":  # two artists a genre: their folds may only change places
-        assert (folder / logits.TABLE).read_bytes() != (deep / logits.TABLE).read_bytes()
+        assert (folder / tables.TABLE).read_bytes() != (deep / tables.TABLE).read_bytes()
     if name == "layer":
         fit = np.load(deep / hidden.STORE.array)[:, [layer % 3 for layer in changes["layer"]]].mean(
             1
         )
         got = hidden.mean_of_layers(
-            np.load(folder / hidden.STORE.array), logits.read_header(folder).layers
+            np.load(folder / hidden.STORE.array), tables.read_header(folder).layers
         )
         assert got == pytest.approx(fit, abs=1e-6)
 
@@ -247,7 +247,7 @@ def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
     config = bias_config(shards, bias_table=folder)
     killed_after(batches, config, world)
     assert not (folder / hidden.STORE.header).exists()
-    assert not (folder / logits.HEADER).exists()
+    assert not (folder / tables.HEADER).exists()
     assert run_ranks(1, counted, config)[0][0] == BATCHES - batches
     for name in FILES:
         assert (folder / name).read_bytes() == (table / name).read_bytes(), name
@@ -264,7 +264,7 @@ def test_what_a_crash_has_lost_is_computed_again(shards: Path, table: Path, tmp_
     part.write_bytes(data)
     assert run_ranks(2, counted, config)[0][0] == 5  # 1 of train, 7 of test over two ranks
     assert (folder / hidden.STORE.array).read_bytes() == (table / hidden.STORE.array).read_bytes()
-    assert (folder / logits.TABLE).read_bytes() == (table / logits.TABLE).read_bytes()
+    assert (folder / tables.TABLE).read_bytes() == (table / tables.TABLE).read_bytes()
 
 
 def test_killed_between_the_last_renames(shards: Path, table: Path, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_killed_between_the_last_renames(shards: Path, table: Path, tmp_path: Pa
     die_at(rowstore, "replace_text", config, world=1)
     assert (folder / hidden.STORE.array).exists()
     assert run_ranks(1, counted, config)[0][0] == 0
-    assert (folder / logits.TABLE).read_bytes() == (table / logits.TABLE).read_bytes()
+    assert (folder / tables.TABLE).read_bytes() == (table / tables.TABLE).read_bytes()
 
 
 def test_another_batch_size_begins_the_pass_again(shards: Path, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_another_batch_size_begins_the_pass_again(shards: Path, tmp_path: Path) 
 
 def test_other_or_damaged_states_are_refused(shards: Path, table: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(table, tmp_path / "bias"))
-    (folder / logits.HEADER).unlink()
+    (folder / tables.HEADER).unlink()
     config = bias_config(shards, bias_table=folder)
     again = bias_config(shards, bias_table=folder, overwrite=True)
     states = bytearray((folder / hidden.STORE.array).read_bytes())
@@ -301,12 +301,12 @@ def test_other_or_damaged_states_are_refused(shards: Path, table: Path, tmp_path
         ({"bias_hash": "f" * 64}, "states of another bias_hash"),
         ({"format_version": 9}, "states of another format_version"),
     ):
-        (folder / logits.HEADER).unlink(missing_ok=True)
+        (folder / tables.HEADER).unlink(missing_ok=True)
         (folder / hidden.STORE.header).write_text(json.dumps(said | change))
         with pytest.raises(UserError, match=message):
             run_ranks(1, make_table, config)
     assert run_ranks(1, counted, again)[0][0] == BATCHES
-    for name in (hidden.STORE.array, logits.TABLE):
+    for name in (hidden.STORE.array, tables.TABLE):
         assert (folder / name).read_bytes() == (table / name).read_bytes()
 
 
@@ -338,7 +338,7 @@ def test_two_commands_at_one_table_are_kept_apart(shards: Path, tmp_path: Path) 
 
 
 def test_folds_follow_artists_and_are_recorded(shards: Path, table: Path) -> None:
-    header = logits.read_header(table)
+    header = tables.read_header(table)
     artists = {
         f"group {track.group}" for track in manifest.read(shards).tracks if track.split == "train"
     }
@@ -368,16 +368,16 @@ def test_labels_of_validation_and_test_change_no_byte(tmp_path: Path) -> None:
         if swap:  # as if those splits had been labelled wrongly
             relabel(tmp_path / name / "shards", first=18)
         run_ranks(1, make_table, bias_config(tmp_path / name / "shards"))
-        tables.append((tmp_path / name / "shards" / "bias" / logits.TABLE).read_bytes())
+        tables.append((tmp_path / name / "shards" / "bias" / tables.TABLE).read_bytes())
     assert tables[0] == tables[1]
 
 
 def test_made_again_is_a_no_op_and_other_settings_are_refused(shards: Path, table: Path) -> None:
-    before = (table / logits.TABLE).stat().st_mtime_ns
+    before = (table / tables.TABLE).stat().st_mtime_ns
     batches, said = run_ranks(2, counted, bias_config(shards))[0]
     assert batches == 0
     assert "already holds exactly this table" in said
-    assert (table / logits.TABLE).stat().st_mtime_ns == before
+    assert (table / tables.TABLE).stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"a table of another --seed.*\n.*--overwrite"):
         run_ranks(2, make_table, bias_config(shards, seed=4))
 
@@ -400,7 +400,7 @@ def test_a_table_from_elsewhere_only_gets_a_report(
         keys = data.keys()
     rows = [
         ",".join([key, *map(repr, values.tolist())])
-        for key, values in zip(keys, np.load(table / logits.TABLE).astype(float), strict=True)
+        for key, values in zip(keys, np.load(table / tables.TABLE).astype(float), strict=True)
     ]
     file = tmp_path / "theirs.csv"
     file.write_text("\n".join([",".join(["key", *found.genres]), *rows]) + "\n")

@@ -20,7 +20,7 @@ from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
 from mgc_dist.files import locked, nearest
-from mgc_dist.models import backbone as backbones
+from mgc_dist.models.backbone import build_bias, fingerprint
 from mgc_dist.packing.splits import deal_folds
 
 log = logging.getLogger(__name__)
@@ -64,10 +64,10 @@ def _all_make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> bool:
     """False if the table is there already."""
     manifest = shards.manifest
     shards.rows_of("train")  # heads are fitted on training rows: refused before the pass
-    backbone = backbones.build_bias(config.backbone, sample_rate=manifest.sample_rate)
+    backbone = build_bias(config.backbone, sample_rate=manifest.sample_rate)
     key = StatesKey(
         dataset_id=manifest.dataset_id,
-        bias_hash=backbones.fingerprint(backbone, "pass float32"),
+        bias_hash=fingerprint(backbone, "pass float32"),
         rows=manifest.rows,
         layers=backbone.layers,
         width=backbone.width,

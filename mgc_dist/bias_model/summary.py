@@ -1,4 +1,4 @@
-"""What a bias table knows, before anyone trains with it; `report/bias` shows it.
+"""What a bias table knows, before anyone trains with it; `report/bias_report` shows it.
 
 A bias model that knows the task destroys product of experts, one that knows nothing leaves plain
 cross-entropy: both are said in words. Figures of the training split are out of fold where the
@@ -43,13 +43,13 @@ def paths_of(table: Path) -> tuple[Path, Path]:
 
 
 def make(
-    table: BiasTable, found: Manifest, label: NDArray[np.int64], track: NDArray[np.int64]
+    table: BiasTable, manifest: Manifest, label: NDArray[np.int64], track: NDArray[np.int64]
 ) -> BiasReport:
     """Figures of each split, and of the training rows' truth, as this module's docstring lists.
 
     Args:
         table: checked against the data set.
-        found: manifest of the data set.
+        manifest: manifest of the data set.
         label: int64 [N].
         track: int64 [N], position of each row's track in the manifest.
     """
@@ -57,11 +57,11 @@ def make(
     genres: dict[str, dict[str, BiasGenre]] = {}
     truth = np.empty(0)
     for split in SPLITS:
-        rows = slice(*found.splits[split])
+        rows = slice(*manifest.splits[split])
         probability = np.exp(table.log_probability[rows].astype(np.float64))  # [rows, K]
         ece = expected_calibration_error(probability, label[rows])
         splits[split] = scores(probability, label[rows]).summary() | {"ece": ece}
-        genres[split] = _per_genre(probability, label[rows], track[rows], found.genres)
+        genres[split] = _per_genre(probability, label[rows], track[rows], manifest.genres)
         if split == "train":
             truth = probability[np.arange(len(probability)), label[rows]]
     counts, _ = np.histogram(truth, bins=10, range=(0, 1))
@@ -72,7 +72,7 @@ def make(
         "folds": header.folds if header else None,
         "temperature": header.temperature if header else None,
         "fold_status": table.fold_status,
-        "dataset_id": found.dataset_id,
+        "dataset_id": manifest.dataset_id,
         "table_sha256": table.sha256,
         "splits": splits,
         "truth_histogram": counts.tolist(),
@@ -81,14 +81,14 @@ def make(
         "per_genre_of": genres,
         "warnings": [],
     }
-    report["warnings"] = _warnings(report, _lone_genres(table, found))
+    report["warnings"] = _warnings(report, _lone_genres(table, manifest))
     return report
 
 
-def _lone_genres(table: BiasTable, found: Manifest) -> list[str]:
+def _lone_genres(table: BiasTable, manifest: Manifest) -> list[str]:
     """Genres all of whose training tracks lie in one fold: their head has never heard them."""
-    folds: dict[str, set[int]] = {genre: set() for genre in found.genres}
-    for track in found.tracks:
+    folds: dict[str, set[int]] = {genre: set() for genre in manifest.genres}
+    for track in manifest.tracks:
         if table.header and track.split == "train":
             folds[track.genre].add(table.header.fold_of[group_key(track.id, track.group)])
     return [genre for genre, of in folds.items() if len(of) == 1]

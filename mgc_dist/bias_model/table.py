@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 from torch import Tensor
 
+from mgc_dist import cli
 from mgc_dist.config import FOREIGN_TABLES
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.tracks import group_key, read_table
@@ -128,7 +129,7 @@ def read_header(folder: Path) -> Header:
             f"bias table {folder}",
             got="no such table",
             expected="the logits of the bias model for these shards",
-            cure="deepspeed launch/bias.py  makes it; --loss ce trains without",
+            cure=f"{cli.launched('bias')}  makes it; --loss ce trains without",
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -145,12 +146,14 @@ def read_header(folder: Path) -> Header:
         raise _refused(folder, str(error), f"{FORMAT!r} version {FORMAT_VERSION}") from error
 
 
-def read(path: Path, found: Manifest, keys: Callable[[], Sequence[str]] | None = None) -> BiasTable:
+def read(
+    path: Path, manifest: Manifest, keys: Callable[[], Sequence[str]] | None = None
+) -> BiasTable:
     """Open a table and check that it belongs to a data set.
 
     Args:
         path: a folder of ours, which is memory-mapped, or a file from elsewhere.
-        found: manifest of the data set.
+        manifest: manifest of the data set.
         keys: gives the key of every row (`ShardSet.keys`); called for a file from elsewhere.
 
     Raises:
@@ -159,30 +162,30 @@ def read(path: Path, found: Manifest, keys: Callable[[], Sequence[str]] | None =
             a head may have been fitted on what it judges.
     """
     if path.is_dir() or path.suffix not in FOREIGN_TABLES:
-        return _read_ours(path, found)
+        return _read_ours(path, manifest)
     if keys is None:
         raise ValueError("a table from elsewhere needs the keys of the rows")
-    return _read_foreign(path, found, keys())
+    return _read_foreign(path, manifest, keys())
 
 
-def _read_ours(folder: Path, found: Manifest) -> BiasTable:
+def _read_ours(folder: Path, manifest: Manifest) -> BiasTable:
     if folder.is_file():
         raise UserError(
             f"bias table {folder}",
             got=f"a file that ends in {folder.suffix or 'no suffix'}",
-            expected=f"a folder that launch/bias.py has made, or {', '.join(FOREIGN_TABLES)}",
+            expected=f"a folder that `bias` has made, or {', '.join(FOREIGN_TABLES)}",
             cure="name the folder, or save the table as CSV",
         )
     header = read_header(folder)
-    if header.dataset_id != found.dataset_id:
+    if header.dataset_id != manifest.dataset_id:
         raise _refused(
             folder,
             f"a table of data set {header.dataset_id[:12]}",
-            f"one of {found.dataset_id[:12]}, the data set of --shards",
+            f"one of {manifest.dataset_id[:12]}, the data set of --shards",
         )
-    if header.genres != found.genres:
-        raise _refused(folder, f"genres {header.genres}", f"{found.genres}")
-    _refuse_in_fold(folder, header, found)
+    if header.genres != manifest.genres:
+        raise _refused(folder, f"genres {header.genres}", f"{manifest.genres}")
+    _refuse_in_fold(folder, header, manifest)
     try:
         digest = sha256(folder / TABLE)
         if digest != header.table_sha256:
@@ -190,7 +193,7 @@ def _read_ours(folder: Path, found: Manifest) -> BiasTable:
         table: NDArray[np.float32] = np.load(folder / TABLE, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise _refused(folder, f"{TABLE}: {error}", "the table as it was written") from error
-    shape = (found.rows, len(found.genres))
+    shape = (manifest.rows, len(manifest.genres))
     if table.shape != shape or table.dtype != np.float32:
         raise _refused(folder, f"{table.dtype} {table.shape}", f"float32 {shape}")
     missing = np.flatnonzero(~np.isfinite(table).all(axis=1))
@@ -205,10 +208,10 @@ def _read_ours(folder: Path, found: Manifest) -> BiasTable:
     )
 
 
-def _refuse_in_fold(folder: Path, header: Header, found: Manifest) -> None:
+def _refuse_in_fold(folder: Path, header: Header, manifest: Manifest) -> None:
     """Every training group has one fold, no other group has any, and no fold is empty."""
     training = set()
-    for track in found.tracks:
+    for track in manifest.tracks:
         key = group_key(track.id, track.group)
         fold = header.fold_of.get(key)
         if track.split == "train":
@@ -230,13 +233,13 @@ def _refused(folder: Path, got: object, expected: str) -> UserError:
         f"bias table {folder}",
         got=got,
         expected=expected,
-        cure="make it again: deepspeed launch/bias.py --overwrite",
+        cure=f"make it again: {cli.launched('bias')} --overwrite",
     )
 
 
-def _read_foreign(path: Path, found: Manifest, keys: Sequence[str]) -> BiasTable:
+def _read_foreign(path: Path, manifest: Manifest, keys: Sequence[str]) -> BiasTable:
     load = _from_npy if path.suffix == ".npy" else _from_text
-    named, values = load(path, found.genres)
+    named, values = load(path, manifest.genres)
     place = _places(path, named, keys)
     with np.errstate(over="ignore", invalid="ignore"):
         table = log_softmax(values[place], axis=1).astype(np.float32)  # [N, K]

@@ -48,7 +48,7 @@ class Process:
     started_ticks: int
 
     @property
-    def place(self) -> str:
+    def where(self) -> str:
         """As in a message."""
         return f"process {self.pid} on {self.host}"
 
@@ -229,9 +229,9 @@ def _wait_out(run: Path, content: dict[str, Any], stale_s: float) -> None:
         log.warning("taking over %s: its %s cannot be read", run, LEASE)
         return
     if holder.seen_dead():
-        log.info("taking over %s from %s, which is gone", run, holder.place)
+        log.info("taking over %s from %s, which is gone", run, holder.where)
         return
-    log.info("%s is held by %s; waiting for a sign of life", run, holder.place)
+    log.info("%s is held by %s; waiting for a sign of life", run, holder.where)
     beat, deadline = heartbeat_file(run, attempt, 0), time.monotonic() + stale_s
     first = _bytes(beat)
     while time.monotonic() < deadline:
@@ -241,11 +241,11 @@ def _wait_out(run: Path, content: dict[str, Any], stale_s: float) -> None:
         if _bytes(beat) != first:
             raise UserError(
                 f"--run {run}",
-                got=f"a run that is going on: {holder.place}",
+                got=f"a run that is going on: {holder.where}",
                 expected="to have the folder alone",
                 cure=f"wait for it, or end it: kill {holder.pid} on {holder.host}",
             )
-    log.warning("taking over %s from %s: silent for %.0f s", run, holder.place, stale_s)
+    log.warning("taking over %s from %s: silent for %.0f s", run, holder.where, stale_s)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

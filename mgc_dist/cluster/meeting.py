@@ -27,7 +27,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
     TCPStore,
 )
 
-from mgc_dist.cluster.place import Place, place, some_of
+from mgc_dist.cluster.seat import Seat, seat, some_of
 from mgc_dist.errors import EXIT_TEMPORARY, PeerLost, UserError
 
 log = logging.getLogger(__name__)
@@ -46,14 +46,14 @@ class Meeting:
     """The ranks of a command, not yet in a process group.
 
     Attributes:
-        place: of this process.
+        seat: of this process.
         store: that they share; of its own where a process is alone.
         wait_s: how long they wait for each other.
         is_over: the process group stands, whose ranks notice by themselves who is missing.
     """
 
-    def __init__(self, here: Place, store: Store, wait_s: float) -> None:
-        self.place, self.store, self.wait_s = here, store, wait_s
+    def __init__(self, here: Seat, store: Store, wait_s: float) -> None:
+        self.seat, self.store, self.wait_s = here, store, wait_s
         self.is_over = False
         self._topics = 0
 
@@ -69,7 +69,7 @@ class Meeting:
             UserError: the one that `judge` raised, on every rank.
             PeerLost: a rank has failed, or has told nothing for too long.
         """
-        number, rank = self._topics, self.place.rank
+        number, rank = self._topics, self.seat.rank
         try:
             verdict: dict[str, Any]
             self.store.set(f"{number}/{rank}", json.dumps(said))
@@ -91,7 +91,7 @@ class Meeting:
     def _verdict(self, topic: str, judge: Callable[[list[Facts]], None]) -> dict[str, Any]:
         """What rank 0 answers: {} where all is well."""
         key = f"{self._topics}/"
-        silent, began_s, told = list(range(self.place.world)), time.monotonic(), False
+        silent, began_s, told = list(range(self.seat.world)), time.monotonic(), False
         while silent := [rank for rank in silent if not self.store.check([f"{key}{rank}"])]:
             waited_s = time.monotonic() - began_s
             if self.store.check(["failed"]):
@@ -100,15 +100,15 @@ class Meeting:
             names = some_of(silent)
             if waited_s > self.wait_s:
                 return {
-                    "lost": f"of {self.place.world} ranks, {names} told nothing about their "
+                    "lost": f"of {self.seat.world} ranks, {names} told nothing about their "
                     f"{topic} for {waited_s:.0f} s: they hang, or never started",
                     "exit_code": EXIT_TEMPORARY,
                 }
             if waited_s > _TELL_AFTER_S and not told:
                 told = True
-                log.warning("waiting for ranks %s of %d: %s", names, self.place.world, topic)
+                log.warning("waiting for ranks %s of %d: %s", names, self.seat.world, topic)
             time.sleep(_LOOK_S)
-        facts = [json.loads(self.store.get(f"{key}{k}")) for k in range(self.place.world)]
+        facts = [json.loads(self.store.get(f"{key}{k}")) for k in range(self.seat.world)]
         try:
             judge(facts)
         except UserError as error:
@@ -131,19 +131,19 @@ class Meeting:
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank ends, if they still listen."""
         code = error.exit_code if isinstance(error, UserError) else EXIT_TEMPORARY
-        who = f"rank {self.place.rank} ({socket.gethostname()})"
-        key = "failed" if self.place.rank else f"{self._topics}/verdict"
+        who = f"rank {self.seat.rank} ({socket.gethostname()})"
+        key = "failed" if self.seat.rank else f"{self._topics}/verdict"
         with suppress(RuntimeError):
             content = {"lost": f"{who} has ended: {error}", "exit_code": code}
             self.store.set(key, json.dumps(content))
 
     def leave(self) -> None:
         """Go; rank 0, whose process holds the store, when the others have heard all of it."""
-        others = [f"left/{rank}" for rank in range(1, self.place.world)]
+        others = [f"left/{rank}" for rank in range(1, self.seat.world)]
         deadline = time.monotonic() + _FAREWELL_S
         with suppress(RuntimeError):
-            if self.place.rank:
-                self.store.set(f"left/{self.place.rank}", "")
+            if self.seat.rank:
+                self.store.set(f"left/{self.seat.rank}", "")
                 return
             while not self.store.check(others) and time.monotonic() < deadline:
                 time.sleep(_LOOK_S)
@@ -186,7 +186,7 @@ def meet(flags: Facts | None = None, *, wait_s: float = WAIT_S) -> Iterator[Meet
             reached, or a rank is different.
         PeerLost: a rank has failed, or does not come.
     """
-    here = place()
+    here = seat()
     meeting = Meeting(here, _store(here, wait_s), wait_s)
     try:
         if here.world > 1:
@@ -204,7 +204,7 @@ def meet(flags: Facts | None = None, *, wait_s: float = WAIT_S) -> Iterator[Meet
             meeting.leave()
 
 
-def _store(here: Place, wait_s: float) -> Store:
+def _store(here: Seat, wait_s: float) -> Store:
     if here.address is None:
         return HashStore()
     elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

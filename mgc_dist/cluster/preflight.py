@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mgc_dist import console as display
+from mgc_dist import console
 from mgc_dist.cluster.lease import holder_of
-from mgc_dist.cluster.place import Place, place
+from mgc_dist.cluster.seat import Seat, seat
 from mgc_dist.errors import UserError
 from mgc_dist.events import CheckpointEvent, only
 from mgc_dist.files import nearest
@@ -51,7 +51,7 @@ class Finding:
     error: UserError | None = None
 
 
-def look(here: Place, *, run: Path | None, device: str) -> list[Finding]:
+def look(here: Seat, *, run: Path | None, device: str) -> list[Finding]:
     """Answer every question that a rank can answer alone.
 
     Args:
@@ -80,8 +80,8 @@ def begin(*, run: Path | None, device: str) -> None:
     Raises:
         UserError: on the rank that has found it.
     """
-    here = place()
-    display.start_logging(here.rank)
+    here = seat()
+    console.start_logging(here.rank)
     for finding in look(here, run=run, device=device):
         if finding.error:
             raise finding.error
@@ -103,7 +103,7 @@ def _note(question: str, sentence: str) -> Finding:
     return Finding(question=question, verdict="note", sentence=sentence)
 
 
-def _address(here: Place) -> Iterator[Finding]:
+def _address(here: Seat) -> Iterator[Finding]:
     """Does MASTER_ADDR name a host, and on rank 0 this one?"""
     question, name = "MASTER_ADDR", str(here.address)
     host = socket.gethostname()
@@ -145,7 +145,7 @@ def _is_ours(address: str) -> bool:
     return True
 
 
-def _own_name(here: Place, device: str) -> Iterator[Finding]:
+def _own_name(here: Seat, device: str) -> Iterator[Finding]:
     """Would gloo, which serves CPUs, tell other hosts an address of the loop?"""
     on_gpu = device == "cuda" or (device == "auto" and _has_gpu())
     if here.local_world == here.world or on_gpu or os.environ.get("GLOO_SOCKET_IFNAME"):
@@ -173,7 +173,7 @@ def _has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
 
 
-def _port(here: Place) -> Iterator[Finding]:
+def _port(here: Seat) -> Iterator[Finding]:
     """Is rank 0's port free?"""
     if here.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
@@ -195,7 +195,7 @@ def _port(here: Place) -> Iterator[Finding]:
     yield _ok("MASTER_PORT", f"MASTER_PORT {here.port} is free on {host}")
 
 
-def _gpus(here: Place, device: str) -> Iterator[Finding]:
+def _gpus(here: Seat, device: str) -> Iterator[Finding]:
     """Is there one task for each GPU that Slurm gave?"""
     given = os.environ.get("SLURM_GPUS_ON_NODE", "")
     if device == "cpu" or not given.isdigit():
@@ -282,9 +282,9 @@ def lease(run: Path) -> Iterator[Finding]:
     if holder is None:
         yield _ok("run folder", f"{run} is held by nobody")
     elif holder.seen_dead():
-        yield _ok("run folder", f"{run} was held by {holder.place}, which is gone")
+        yield _ok("run folder", f"{run} was held by {holder.where}, which is gone")
     else:
-        yield _note("run folder", f"{run} is held by {holder.place}: only one of two can have it")
+        yield _note("run folder", f"{run} is held by {holder.where}: only one of two can have it")
 
 
 def _time(run: Path) -> Iterator[Finding]:

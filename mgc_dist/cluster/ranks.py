@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mgc_dist.cluster import meeting as rendezvous
+from mgc_dist.cluster.meeting import Meeting, meet
 from mgc_dist.errors import EXIT_IO, PeerLost, RunFailed, UserError
 from mgc_dist.workers import keep_memory
 
@@ -116,9 +116,7 @@ class Ranks:
 
 
 @contextmanager
-def join(
-    device: str, timeout_s: float = 1800.0, meeting: rendezvous.Meeting | None = None
-) -> Iterator[Ranks]:
+def join(device: str, timeout_s: float = 1800.0, meeting: Meeting | None = None) -> Iterator[Ranks]:
     """Join the process group, and leave it at the end.
 
     Args:
@@ -127,13 +125,11 @@ def join(
         meeting: where these ranks have met; without one they meet now.
 
     Raises:
-        UserError: CUDA is asked for and not there, or what `rendezvous.meet` raises.
+        UserError: CUDA is asked for and not there, or what `meet` raises.
         PeerLost: a rank has been lost.
     """
     with ExitStack() as stack:
-        peers = _enter(
-            device, timeout_s, meeting or stack.enter_context(rendezvous.meet(wait_s=timeout_s))
-        )
+        peers = _enter(device, timeout_s, meeting or stack.enter_context(meet(wait_s=timeout_s)))
         try:
             yield peers
         except PeerLost:
@@ -149,8 +145,8 @@ def join(
         dist.destroy_process_group()
 
 
-def _enter(device: str, timeout_s: float, meeting: rendezvous.Meeting) -> Ranks:
-    here = meeting.place
+def _enter(device: str, timeout_s: float, meeting: Meeting) -> Ranks:
+    here = meeting.seat
     computes = device_of(device, here.local_rank)
     if computes.type == "cpu":
         _settle_on_cpu(here.local_world)

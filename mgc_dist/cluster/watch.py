@@ -199,13 +199,13 @@ class Watch:
             here = (int(beat["step"]), beat["phase"])
             last = f"last seen at step {here[0] + 1} ({here[1]}) {age_s:.0f} s ago"
             if beat["error"]:
-                names.append(f"rank {rank} ({process.place}) has ended: {beat['error']}")
+                names.append(f"rank {rank} ({process.where}) has ended: {beat['error']}")
             elif process.seen_dead():
-                names.append(f"rank {rank} ({process.place}) is gone, {last}")
+                names.append(f"rank {rank} ({process.where}) is gone, {last}")
             elif age_s > 2 * BEAT_S + _LOOK_S:
-                names.append(f"rank {rank} ({process.place}) is silent, {last}")
+                names.append(f"rank {rank} ({process.where}) is silent, {last}")
             elif not sure and here != (self._step, self._phase):
-                names.append(f"rank {rank} ({process.place}) is elsewhere, {last}")
+                names.append(f"rank {rank} ({process.where}) is elsewhere, {last}")
         return names
 
     def _seen(self, rank: int) -> dict[str, Any] | None:

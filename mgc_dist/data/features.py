@@ -176,8 +176,8 @@ class Features:
 
     def _read(self, row: int, into: NDArray[np.uint8]) -> int:
         """Read a row to where it belongs; its checksum, -1 if it is cut."""
-        place = self._offset + row * self.key.row_bytes
-        count = os.preadv(self._file, [into.data], place)
+        at = self._offset + row * self.key.row_bytes
+        count = os.preadv(self._file, [into.data], at)
         return xxhash.xxh3_64_intdigest(into.data) if count == self.key.row_bytes else -1
 
     def _damaged(self, row: int, found: int) -> UserError:

@@ -1,6 +1,6 @@
 """Shards from elsewhere to a folder of this node: once, checked, however many ranks ask.
 
-Every rank calls `stage`. The first to get the folder's lock copies, checks the sha256 of each
+Every rank calls `fetch`. The first to get the folder's lock copies, checks the sha256 of each
 file against the manifest and publishes the manifest last; the others wait for the lock, with
 a time limit, and find the manifest. A lock ends with its process, so a killed copy blocks
 nobody: the next one goes on with the files that are whole.
@@ -45,7 +45,7 @@ def at_hand(shards: Path, source: SourceConfig) -> Path:
     """
     timeout_s = source.stage_timeout_s
     if source.shards_from:
-        stage(shards, source.shards_from, timeout_s=timeout_s)
+        fetch(shards, source.shards_from, timeout_s=timeout_s)
     if source.stage_dir is None:
         return shards
     parent = os.path.expandvars(os.path.expanduser(source.stage_dir))
@@ -58,11 +58,11 @@ def at_hand(shards: Path, source: SourceConfig) -> Path:
             this_rank_only=True,
         )
     folder = Path(parent) / manifest.read(shards).dataset_id[:16]
-    stage(folder, str(shards), timeout_s=timeout_s)
+    fetch(folder, str(shards), timeout_s=timeout_s)
     return folder
 
 
-def stage(folder: Path, source: str, *, timeout_s: float) -> None:
+def fetch(folder: Path, source: str, *, timeout_s: float) -> None:
     """Make `folder` hold the data set that lies at `source`.
 
     Args:
@@ -81,32 +81,32 @@ def stage(folder: Path, source: str, *, timeout_s: float) -> None:
     with locked(folder / _LOCK, wait_s=timeout_s, purpose=purpose):
         incoming.mkdir(exist_ok=True)
         _fetch(source, manifest.NAME, incoming / manifest.NAME)
-        found = manifest.read(incoming)
-        _refuse_other(folder, source, found)
-        if not _is_whole(folder, found):
+        dataset = manifest.read(incoming)
+        _refuse_other(folder, source, dataset)
+        if not _is_whole(folder, dataset):
             (folder / manifest.NAME).unlink(missing_ok=True)
-            _copy(folder, source, found)
+            _copy(folder, source, dataset)
             sync(folder)  # the names of the files, before the manifest vouches for them
             (incoming / manifest.NAME).replace(folder / manifest.NAME)
         shutil.rmtree(incoming)
 
 
-def _refuse_other(folder: Path, source: str, found: Manifest) -> None:
+def _refuse_other(folder: Path, source: str, dataset: Manifest) -> None:
     if (folder / manifest.NAME).is_file():
         here = manifest.read(folder)
-        if here != found:
+        if here != dataset:
             raise UserError(
                 f"--shards {folder}",
                 got=f"another data set ({here.dataset_id[:12]}) or packing of it",
-                expected=f"an empty folder, or {found.dataset_id[:12]} as in {source}",
+                expected=f"an empty folder, or {dataset.dataset_id[:12]} as in {source}",
                 cure="choose another folder to copy into, or remove what is there",
                 this_rank_only=True,
             )
 
 
-def _is_whole(folder: Path, found: Manifest) -> bool:
+def _is_whole(folder: Path, dataset: Manifest) -> bool:
     """Whether all is there, by size: sha256 was compared when it was copied."""
-    sizes = {shard.name: shard.bytes for shard in found.shards}
+    sizes = {shard.name: shard.bytes for shard in dataset.shards}
     files = [folder / manifest.NAME, folder / manifest.INDEX, *(folder / name for name in sizes)]
     return all(
         path.is_file() and sizes.get(path.name, path.stat().st_size) == path.stat().st_size
@@ -114,9 +114,9 @@ def _is_whole(folder: Path, found: Manifest) -> bool:
     )
 
 
-def _copy(folder: Path, source: str, found: Manifest) -> None:
-    wanted: list[tuple[str, int | None, str]] = [(manifest.INDEX, None, found.index_sha256)]
-    wanted += [(shard.name, shard.bytes, shard.sha256) for shard in found.shards]
+def _copy(folder: Path, source: str, dataset: Manifest) -> None:
+    wanted: list[tuple[str, int | None, str]] = [(manifest.INDEX, None, dataset.index_sha256)]
+    wanted += [(shard.name, shard.bytes, shard.sha256) for shard in dataset.shards]
     missing = []
     for name, size, digest in wanted:
         path = folder / name

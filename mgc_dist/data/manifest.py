@@ -214,15 +214,15 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     )
 
 
-def _entry(kind: type[E], found: dict[str, Any]) -> E:
+def _entry(kind: type[E], comparison: dict[str, Any]) -> E:
     """A track or a shard, each field of its declared type, numbers positive."""
     for field in fields(kind):
-        value = found[field.name]
+        value = comparison[field.name]
         if field.type in (int, "int"):
             _require(type(value) is int and value > 0, field.name, value)
         elif not (value is None and field.name == "group"):
             _require(isinstance(value, str), field.name, value)
-    return kind(**found)
+    return kind(**comparison)
 
 
 def _require(ok: bool, name: str, value: object) -> None:

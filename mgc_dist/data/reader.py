@@ -140,7 +140,7 @@ class ShardSet:
                 f"{split} split of data set {self.folder}",
                 got="no rows",
                 expected=f"one of its splits: {', '.join(filled)}",
-                cure="without training rows it serves launch/evaluate.py --data; to train, pack "
+                cure="without training rows it serves `evaluate --data`; to train, pack "
                 "tracks for train, validation and test",
             )
         return first, stop
@@ -234,12 +234,12 @@ def _allow_open_files(folder: Path, shards: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def open_index(folder: Path, found: Manifest) -> NDArray[np.void]:
+def open_index(folder: Path, dataset: Manifest) -> NDArray[np.void]:
     """The index of a data set, memory-mapped; checked against the manifest in every field.
 
     Args:
         folder: of the shards.
-        found: their manifest.
+        dataset: their manifest.
 
     Returns:
         INDEX_DTYPE [N].
@@ -250,45 +250,47 @@ def open_index(folder: Path, found: Manifest) -> NDArray[np.void]:
     path = folder / manifest.INDEX
     try:
         digest = sha256(path)
-        if digest != found.index_sha256:
+        if digest != dataset.index_sha256:
             raise ValueError(f"sha256 {digest[:12]}")
         index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if index.dtype != record.INDEX_DTYPE or index.shape != (found.rows,):
+        if index.dtype != record.INDEX_DTYPE or index.shape != (dataset.rows,):
             raise ValueError(f"{index.shape} entries of {index.dtype}")
     except (OSError, ValueError) as error:
-        raise _not_as_packed(path, str(error), f"sha256 {found.index_sha256[:12]}") from error
-    for row, name, got, expected in _odd_fields(index, found):
+        raise _not_as_packed(path, str(error), f"sha256 {dataset.index_sha256[:12]}") from error
+    for row, name, got, expected in _odd_fields(index, dataset):
         raise _not_as_packed(path, f"{name} {got} of row {row}", f"{name} {expected}")
     return index
 
 
 def _odd_fields(
-    index: NDArray[np.void], found: Manifest
+    index: NDArray[np.void], dataset: Manifest
 ) -> Iterator[tuple[int, str, object, object]]:
     """Fields that differ from what the format and the manifest leave as the only possibility."""
-    samples, rows = found.segment_samples, [shard.rows for shard in found.shards]
+    samples, rows = dataset.segment_samples, [shard.rows for shard in dataset.shards]
     place = np.concatenate([np.arange(count) for count in rows])
     offset = place * record.record_bytes(samples)
     yield from _differing(index, "shard", np.repeat(np.arange(len(rows)), rows))
     yield from _differing(index, "offset", offset)
     yield from _differing(index, "wave_offset", offset + record.WAVE_OFFSET)
-    yield from _differing(index, "wave_bytes", np.full(found.rows, 2 * samples))
-    yield from _differing(index, "record_bytes", np.full(found.rows, record.record_bytes(samples)))
-    yield from _differing(index, "track", np.minimum(index["track"], len(found.tracks) - 1))
-    label_of = {genre: label for label, genre in enumerate(found.genres)}
-    labels = np.array([label_of.get(track.genre, -1) for track in found.tracks])
+    yield from _differing(index, "wave_bytes", np.full(dataset.rows, 2 * samples))
+    yield from _differing(
+        index, "record_bytes", np.full(dataset.rows, record.record_bytes(samples))
+    )
+    yield from _differing(index, "track", np.minimum(index["track"], len(dataset.tracks) - 1))
+    label_of = {genre: label for label, genre in enumerate(dataset.genres)}
+    labels = np.array([label_of.get(track.genre, -1) for track in dataset.tracks])
     yield from _differing(index, "label", labels[index["track"]])
-    count = np.array([track.segments for track in found.tracks])
+    count = np.array([track.segments for track in dataset.tracks])
     yield from _differing(index, "segment", np.minimum(index["segment"], count[index["track"]] - 1))
-    split_of = np.array([SPLITS.index(track.split) for track in found.tracks])[index["track"]]
-    bounds = [stop - first for first, stop in (found.splits[split] for split in SPLITS)]
+    split_of = np.array([SPLITS.index(track.split) for track in dataset.tracks])[index["track"]]
+    bounds = [stop - first for first, stop in (dataset.splits[split] for split in SPLITS)]
     for row in np.flatnonzero(split_of != np.repeat(np.arange(len(SPLITS)), bounds))[:1].tolist():
         yield row, "track", int(index["track"][row]), "of the split that the row belongs to"
     first_segment = np.cumsum(count) - count
-    visits = np.bincount(first_segment[index["track"]] + index["segment"], minlength=found.rows)
+    visits = np.bincount(first_segment[index["track"]] + index["segment"], minlength=dataset.rows)
     for number in np.flatnonzero(visits != 1)[:1].tolist():
         track = int(np.searchsorted(first_segment, number, side="right")) - 1
-        key = record.key_of(found.tracks[track].id, number - int(first_segment[track]))
+        key = record.key_of(dataset.tracks[track].id, number - int(first_segment[track]))
         yield -1, f"number of rows of key {key}", int(visits[number]), 1
 
 

@@ -203,8 +203,8 @@ class RowFile:
         first, sums = entry.get("first"), entry.get("checksums")
         if not isinstance(first, int) or not isinstance(sums, list):
             return False
-        place = self._offset + first * self._stride
-        data = os.pread(self._file.fileno(), len(sums) * self._stride, place)
+        at = self._offset + first * self._stride
+        data = os.pread(self._file.fileno(), len(sums) * self._stride, at)
         return _checksums(data, self._stride) == sums
 
     def put(self, batch: str, first: int, values: NDArray[np.float32]) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
 )
 
+from mgc_dist import cli
 from mgc_dist.errors import UserError
 from mgc_dist.models import hub
 from mgc_dist.models.main import TEMPERATURE, WaveClassifier
@@ -40,7 +41,7 @@ def load_exported(folder: Path) -> WaveClassifier:
             f"model folder {folder}",
             got="no config.json" if folder.is_dir() else "no such folder",
             expected="a run folder with best/, or an exported model",
-            cure="train first: deepspeed launch/train.py",
+            cure=f"train first: {cli.launched('train')}",
         )
     net, missing = hub.load(AutoModelForAudioClassification, str(folder))
     if missing or not hasattr(net.config, "segment_samples"):

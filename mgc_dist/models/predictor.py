@@ -80,8 +80,8 @@ class Predictor:
         Raises:
             UserError: there is none.
         """
-        place = folder.find_exported(run_or_export)
-        return cls(folder.load_exported(place).to(device), folder.sample_rate_of(place))
+        exported = folder.find_exported(run_or_export)
+        return cls(folder.load_exported(exported).to(device), folder.sample_rate_of(exported))
 
     def predict(self, path: Path, *, hop_s: float, batch: int) -> Prediction:
         """The genre of a file of any length, format, rate and number of channels.

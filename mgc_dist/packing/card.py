@@ -16,32 +16,32 @@ from mgc_dist.packing.splits import rule_of
 NAME = "README-DATASET.md"
 
 
-def write(folder: Path, found: Manifest) -> None:
+def write(folder: Path, manifest: Manifest) -> None:
     """Write the card, if it is not there as it should be."""
-    path, text = folder / NAME, _text(found)
+    path, text = folder / NAME, _text(manifest)
     if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
         replace_text(path, text)
 
 
-def show(folder: Path, found: Manifest) -> None:
+def show(folder: Path, manifest: Manifest) -> None:
     """Print splits, genres, settings and what is not controlled, as tables on the terminal."""
     console = Console(highlight=False, markup=False)
-    splits = Table(title=f"{folder}: data set {found.dataset_id[:12]}")
+    splits = Table(title=f"{folder}: data set {manifest.dataset_id[:12]}")
     for column in ("split", *SPLIT_COLUMNS):
         splits.add_column(column, justify="left" if column == "split" else "right")
-    for name, *values in split_rows(found):
+    for name, *values in split_rows(manifest):
         splits.add_row(name, *values)
     genres = Table(title="tracks by genre")
     for column in ("label", "genre", *SPLITS):
         genres.add_column(column, justify="left" if column == "genre" else "right")
-    for row in _genre_rows(found):
+    for row in _genre_rows(manifest):
         genres.add_row(*row)
     console.print(splits)
     console.print(genres)
-    settings = ", ".join(f"{key} {value}" for key, value in found.settings.items())
-    lines = [f"settings: {settings}", f"versions: {_versions(found)}"]
-    lines += [f"left out: {line}" for line in left_out(found)]
-    lines += [f"not controlled: {line}" for line in limits(found)]
+    settings = ", ".join(f"{key} {value}" for key, value in manifest.settings.items())
+    lines = [f"settings: {settings}", f"versions: {_versions(manifest)}"]
+    lines += [f"left out: {line}" for line in left_out(manifest)]
+    lines += [f"not controlled: {line}" for line in limits(manifest)]
     console.print("\n".join(lines), soft_wrap=True)
 
 
@@ -86,20 +86,20 @@ def kept_apart(known: int) -> str:
     return f"no track is in two splits, nor an artist of the {known} tracks whose artist is known"
 
 
-def twins_shown(found: Manifest) -> list[tuple[str, str]]:
+def twins_shown(manifest: Manifest) -> list[tuple[str, str]]:
     """Pairs of tracks with one source file in two splits, the first few."""
-    return twins(found.tracks)[:10]
+    return twins(manifest.tracks)[:10]
 
 
 SPLIT_COLUMNS = ("tracks", "artists", "segments", "hours", "shards", "MB")
 
 
-def split_rows(found: Manifest) -> list[tuple[str, ...]]:
+def split_rows(manifest: Manifest) -> list[tuple[str, ...]]:
     """The splits of a data set, each a name and the values of SPLIT_COLUMNS."""
     rows: list[tuple[str, ...]] = []
     for split in SPLITS:
-        tracks = [track for track in found.tracks if track.split == split]
-        shards = [shard for shard in found.shards if shard.name.startswith(f"{split}-")]
+        tracks = [track for track in manifest.tracks if track.split == split]
+        shards = [shard for shard in manifest.shards if shard.name.startswith(f"{split}-")]
         groups = {track.group for track in tracks if track.group}
         rows.append(
             (
@@ -107,7 +107,7 @@ def split_rows(found: Manifest) -> list[tuple[str, ...]]:
                 str(len(tracks)),
                 str(len(groups) or "unknown"),
                 str(sum(track.segments for track in tracks)),
-                f"{sum(_covered_s(found, track.segments) for track in tracks) / 3600:.2f}",
+                f"{sum(_covered_s(manifest, track.segments) for track in tracks) / 3600:.2f}",
                 str(len(shards)),
                 f"{sum(shard.bytes for shard in shards) / 1e6:.1f}",
             )
@@ -115,39 +115,39 @@ def split_rows(found: Manifest) -> list[tuple[str, ...]]:
     return rows
 
 
-def _covered_s(found: Manifest, segments: int) -> float:
+def _covered_s(manifest: Manifest, segments: int) -> float:
     """Seconds of a track that its overlapping segments cover."""
-    step = min(int(found.settings["hop_samples"]), found.segment_samples)
-    return ((segments - 1) * step + found.segment_samples) / found.sample_rate
+    step = min(int(manifest.settings["hop_samples"]), manifest.segment_samples)
+    return ((segments - 1) * step + manifest.segment_samples) / manifest.sample_rate
 
 
-def _genre_rows(found: Manifest) -> list[tuple[str, ...]]:
-    counts = Counter((track.genre, track.split) for track in found.tracks)
+def _genre_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    counts = Counter((track.genre, track.split) for track in manifest.tracks)
     return [
         (str(label), genre, *(str(counts[genre, split]) for split in SPLITS))
-        for label, genre in enumerate(found.genres)
+        for label, genre in enumerate(manifest.genres)
     ]
 
 
-def _versions(found: Manifest) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found.versions.items())
+def _versions(manifest: Manifest) -> str:
+    return ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
 
 
-def left_out(found: Manifest) -> list[str]:
+def left_out(manifest: Manifest) -> list[str]:
     """What was not packed, a line a reason."""
-    reasons = Counter(found.excluded.values())
+    reasons = Counter(manifest.excluded.values())
     lines = []
     for reason, count in sorted(reasons.items()):
-        ids = [id_ for id_, why in found.excluded.items() if why == reason]
+        ids = [id_ for id_, why in manifest.excluded.items() if why == reason]
         lines.append(f"{', '.join(ids) if count <= 5 else f'{count} tracks'}: {reason}")
     return lines
 
 
-def limits(found: Manifest) -> list[str]:
+def limits(manifest: Manifest) -> list[str]:
     """What is not controlled between the splits, a line each."""
-    unknown = sum(track.group is None for track in found.tracks)
-    note = not_controlled(str(found.settings["split"]), unknown, len(found.tracks))
-    pairs = [f"{one} and {other} are the same file" for one, other in twins_shown(found)]
+    unknown = sum(track.group is None for track in manifest.tracks)
+    note = not_controlled(str(manifest.settings["split"]), unknown, len(manifest.tracks))
+    pairs = [f"{one} and {other} are the same file" for one, other in twins_shown(manifest)]
     return ([note] if note else []) + pairs
 
 
@@ -177,16 +177,16 @@ from datasets import load_dataset
 """
 
 
-def _text(found: Manifest) -> str:
-    s = found.settings
-    seconds = found.segment_samples / found.sample_rate
-    hop = int(s["hop_samples"]) / found.sample_rate
-    splits = [split for split in SPLITS if found.splits[split][0] < found.splits[split][1]]
+def _text(manifest: Manifest) -> str:
+    s, tracks = manifest.settings, len(manifest.tracks)
+    seconds = manifest.segment_samples / manifest.sample_rate
+    hop = int(s["hop_samples"]) / manifest.sample_rate
+    splits = [split for split in SPLITS if manifest.splits[split][0] < manifest.splits[split][1]]
     globs = "\n".join(f"      - split: {split}\n        path: {split}-*.tar" for split in splits)
     settings = ", ".join(f"{key} {value}" for key, value in sorted(s.items()))
-    apart = kept_apart(sum(track.group is not None for track in found.tracks))
-    uncontrolled = [f"- {line}" for line in limits(found)] or ["- nothing known"]
-    excluded = [f"- {line}" for line in left_out(found)] or ["- nothing"]
+    apart = kept_apart(sum(track.group is not None for track in manifest.tracks))
+    uncontrolled = [f"- {line}" for line in limits(manifest)] or ["- nothing known"]
+    excluded = [f"- {line}" for line in left_out(manifest)] or ["- nothing"]
     return f"""---
 task_categories:
   - audio-classification
@@ -204,14 +204,14 @@ dataset_info:
 
 # Segments of music with genres
 
-{found.rows} segments of {seconds:g} s, one every {hop:g} s, of {len(found.tracks)} tracks; mono,
-16 bits, {found.sample_rate} Hz, in webdataset tars. Data set `{found.dataset_id}`.
+{manifest.rows} segments of {seconds:g} s, one every {hop:g} s, of {tracks} tracks; mono,
+16 bits, {manifest.sample_rate} Hz, in webdataset tars. Data set `{manifest.dataset_id}`.
 
-{_markdown(("split", *SPLIT_COLUMNS), split_rows(found))}
+{_markdown(("split", *SPLIT_COLUMNS), split_rows(manifest))}
 
 Hours are hours of music; segments overlap. {apart[0].upper()}{apart[1:]}.
 
-{_markdown(("label", "genre", *SPLITS), _genre_rows(found))}
+{_markdown(("label", "genre", *SPLITS), _genre_rows(manifest))}
 
 ## What is not controlled
 
@@ -221,11 +221,11 @@ Hours are hours of music; segments overlap. {apart[0].upper()}{apart[1:]}.
 
 {chr(10).join(excluded)}
 
-{_READING.format(shard=found.shards[0].name, split=splits[0])}
+{_READING.format(shard=manifest.shards[0].name, split=splits[0])}
 ## How it was made
 
 `python -m mgc_dist.shard` with {settings};
-{_versions(found)}. The rights in the music are those of its source.
+{_versions(manifest)}. The rights in the music are those of its source.
 """
 
 

@@ -45,28 +45,28 @@ def refuse_other(
         )
 
 
-def is_packed(plan: PackPlan, found: Manifest, settings: Settings) -> bool:
+def is_packed(plan: PackPlan, dataset: Manifest, settings: Settings) -> bool:
     """Whether a manifest already holds what the plan would write, by content of the sources."""
     wanted = settings | {"rows_per_shard": plan.cut.rows_per_shard}
-    same = {key: found.settings.get(key) for key in wanted} == wanted
-    if plan.excluded != found.excluded:
+    same = {key: dataset.settings.get(key) for key in wanted} == wanted
+    if plan.excluded != dataset.excluded:
         return False
     names = [PackedTrack(id=track.id) for track in plan.tracks]
-    entries = tuple(replace(entry, source_xxh3="") for entry in found.tracks)
+    entries = tuple(replace(entry, source_xxh3="") for entry in dataset.tracks)
     cut = plan.cut
     if not same or entries != track_entries(plan, names):
         return False
-    if found.settings["segment_samples"] != cut.segment_samples:
+    if dataset.settings["segment_samples"] != cut.segment_samples:
         return False
-    if (found.settings["hop_samples"], found.sample_rate) != (cut.hop_samples, cut.sample_rate):
+    if (dataset.settings["hop_samples"], dataset.sample_rate) != (cut.hop_samples, cut.sample_rate):
         return False
-    if [(shard.name, shard.rows) for shard in found.shards] != plan.shards():
+    if [(shard.name, shard.rows) for shard in dataset.shards] != plan.shards():
         return False
-    pairs = zip(found.tracks, plan.tracks, strict=True)
+    pairs = zip(dataset.tracks, plan.tracks, strict=True)
     return all(entry.source_xxh3 == fingerprint(track.path) for entry, track in pairs)
 
 
-def damage(out: Path, found: Manifest, jobs: int) -> str:
+def damage(out: Path, dataset: Manifest, jobs: int) -> str:
     """What is not as the manifest says, by size and sha256 of its files; "" if all is."""
 
     def fault(item: tuple[str, str]) -> str:
@@ -75,7 +75,7 @@ def damage(out: Path, found: Manifest, jobs: int) -> str:
             return f"no {path.name}"
         return "" if sha256(path) == digest else f"another {path.name}"
 
-    items = [(shard.name, shard.sha256) for shard in found.shards]
+    items = [(shard.name, shard.sha256) for shard in dataset.shards]
     with ThreadPoolExecutor(jobs or cores()) as threads:
-        faults = threads.map(fault, [(manifest.INDEX, found.index_sha256), *items])
+        faults = threads.map(fault, [(manifest.INDEX, dataset.index_sha256), *items])
         return next((text for text in faults if text), "")

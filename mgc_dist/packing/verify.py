@@ -44,7 +44,7 @@ class Checked:
 
 def verify(
     folder: Path,
-    found: Manifest,
+    dataset: Manifest,
     *,
     jobs: int,
     progress: Callable[[Iterator[Checked]], Iterable[Checked]],
@@ -53,30 +53,30 @@ def verify(
 
     Args:
         folder: of the shards.
-        found: its manifest.
+        dataset: its manifest.
         jobs: processes, 0 for one a core.
         progress: wraps the stream of finished shards.
 
     Raises:
         UserError: something is not as it was packed; with shard, key, offset, got, expected.
     """
-    index = open_index(folder, found)
-    known = {shard.name for shard in found.shards}
+    index = open_index(folder, dataset)
+    known = {shard.name for shard in dataset.shards}
     extra = sorted(path.name for path in folder.glob("*.tar") if path.name not in known)
     faults = [f"{name}: not in the manifest" for name in extra]
-    check = partial(_check_shard, folder=folder, found=found)
-    ends = np.cumsum([shard.rows for shard in found.shards]).tolist()
+    check = partial(_check_shard, folder=folder, dataset=dataset)
+    ends = np.cumsum([shard.rows for shard in dataset.shards]).tolist()
     starts = [0, *ends[:-1]]
     items = ((first, np.array(index[first:end])) for first, end in zip(starts, ends, strict=True))
     checked = list(progress(spread(check, items, jobs)))
     faults += [fault for shard in checked for fault in shard.faults]
     payloads = [payload for shard in checked for payload in shard.payloads]
     if not faults:
-        rows = identities(index, found.tracks, payloads)
-        again = manifest.dataset_id(found.settings, found.genres, rows)
-        if again != found.dataset_id:
+        rows = identities(index, dataset.tracks, payloads)
+        again = manifest.dataset_id(dataset.settings, dataset.genres, rows)
+        if again != dataset.dataset_id:
             faults.append(
-                f"{manifest.NAME}: got dataset_id {found.dataset_id}, expected {again} as the "
+                f"{manifest.NAME}: got dataset_id {dataset.dataset_id}, expected {again} as the "
                 "shards give"
             )
     if faults:
@@ -90,9 +90,9 @@ def verify(
         )
 
 
-def _check_shard(item: tuple[int, NDArray[np.void]], folder: Path, found: Manifest) -> Checked:
+def _check_shard(item: tuple[int, NDArray[np.void]], folder: Path, dataset: Manifest) -> Checked:
     first, entries = item
-    shard = found.shards[int(entries["shard"][0])]
+    shard = dataset.shards[int(entries["shard"][0])]
     path = folder / shard.name
     size = path.stat().st_size if path.is_file() else None
     if size != shard.bytes:
@@ -102,7 +102,7 @@ def _check_shard(item: tuple[int, NDArray[np.void]], folder: Path, found: Manife
     with path.open("rb", buffering=0) as file:
         for row, entry in enumerate(entries, start=first):
             data = os.pread(file.fileno(), int(entry["record_bytes"]), int(entry["offset"]))
-            faults += _record_faults(found, row, entry, data)
+            faults += _record_faults(dataset, row, entry, data)
             start = int(entry["wave_offset"] - entry["offset"])
             wave = memoryview(data)[start : start + int(entry["wave_bytes"])]
             payloads.append(record.payload_digest(wave))
@@ -119,12 +119,12 @@ def _only(rows: int, fault: str) -> Checked:
     return Checked(payloads=("",) * rows, faults=(fault,))
 
 
-def _record_faults(found: Manifest, row: int, entry: np.void, data: bytes) -> list[str]:
+def _record_faults(dataset: Manifest, row: int, entry: np.void, data: bytes) -> list[str]:
     """Compare a record with what manifest and index say that it holds."""
-    track = found.tracks[int(entry["track"])]
+    track = dataset.tracks[int(entry["track"])]
     offset, segment = int(entry["offset"]), int(entry["segment"])
     key = record.key_of(track.id, segment)
-    where = f"{found.shards[int(entry['shard'])].name}, key {key}, offset {offset}"
+    where = f"{dataset.shards[int(entry['shard'])].name}, key {key}, offset {offset}"
     faults = []
     checksum = record.checksum(data)
     if checksum != int(entry["checksum"]) or len(data) != int(entry["record_bytes"]):
@@ -149,11 +149,11 @@ def _record_faults(found: Manifest, row: int, entry: np.void, data: bytes) -> li
         genre=track.genre,
         label=int(entry["label"]),
         segment=segment,
-        start_s=segment * int(found.settings["hop_samples"]) / found.sample_rate,
-        sample_rate=found.sample_rate,
+        start_s=segment * int(dataset.settings["hop_samples"]) / dataset.sample_rate,
+        sample_rate=dataset.sample_rate,
         split=track.split,
     )
-    expected_head = record.head(description, found.segment_samples)
+    expected_head = record.head(description, dataset.segment_samples)
     if not data.startswith(expected_head):
         pairs = enumerate(zip(data, expected_head, strict=False))
         first = next((n for n, (a, b) in pairs if a != b), len(data))

@@ -55,15 +55,15 @@ def compare(config: CompareConfig) -> Comparison:
     return Comparison(figures=report, is_pair=is_pair, folder=config.folder)
 
 
-def draw_pair(path: Path, found: Report) -> None:
+def draw_pair(path: Path, comparison: Report) -> None:
     """A picture of the differences: overall, each genre, each subgroup."""
-    unit = "artists" if found["unit"] == "groups" else "tracks"
+    unit = "artists" if comparison["unit"] == "groups" else "tracks"
     leading = {name: metric.head for name, metric in METRICS.items() if metric.leads}
     rows = [
-        (head, found[name]["difference"], found["intervals"][found["unit"]][name])
+        (head, comparison[name]["difference"], comparison["intervals"][comparison["unit"]][name])
         for name, head in leading.items()
     ]
-    parts = [(found["per_genre"], "support"), (found["subgroups"] or {}, "count")]
+    parts = [(comparison["per_genre"], "support"), (comparison["subgroups"] or {}, "count")]
     for part, count in parts:
         rows += [
             (f"{name} ({row[count]})", row["difference"], row["interval"])
@@ -71,14 +71,14 @@ def draw_pair(path: Path, found: Report) -> None:
             if row[count]
         ]
     label = f"difference in points (recall of a genre, accuracy of a subgroup), 95 % over {unit}"
-    title = f"{Path(found['b']).name} against {Path(found['a']).name}"
-    title += f"\n{found['name']}, {found['count']} tracks"
+    title = f"{Path(comparison['b']).name} against {Path(comparison['a']).name}"
+    title += f"\n{comparison['name']}, {comparison['count']} tracks"
     canvas.save(figures.differences(rows, label, emphasised=len(leading)), path, title)
 
 
-def draw_seeds(path: Path, found: Report) -> None:
+def draw_seeds(path: Path, comparison: Report) -> None:
     """A picture: a point a run, a panel for each leading figure and each subgroup."""
-    conditions = found["conditions"]
+    conditions = comparison["conditions"]
     names = dict.fromkeys(name for each in conditions.values() for name in each["figures"])
     panels = {
         METRICS[name].head if name in METRICS else name: {
@@ -91,5 +91,5 @@ def draw_seeds(path: Path, found: Report) -> None:
         for name in names
         if name not in METRICS or METRICS[name].leads
     }
-    title = f"{found['name']}: runs over seeds, tracks as the unit"
+    title = f"{comparison['name']}: runs over seeds, tracks as the unit"
     canvas.save(figures.seeds(panels), path, title)

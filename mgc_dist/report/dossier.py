@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from mgc_dist import cli
-from mgc_dist.bias_model import table as logits
+from mgc_dist.bias_model import table as tables
 from mgc_dist.bias_model.table import Header
 from mgc_dist.cluster.lease import ATTEMPTS
 from mgc_dist.config import TrainConfig, identity
@@ -214,12 +214,12 @@ class Dossier:
             if folder is None or not (folder / manifest.NAME).is_file():
                 continue
             try:
-                found = manifest.read(folder)
+                dataset = manifest.read(folder)
             except UserError as error:
                 log.warning("%s", error)
                 continue
-            if found.dataset_id == dataset_id:
-                return folder, found
+            if dataset.dataset_id == dataset_id:
+                return folder, dataset
         return None
 
     @cached_property
@@ -235,7 +235,7 @@ class Dossier:
         for folder in folders:
             report = _json(folder / "report.json")
             try:
-                header = logits.read_header(folder) if report else None
+                header = tables.read_header(folder) if report else None
             except UserError:
                 continue
             if report and header and header.table_sha256 == trained:
@@ -275,8 +275,8 @@ class Dossier:
 def _decider(
     shards: ShardSet, table: NDArray[np.float32], first: int, line: Prediction, genres: list[str]
 ) -> Decider:
-    found = shards.manifest
-    track = [t.id for t in found.tracks].index(line["track"])
+    dataset = shards.manifest
+    track = [t.id for t in dataset.tracks].index(line["track"])
     own = shards.index["track"][first : first + len(table)] == track
     rows = np.flatnonzero(own)
     segments = shards.index["segment"][first + rows].astype(np.int64)
@@ -286,14 +286,14 @@ def _decider(
     wrong = probability[:, genres.index(line["prediction"])]
     truth = probability[:, genres.index(line["truth"])]
     decided = int(wrong.argmax())
-    hop_s = int(found.settings["hop_samples"]) / found.sample_rate
+    hop_s = int(dataset.settings["hop_samples"]) / dataset.sample_rate
     audio = shards.read(first + int(rows[decided]))
     return Decider(
         start_s=[float(segment * hop_s) for segment in segments],
         wrong=wrong.tolist(),
         truth=truth.tolist(),
         segment=decided,
-        wav=base64.b64encode(_wav(audio, found.sample_rate)).decode("ascii"),
+        wav=base64.b64encode(_wav(audio, dataset.sample_rate)).decode("ascii"),
     )
 
 

@@ -185,12 +185,12 @@ def _per_genre(subject: Subject, result: SplitScores) -> dict[str, GenreFigures]
     return rows
 
 
-def _bins(found: Reliability) -> ReliabilityBins:
+def _bins(reliability: Reliability) -> ReliabilityBins:
     return {
-        "edges": found.edges.tolist(),
-        "count": found.count.tolist(),
-        "confidence": found.confidence.tolist(),
-        "accuracy": found.accuracy.tolist(),
+        "edges": reliability.edges.tolist(),
+        "count": reliability.count.tolist(),
+        "confidence": reliability.confidence.tolist(),
+        "accuracy": reliability.accuracy.tolist(),
     }
 
 

@@ -12,9 +12,9 @@ from mgc_dist.report.section import Drawing, Section, Table
 from mgc_dist.scoring.written import EvaluationFigures, GroupFigures
 
 
-def confusion(found: EvaluationFigures) -> Section | None:
+def confusion(evaluation: EvaluationFigures) -> Section | None:
     """What is taken for what."""
-    counts, genres, split = found["confusion"], found["genres"], found["split"]
+    counts, genres, split = evaluation["confusion"], evaluation["genres"], evaluation["split"]
     rows = tuple((genre, *map(str, row)) for genre, row in zip(genres, counts, strict=True))
     drawing = Drawing(
         name="confusion",
@@ -29,9 +29,9 @@ def confusion(found: EvaluationFigures) -> Section | None:
     )
 
 
-def recall(found: EvaluationFigures) -> Section | None:
+def recall(evaluation: EvaluationFigures) -> Section | None:
     """Recall and F1 of each genre."""
-    if not found.get("per_genre"):
+    if not evaluation.get("per_genre"):
         return None
     drawn = [
         Bar(
@@ -41,9 +41,9 @@ def recall(found: EvaluationFigures) -> Section | None:
             mark=values["f1"] if values["support"] else None,
             note=f"of {values['support']}",
         )
-        for genre, values in found["per_genre"].items()
+        for genre, values in evaluation["per_genre"].items()
     ]
-    worst, chance = found.get("worst_genre"), 1 / len(drawn)
+    worst, chance = evaluation.get("worst_genre"), 1 / len(drawn)
     told = f" The worst is {worst['name']} ({worst['recall']:.3f})." if worst else ""
     drawing = Drawing(
         name="recall",
@@ -56,12 +56,12 @@ def recall(found: EvaluationFigures) -> Section | None:
     return Section(title="Genre by genre", drawings=(drawing,))
 
 
-def reliability(found: EvaluationFigures) -> Section | None:
+def reliability(evaluation: EvaluationFigures) -> Section | None:
     """Whether probabilities mean what they say."""
-    bins = found.get("reliability")
+    bins = evaluation.get("reliability")
     if not bins:
         return None
-    track, fitted = found["track"], found.get("temperature")
+    track, fitted = evaluation["track"], evaluation.get("temperature")
     told = f"Expected calibration error {cell(track.get('ece'))}"
     if fitted and "without" in fitted:  # version 0.1.0 did not report with the temperature
         without = fitted["without"]
@@ -84,9 +84,9 @@ def reliability(found: EvaluationFigures) -> Section | None:
     )
 
 
-def groups(found: EvaluationFigures) -> Section | None:
+def groups(evaluation: EvaluationFigures) -> Section | None:
     """Accuracy where the shortcut helps and where it misleads, or by the user's groups."""
-    given = found.get("subgroups")
+    given = evaluation.get("subgroups")
     if not given or not given.get("groups"):
         return None
     drawn = [

@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from itertools import accumulate
 
+from mgc_dist import cli
 from mgc_dist.bias_model.table import Header
 from mgc_dist.config import TrainConfig
 from mgc_dist.config.knobs import flag
@@ -12,8 +13,7 @@ from mgc_dist.data.manifest import Manifest
 from mgc_dist.events import RefusedEvent, SaveFailedEvent, StepEvent, ValidationEvent, only
 from mgc_dist.packing import card
 from mgc_dist.packing.splits import rule_of
-from mgc_dist.report import bias as bias_report
-from mgc_dist.report import figures
+from mgc_dist.report import bias_report, figures
 from mgc_dist.report.canvas import SECOND
 from mgc_dist.report.dossier import Dossier
 from mgc_dist.report.figures import Line, Point
@@ -22,17 +22,17 @@ from mgc_dist.report.section import Drawing, Section, Table
 _NO_CONFIG = "config.yaml is not there, or of another version."
 
 
-def data(found: Dossier) -> Section:
+def data(dossier: Dossier) -> Section:
     """What was learned from, and what the split controls."""
     title = "What it learned from"
-    if found.trained_on is None:
-        name = str(found.environment.get("dataset_id", "unknown"))
+    if dossier.trained_on is None:
+        name = str(dossier.environment.get("dataset_id", "unknown"))
         note = (
             f"Data set {name[:12]}; its shards are not where they were, or were packed again, "
             "so nothing more can be said about it."
         )
         return Section(title=title, notes=(note,))
-    folder, of = found.trained_on
+    folder, of = dossier.trained_on
     settings = of.settings
     segment_s, hop_s = (
         int(n) / of.sample_rate for n in (of.segment_samples, settings["hop_samples"])
@@ -62,20 +62,20 @@ def data(found: Dossier) -> Section:
     )
 
 
-def training(found: Dossier) -> Section:
+def training(dossier: Dossier) -> Section:
     """Model, loss, bias table, engine, versions."""
-    title, config, env = "How it was trained", found.config, found.environment
+    title, config, env = "How it was trained", dossier.config, dossier.environment
     if config is None:
         return Section(title=title, notes=(_NO_CONFIG,))
     precision: str = config.engine.precision
-    if precision == "auto" and "torch_autocast" in found.engine:
-        precision += ", bf16 autocast" if found.engine["torch_autocast"]["enabled"] else ", fp32"
+    if precision == "auto" and "torch_autocast" in dossier.engine:
+        precision += ", bf16 autocast" if dossier.engine["torch_autocast"]["enabled"] else ", fp32"
     versions = ", ".join(f"{name} {value}" for name, value in env.get("versions", {}).items())
     facts = (
         ("main model", config.main.model),
         ("frozen", "nothing" if config.main.freeze == "none" else config.main.freeze),
         ("loss", config.objective.description),
-        ("bias table", _table(found, config)),
+        ("bias table", _table(dossier, config)),
         ("epochs", f"{config.optim.epochs:g}"),
         ("learning rates", f"{config.optim.lr:g}, head {config.optim.head_lr:g}"),
         ("global batch", str(config.optim.global_batch)),
@@ -89,30 +89,30 @@ def training(found: Dossier) -> Section:
     return Section(title=title, facts=facts + git)
 
 
-def _table(found: Dossier, config: TrainConfig) -> str:
+def _table(dossier: Dossier, config: TrainConfig) -> str:
     if not config.objective.needs_bias:
         return "none: plain cross-entropy"
-    recorded = found.environment.get("bias_table") or {}
+    recorded = dossier.environment.get("bias_table") or {}
     if recorded.get("fold_status") == "unknown":
         return f"{recorded.get('name')}, from elsewhere: it may have seen what it judges"
-    if found.bias is None:
+    if dossier.bias is None:
         return f"{config.data.table}, which is not there now"
-    report, header = found.bias
+    report, header = dossier.bias
     status = report.get("fold_status", "out of fold")
     return f"{header.backbone}, table {header.table_sha256[:12]}, {status}"
 
 
-def curves(found: Dossier) -> Section:
+def curves(dossier: Dossier) -> Section:
     """Loss, validation and learning rate over epochs."""
-    title, steps = "How it went", found.history(StepEvent)
+    title, steps = "How it went", dossier.history(StepEvent)
     if not steps:
         return Section(title=title, notes=("metrics.jsonl holds no steps.",))
     resumed = [
         (before[-1], "resumed")
-        for span in found.spans[1:]
+        for span in dossier.spans[1:]
         if (before := [s.epoch for s in steps if s.samples_seen <= span.samples_seen])
     ]
-    drawn = (_loss(steps, resumed), _validation(found), _rates(steps, resumed))
+    drawn = (_loss(steps, resumed), _validation(dossier), _rates(steps, resumed))
     return Section(title=title, drawings=tuple(each for each in drawn if each))
 
 
@@ -144,13 +144,13 @@ def _smooth(points: list[Point]) -> list[Point]:
     return out
 
 
-def _validation(found: Dossier) -> Drawing | None:
-    checks, best = found.history(ValidationEvent), found.best
+def _validation(dossier: Dossier) -> Drawing | None:
+    checks, best = dossier.history(ValidationEvent), dossier.best
     if not checks:
         return None
     accuracy = [(c.epoch, c.track_accuracy) for c in checks]
     macro_f1 = [(c.epoch, c.track_macro_f1) for c in checks]
-    genres = len(found.genres)
+    genres = len(dossier.genres)
     dots = len(checks) < 40
     figure = figures.lines(
         [
@@ -188,21 +188,21 @@ def _rates(steps: list[StepEvent], resumed: list[tuple[float, str]]) -> Drawing 
     )
 
 
-def bias(found: Dossier) -> Section | None:
+def bias(dossier: Dossier) -> Section | None:
     """What the bias model knows."""
-    if found.config is not None and not found.config.objective.needs_bias:
+    if dossier.config is not None and not dossier.config.objective.needs_bias:
         return None
-    if found.bias is None:
+    if dossier.bias is None:
         table_is = "The bias table of the training is from elsewhere, gone or made again since:"
         note = f"{table_is} there is no report of it."
         return Section(title="What the bias model explains", notes=(note,))
-    return bias_report.section(found.bias[0])
+    return bias_report.section(dossier.bias[0])
 
 
-def cost(found: Dossier) -> Section:
+def cost(dossier: Dossier) -> Section:
     """Time, speed, memory, tries."""
     title = "What it cost"
-    spans, steps = found.spans, only(found.events, StepEvent)
+    spans, steps = dossier.spans, only(dossier.events, StepEvent)
     if not spans:
         return Section(title=title, notes=("metrics.jsonl tells of no try.",))
     facts = [("wall time", _hours(sum(span.ended_at_s - span.started_at_s for span in spans)))]
@@ -220,18 +220,18 @@ def cost(found: Dossier) -> Section:
         facts.append(("waiting for data", f"{100 * statistics.fmean(waits):.2f} % of the time"))
         peak = max(step.peak_memory_gib for step in steps)
         facts.append(("peak memory", f"{peak:.2f} GiB on rank 0"))
-    facts.append(("tries", _tries(found)))
-    facts.append(("refused steps", str(len(only(found.events, RefusedEvent)))))
-    facts.append(("failed saves", str(len(only(found.events, SaveFailedEvent)))))
+    facts.append(("tries", _tries(dossier)))
+    facts.append(("refused steps", str(len(only(dossier.events, RefusedEvent)))))
+    facts.append(("failed saves", str(len(only(dossier.events, SaveFailedEvent)))))
     return Section(title=title, facts=tuple(facts))
 
 
-def _tries(found: Dossier) -> str:
-    outcomes = Counter(str(a.get("outcome")) for a in found.attempts if a.get("event") == "end")
+def _tries(dossier: Dossier) -> str:
+    outcomes = Counter(str(a.get("outcome")) for a in dossier.attempts if a.get("event") == "end")
     ends = [f"{count} {name}" for name, count in outcomes.items()]
-    killed = len(found.spans) - sum(outcomes.values())
+    killed = len(dossier.spans) - sum(outcomes.values())
     ends += [f"{killed} without a last word"] if killed > 0 else []
-    return f"{len(found.spans)} ({', '.join(ends)})" if ends else str(len(found.spans))
+    return f"{len(dossier.spans)} ({', '.join(ends)})" if ends else str(len(dossier.spans))
 
 
 def _hours(seconds: float) -> str:
@@ -239,25 +239,25 @@ def _hours(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
 
 
-def commands(found: Dossier) -> Section:
+def commands(dossier: Dossier) -> Section:
     """How to make it again."""
-    title, config = "Making it again", found.config
+    title, config = "Making it again", dossier.config
     if config is None:
         return Section(title=title, notes=(_NO_CONFIG,))
     lines, shards = [], str(config.data.shards)
-    if found.trained_on:
-        lines.append(_shard_command(shards, found.trained_on[1]))
-    if config.objective.needs_bias and found.bias and found.bias[1]:
-        lines.append(_bias_command(shards, str(config.data.table), found.bias[1]))
-    again = f"{found.run}-again"
-    train = ["deepspeed", "launch/train.py", "--config", str(found.run / "config.yaml")]
+    if dossier.trained_on:
+        lines.append(_shard_command(shards, dossier.trained_on[1]))
+    if config.objective.needs_bias and dossier.bias and dossier.bias[1]:
+        lines.append(_bias_command(shards, str(config.data.table), dossier.bias[1]))
+    again = f"{dossier.run}-again"
+    train = [*cli.launched("train").split(), "--config", str(dossier.run / "config.yaml")]
     lines.append(shlex.join([*train, "--run", again, "--resume", "never"]))
     if config.objective.needs_bias:
-        beside = ["--run", f"{found.run}-ce", "--resume", "never", "--loss", "ce"]
+        beside = ["--run", f"{dossier.run}-ce", "--resume", "never", "--loss", "ce"]
         lines.append(shlex.join([*train, *beside]))
-    lines.append(shlex.join(["deepspeed", "launch/evaluate.py", again]))
+    lines.append(f"{cli.launched('evaluate')} {shlex.quote(again)}")
     told = (
-        f"It ran on {found.environment.get('world')} ranks; on as many the weights come out the "
+        f"It ran on {dossier.environment.get('world')} ranks; on as many the weights come out the "
         "same, on others to rounding. DATA is the folder of the tracks, with --groups for the "
         "artists if they were given."
     )
@@ -280,7 +280,7 @@ def _shard_command(shards: str, of: Manifest) -> str:
 
 
 def _bias_command(shards: str, place: str, header: Header) -> str:
-    words = ["deepspeed", "launch/bias.py", "--shards", shards, "--bias-table", place]
+    words = [*cli.launched("bias").split(), "--shards", shards, "--bias-table", place]
     words += ["--backbone", header.backbone, "--layer", *map(str, header.layers)]
     words += ["--folds", str(header.folds), "--head-c", f"{header.head_c:g}"]
     return shlex.join([*words, "--seed", str(header.seed)])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mgc_dist import cli
-from mgc_dist.bias_model import table as bias_tables
+from mgc_dist.bias_model import table as tables
 from mgc_dist.bias_model.table import BiasTable
 from mgc_dist.cluster import ranks
 from mgc_dist.cluster.meeting import Meeting
@@ -71,14 +71,14 @@ def evaluate(config: EvaluateConfig, meeting: Meeting) -> Evaluation:
         UserError: no model or data there, the genres of the two differ, or a bias table or a
             table of subgroups does not fit.
     """
-    place = folder.find_exported(config.run)
-    classifier = folder.load_exported(place)
+    exported = folder.find_exported(config.run)
+    classifier = folder.load_exported(exported)
     at_hand = fetch.at_hand(config.data or _own_shards(config), config.source)
     with ShardSet(at_hand) as shards:
         meeting.all_same("data", {"data set (--data)": shards.manifest.dataset_id})
         if config.data is None:
             _refuse_repacked(config.run, shards)
-        _refuse_other(config, classifier, folder.sample_rate_of(place), shards.manifest)
+        _refuse_other(config, classifier, folder.sample_rate_of(exported), shards.manifest)
         return _measure(config, classifier, shards, meeting)
 
 
@@ -168,22 +168,22 @@ def _subject(
 def _bias_table(config: EvaluateConfig, shards: ShardSet) -> tuple[BiasTable | None, list[str]]:
     """The table that says what the bias model knows, or why there is none."""
     if config.bias_table:
-        return bias_tables.read(config.bias_table, shards.manifest, shards.keys), []
+        return tables.read(config.bias_table, shards.manifest, shards.keys), []
     if config.data:
         return None, ["no bias subgroups: --bias-table names the table of these shards"]
     trained = _trained_with(config.run)
-    place = trained.data.table
-    if not (place / bias_tables.HEADER).is_file() and not place.is_file():
-        return None, [f"no bias subgroups: no bias table {place}"]
+    own = trained.data.table
+    if not (own / tables.HEADER).is_file() and not own.is_file():
+        return None, [f"no bias subgroups: no bias table {own}"]
     try:
-        table = bias_tables.read(place, shards.manifest, shards.keys)
+        table = tables.read(own, shards.manifest, shards.keys)
     except UserError as error:
         if not trained.objective.needs_bias:  # the run has never read it
             return None, [f"no bias subgroups: {error}"]
         raise
     trained_with = identity.read(json.loads((config.run / "env.json").read_text())["identity"])
     if trained.objective.needs_bias and trained_with["bias_table"] != table.sha256:
-        return table, [f"{place} is not the table of the training: it was made again since"]
+        return table, [f"{own} is not the table of the training: it was made again since"]
     return table, []
 
 
@@ -227,26 +227,26 @@ def _refuse_repacked(run_folder: Path, shards: ShardSet) -> None:
 
 
 def _refuse_other(
-    config: EvaluateConfig, classifier: WaveClassifier, wanted: int, found: Manifest
+    config: EvaluateConfig, classifier: WaveClassifier, wanted: int, manifest: Manifest
 ) -> None:
-    if classifier.genres != found.genres:
+    if classifier.genres != manifest.genres:
         raise UserError(
             f"genres of the shards for {config.run}",
-            got=", ".join(found.genres),
+            got=", ".join(manifest.genres),
             expected=", ".join(classifier.genres),
             cure="give shards with the same genres: --data FOLDER",
         )
-    if classifier.segment_samples != found.segment_samples:
+    if classifier.segment_samples != manifest.segment_samples:
         raise UserError(
             f"segments of the shards for {config.run}",
-            got=f"{found.segment_samples} samples",
+            got=f"{manifest.segment_samples} samples",
             expected=f"{classifier.segment_samples}, as in training",
             cure="pack the data set again with the --segment-s of the training",
         )
-    if wanted != found.sample_rate:
+    if wanted != manifest.sample_rate:
         raise UserError(
             f"sample rate of the shards for {config.run}",
-            got=f"{found.sample_rate} Hz",
+            got=f"{manifest.sample_rate} Hz",
             expected=f"{wanted} Hz",
             cure=f"pack again: python -m mgc_dist.shard --sample-rate {wanted}",
         )

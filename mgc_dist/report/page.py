@@ -65,10 +65,12 @@ def attempt(run: Path, shards: Path | None = None) -> None:
         log.warning("no %s: %s: %s", run / NAME, type(error).__name__, error)
 
 
-def sections(found: Dossier) -> Iterator[Section]:
+def sections(dossier: Dossier) -> Iterator[Section]:
     """The parts of the page; files of another version must not cost more than their part."""
-    figures = [(e.__name__, partial(_of_evaluation, e, found)) for e in gallery.EVALUATION]
-    before, after = ([(p.__name__, partial(p, found)) for p in side] for side in (_BEFORE, _AFTER))
+    figures = [(e.__name__, partial(_of_evaluation, e, dossier)) for e in gallery.EVALUATION]
+    before, after = (
+        [(p.__name__, partial(p, dossier)) for p in side] for side in (_BEFORE, _AFTER)
+    )
     for name, part in (*before, *figures, *after):
         try:
             section = part()
@@ -81,14 +83,14 @@ def sections(found: Dossier) -> Iterator[Section]:
 
 
 def _of_evaluation(
-    entry: Callable[[EvaluationFigures], Section | None], found: Dossier
+    entry: Callable[[EvaluationFigures], Section | None], dossier: Dossier
 ) -> Section | None:
     """A figure of the main evaluation, or before there is one, of the chosen validation."""
-    if found.main:
-        return entry(found.main[1])
-    if not found.best or not found.genres:
+    if dossier.main:
+        return entry(dossier.main[1])
+    if not dossier.best or not dossier.genres:
         return None
-    known: EvaluationFigures = {"confusion": found.best.confusion, "genres": found.genres}
+    known: EvaluationFigures = {"confusion": dossier.best.confusion, "genres": dossier.genres}
     known["split"] = "validation"
     return entry(known)
 

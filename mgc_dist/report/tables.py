@@ -52,19 +52,19 @@ def evaluation(figures: EvaluationFigures) -> None:
         _subgroups(console, figures["subgroups"])
 
 
-def prediction(found: Prediction, top: int) -> None:
+def prediction(predicted: Prediction, top: int) -> None:
     """Print a file's genre, then a line a stretch of it: start, genre, a bar of its probability."""
-    console, genres, mean = _console(), found.genres, found.mean
+    console, genres, mean = _console(), predicted.genres, predicted.mean
     best = mean.argsort()[::-1][: max(1, top)]
     named = ", ".join(f"{genres[k]} {mean[k]:.3f}" for k in best)
-    console.print(f"{found.path}: {found.genre}  ({named})")
+    console.print(f"{predicted.path}: {predicted.genre}  ({named})")
     stretches = merge(
-        found.starts_s, found.probabilities, segment_s=found.segment_s, most=_STRETCHES
+        predicted.starts_s, predicted.probabilities, segment_s=predicted.segment_s, most=_STRETCHES
     )
     width = max(len(genres[stretch.best]) for stretch in stretches)
     last = max(len(clock(stretch.start_s)) for stretch in stretches)
     if stretches[0].segments > 1:
-        count = len(found.starts_s)
+        count = len(predicted.starts_s)
         console.print(f"  a line is {stretches[0].segments} of {count} segments, their mean")
     for stretch in stretches:
         sure = float(stretch.probabilities[stretch.best])
@@ -89,15 +89,15 @@ def by_unit(intervals: Intervals) -> list[tuple[str, Bounds]]:
     return [("by track; artists unknown, so too narrow", tracks)]
 
 
-def _subgroups(console: Console, found: SubgroupFigures) -> None:
+def _subgroups(console: Console, subgroups: SubgroupFigures) -> None:
     columns = ("subgroup", "tracks", "accuracy", "95 %", "segments", "accuracy")
-    shown = _table(f"by subgroup: {found['source']}", columns)
-    for name, each in found["groups"].items():
-        segment = found["segment"].get(name, {"count": 0, "accuracy": None})
+    shown = _table(f"by subgroup: {subgroups['source']}", columns)
+    for name, each in subgroups["groups"].items():
+        segment = subgroups["segment"].get(name, {"count": 0, "accuracy": None})
         cells = (each["count"], each["accuracy"], each["interval"])
         shown.add_row(name, *map(_cell, (*cells, segment["count"], segment["accuracy"])))
     console.print(shown)
-    worst = found["worst_group"]
+    worst = subgroups["worst_group"]
     if worst:
         console.print(
             f"worst subgroup: {worst['name']}, accuracy {worst['accuracy']:.3f} over "
@@ -105,23 +105,24 @@ def _subgroups(console: Console, found: SubgroupFigures) -> None:
         )
 
 
-def pair(found: dict[str, Any]) -> None:
+def pair(comparison: dict[str, Any]) -> None:
     """Print the comparison of two runs."""
     console = _console()
-    title = f"A {found['a']}, B {found['b']}: {found['name']}, {found['count']} tracks"
-    units = by_unit(found["intervals"])
+    title = f"A {comparison['a']}, B {comparison['b']}: {comparison['name']}"
+    title += f", {comparison['count']} tracks"
+    units = by_unit(comparison["intervals"])
     known = len(units) > 1
     heads = ("95 % over artists", "over tracks") if known else ("95 % by track",)
     shown = _table(title, ("figure", "A", "B", "B - A", *heads))
     for name, metric in METRICS.items():
         if not metric.leads:
             continue
-        each = found[name]
+        each = comparison[name]
         ranges = (_signed_range(bounds[name]) for _, bounds in units)
         cells = (_cell(each["a"]), _cell(each["b"]), _signed(each["difference"]), *ranges)
         shown.add_row(metric.head, *cells)
     console.print(shown)
-    test = found["mcnemar"]
+    test = comparison["mcnemar"]
     console.print(
         f"McNemar, exact: right in A only {test['only_a']}, in B only {test['only_b']}, both "
         f"{test['both']}, neither {test['neither']}; p = {test['p']:.4g}"
@@ -130,8 +131,8 @@ def pair(found: dict[str, Any]) -> None:
         console.print(f"Intervals {units[0][0]}.")
     unit = "artists" if known else "tracks"
     for title, rows, count in (
-        ("recall by genre", found["per_genre"], "support"),
-        ("accuracy by subgroup", found["subgroups"] or {}, "count"),
+        ("recall by genre", comparison["per_genre"], "support"),
+        ("accuracy by subgroup", comparison["subgroups"] or {}, "count"),
     ):
         if rows:
             each = _table(title, ("name", "tracks", "A", "B", "B - A", f"95 % over {unit}"))
@@ -142,15 +143,17 @@ def pair(found: dict[str, Any]) -> None:
             console.print(each)
 
 
-def seeds(found: dict[str, Any]) -> None:
+def seeds(comparison: dict[str, Any]) -> None:
     """Print settings over seeds, and their gains over the baseline."""
     console = _console()
-    shown = _table(f"{found['name']}, over seeds", ("settings", "n", "mean", "sd", "min", "max"))
+    shown = _table(
+        f"{comparison['name']}, over seeds", ("settings", "n", "mean", "sd", "min", "max")
+    )
     gains = _table(
-        f"gain over {found['baseline']}, paired by seed",
+        f"gain over {comparison['baseline']}, paired by seed",
         ("settings", "gain", "sd", "95 % over seeds", "gained"),
     )
-    for label, condition in found["conditions"].items():
+    for label, condition in comparison["conditions"].items():
         shown.add_row(label)
         for name, each in condition["figures"].items():
             cells = (_cell(each[key]) for key in ("mean", "sd", "min", "max"))

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from mgc_dist import cli
 from mgc_dist.report import figures
 from mgc_dist.report.canvas import SECOND
 from mgc_dist.report.dossier import Decider, Dossier
@@ -16,41 +17,45 @@ MOST_WRONG = 8
 """Mistakes that are shown."""
 
 
-def verdict(found: Dossier) -> Section:
+def verdict(dossier: Dossier) -> Section:
     """The figures that count, first, and which evaluations are of another model by now."""
     notes = []
-    if found.main is not None:
-        tiles = _of_evaluation(found.main[1])
-    elif found.best is not None:
+    if dossier.main is not None:
+        tiles = _of_evaluation(dossier.main[1])
+    elif dossier.best is not None:
         tiles = (
-            Tile(value=cell(found.best.track_accuracy), name="validation track accuracy"),
-            Tile(value=cell(found.best.track_macro_f1), name="validation macro-F1"),
+            Tile(value=cell(dossier.best.track_accuracy), name="validation track accuracy"),
+            Tile(value=cell(dossier.best.track_macro_f1), name="validation macro-F1"),
         )
         notes.append(
             "Not evaluated yet. These are the figures that chose the model, so they flatter it; "
-            f"deepspeed launch/evaluate.py {found.run} measures the test split."
+            f"{cli.launched('evaluate')} {dossier.run} measures the test split."
         )
     else:
-        state = found.status.get("state", "unknown")
+        state = dossier.status.get("state", "unknown")
         tiles = ()
         notes.append(f"Neither validated nor evaluated yet; the run's state is {state}.")
-    if found.outdated:
+    if dossier.outdated:
         notes.append(
-            f"Not shown: {', '.join(found.outdated)}, measured on a model that best/ does not hold "
-            "any more, or damaged. Evaluate again."
+            f"Not shown: {', '.join(dossier.outdated)}, measured on a model that best/ does not "
+            "hold any more, or damaged. Evaluate again."
         )
-    return Section(tiles=tiles, paragraphs=(_chosen(found),) if tiles else (), notes=tuple(notes))
+    return Section(tiles=tiles, paragraphs=(_chosen(dossier),) if tiles else (), notes=tuple(notes))
 
 
-def _of_evaluation(found: EvaluationFigures) -> tuple[Tile, ...]:
-    track, genres = found["track"], len(found["genres"])
-    sizes = [sum(row) for row in found["confusion"]]
+def _of_evaluation(evaluation: EvaluationFigures) -> tuple[Tile, ...]:
+    track, genres = evaluation["track"], len(evaluation["genres"])
+    sizes = [sum(row) for row in evaluation["confusion"]]
     return (
         Tile(
-            value=cell(track["accuracy"]), name="track accuracy", below=_interval(found, "accuracy")
+            value=cell(track["accuracy"]),
+            name="track accuracy",
+            below=_interval(evaluation, "accuracy"),
         ),
-        Tile(value=cell(track["macro_f1"]), name="macro-F1", below=_interval(found, "macro_f1")),
-        Tile(value=str(track["count"]), name=f"tracks of the {found['split']} split"),
+        Tile(
+            value=cell(track["macro_f1"]), name="macro-F1", below=_interval(evaluation, "macro_f1")
+        ),
+        Tile(value=str(track["count"]), name=f"tracks of the {evaluation['split']} split"),
         Tile(
             value=cell(1 / genres),
             name=f"chance, {genres} genres",
@@ -59,8 +64,8 @@ def _of_evaluation(found: EvaluationFigures) -> tuple[Tile, ...]:
     )
 
 
-def _chosen(found: Dossier) -> str:
-    best = found.best
+def _chosen(dossier: Dossier) -> str:
+    best = dossier.best
     if best is None:
         return "Which epoch the model is from is not known: the run folder has no validation."
     by = {  # runs of version 0.1.0 chose by macro-F1, and did not write so
@@ -71,8 +76,8 @@ def _chosen(found: Dossier) -> str:
     return f"The model is that of epoch {best.epoch:.2f}, chosen {by}."
 
 
-def _interval(found: EvaluationFigures, name: str) -> str:
-    intervals = found.get("intervals")
+def _interval(evaluation: EvaluationFigures, name: str) -> str:
+    intervals = evaluation.get("intervals")
     unit, bounds = by_unit(intervals)[0] if intervals else ("", {})
     if not intervals or name not in bounds:
         return ""
@@ -81,11 +86,11 @@ def _interval(found: EvaluationFigures, name: str) -> str:
     return f"{level:.0f} % interval {low:.3f} to {high:.3f} {unit}"
 
 
-def details(found: Dossier) -> Section | None:
+def details(dossier: Dossier) -> Section | None:
     """Every scalar figure of the main evaluation, and the other evaluations."""
-    if found.main is None:
+    if dossier.main is None:
         return None
-    name, main = found.main
+    name, main = dossier.main
     ways = [(f"tracks, {way}", values) for way, values in (main.get("aggregates") or {}).items()]
     kinds = [*(ways or [("tracks", main["track"])]), ("segments", main["segment"])]
     keys = ("count", *METRICS)
@@ -96,7 +101,7 @@ def details(found: Dossier) -> Section | None:
             rows=tuple((unit, *(cell(of.get(key)) for key in keys)) for unit, of in kinds),
         )
     ]
-    others = [(other, of["track"]) for other, of in found.evaluations.items() if other != name]
+    others = [(other, of["track"]) for other, of in dossier.evaluations.items() if other != name]
     if others:
         few = ("count", "accuracy", "macro_f1")
         tables.append(
@@ -128,21 +133,21 @@ def _intervals(main: EvaluationFigures) -> list[str]:
     return lines
 
 
-def mistakes(found: Dossier) -> Section | None:
+def mistakes(dossier: Dossier) -> Section | None:
     """The tracks that are wrong with the highest probability, to be listened to."""
-    if found.main is None:
+    if dossier.main is None:
         return None
     title = "Most confidently wrong"
-    wrong = [line for line in found.predictions if line["truth"] != line["prediction"]]
-    if not found.predictions:
+    wrong = [line for line in dossier.predictions if line["truth"] != line["prediction"]]
+    if not dossier.predictions:
         note = "The predictions of the tracks are not in the run folder."
         return Section(title=title, notes=(note,))
     if not wrong:
         return Section(title=title, notes=("No track is wrong.",))
     wrong.sort(key=lambda line: (-line["probabilities"][line["prediction"]], line["track"]))
     shown = wrong[:MOST_WRONG]
-    deciders = found.deciders(shown)
-    told = f"{len(wrong)} of {len(found.predictions)} tracks are wrong. "
+    deciders = dossier.deciders(shown)
+    told = f"{len(wrong)} of {len(dossier.predictions)} tracks are wrong. "
     heard = "Listen to the segment that gave the wrong genre its highest probability."
     unheard = (
         "Their segments cannot be heard here: the shards, or the logits of this evaluation, are "
@@ -189,13 +194,13 @@ def _mistake(number: int, line: Prediction, decider: Decider | None) -> Mistake:
     return replace(mistake, drawing=drawing, start_s=start_s, wav=decider.wav)
 
 
-def conclusions(found: Dossier) -> Section:
+def conclusions(dossier: Dossier) -> Section:
     """What may be said after this, and what not."""
     lines = []
-    if found.main is None:
+    if dossier.main is None:
         lines.append("Nothing about other music yet: only the validation split was looked at.")
     else:
-        _, main = found.main
+        _, main = dossier.main
         track, split = main["track"], main["split"]
         intervals = main.get("intervals")
         bounds = intervals["tracks"].get("accuracy") if intervals else None
@@ -207,7 +212,7 @@ def conclusions(found: Dossier) -> Section:
         )
         if split != "test":
             lines.append(f"The {split} split was used in making the model, so it flatters it.")
-    objective = found.config.objective if found.config else None
+    objective = dossier.config.objective if dossier.config else None
     if objective and not objective.needs_bias:
         lines.append("Plain cross-entropy: the run to compare a debiased one with.")
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mgc_dist import cli
 from mgc_dist.errors import UserError
 
 
@@ -53,7 +54,7 @@ def read(run: Path, name: str) -> Result:
                 f"run {run}",
                 got=f"no {path}" + (f", but {', '.join(there)}" if there else ""),
                 expected="a run that has been evaluated",
-                cure=f"deepspeed launch/evaluate.py {run}; or choose with --split or --name",
+                cure=f"{cli.launched('evaluate')} {run}; or choose with --split or --name",
             )
     try:
         content = json.loads(figures.read_text(encoding="utf-8"))
@@ -80,7 +81,7 @@ def read(run: Path, name: str) -> Result:
             f"predictions {predictions}",
             got=f"{type(error).__name__}: {error}",
             expected="predictions as this version of evaluate writes them",
-            cure=f"evaluate again: deepspeed launch/evaluate.py {run}",
+            cure=f"evaluate again: {cli.launched('evaluate')} {run}",
         ) from error
 
 
@@ -102,7 +103,7 @@ def refuse_different(one: Result, other: Result) -> None:
                 f"{what} of {one.run} and {other.run}",
                 got=f"{first} and {second}",
                 expected="the same for both",
-                cure="evaluate both on the same shards: deepspeed launch/evaluate.py RUN --data "
+                cure=f"evaluate both on the same shards: {cli.launched('evaluate')} RUN --data "
                 "SHARDS --name NAME",
             )
 

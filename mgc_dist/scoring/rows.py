@@ -108,12 +108,12 @@ def all_fill(
     return True
 
 
-def _refuse_not_finite(found: Outputs, noun: str, flag: str) -> None:
-    bad = np.flatnonzero(~np.isfinite(found.values).all(axis=(1, 2)))
+def _refuse_not_finite(outputs: Outputs, noun: str, flag: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(outputs.values).all(axis=(1, 2)))
     if len(bad):
         raise UserError(
             flag,
-            got=f"{noun} of row {found.first + bad[0]} that are not finite",
+            got=f"{noun} of row {outputs.first + bad[0]} that are not finite",
             expected="numbers",
             cure="the model's weights are damaged, or overflow: choose another one",
         )

@@ -152,9 +152,9 @@ def _share(right: NDArray[np.bool_]) -> Share:
     return {"count": len(right), "accuracy": float(right.mean()) if len(right) else None}
 
 
-def worst(found: dict[str, GroupFigures]) -> WorstGroup | None:
+def worst(groups: dict[str, GroupFigures]) -> WorstGroup | None:
     """Name, accuracy and count of the subgroup of the lowest accuracy; None if all are empty."""
-    filled = {name: each for name, each in found.items() if each["count"]}
+    filled = {name: each for name, each in groups.items() if each["count"]}
     if not filled:
         return None
     accuracy, name = min((each["accuracy"] or 0.0, name) for name, each in filled.items())

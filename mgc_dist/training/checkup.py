@@ -11,12 +11,11 @@ from typing import cast
 import torch
 
 from mgc_dist.bias_model import table as tables
-from mgc_dist.cluster import meeting as meetings
 from mgc_dist.cluster.lease import SEEN_WITHIN_S
-from mgc_dist.cluster.meeting import Facts, Meeting
-from mgc_dist.cluster.place import some_of
+from mgc_dist.cluster.meeting import Facts, Meeting, address, describe, refuse_others
 from mgc_dist.cluster.preflight import Finding, Verdict
 from mgc_dist.cluster.ranks import device_of
+from mgc_dist.cluster.seat import some_of
 from mgc_dist.config import DoctorConfig
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
@@ -44,20 +43,20 @@ def all_look(
     Raises:
         UserError: the ranks have other data.
     """
-    findings += _device(config, meeting.place.local_rank)
+    findings += _device(config, meeting.seat.local_rank)
     data, ours = _data(config)
     findings += [data, *_shared(config.run, meeting)]
     lines = json.dumps([(each.question, each.verdict, each.sentence) for each in findings])
-    where = {"host": socket.gethostname(), "address": meetings.address()}
+    where = {"host": socket.gethostname(), "address": address()}
     wrong = [finding for finding in findings if finding.verdict == "wrong"]
 
     def show(said: list[Facts]) -> None:
         everybodys = _merge([json.loads(facts["found"]) for facts in said])
-        ranks = Finding(question="ranks", verdict="ok", sentence=meetings.describe(said))
+        ranks = Finding(question="ranks", verdict="ok", sentence=describe(said))
         tell([ranks, *everybodys])
         wrong[:] = [finding for finding in everybodys if finding.verdict == "wrong"]
         same = [{"host": facts["host"], "data": facts["data"]} for facts in said]
-        meetings.refuse_others(same)
+        refuse_others(same)
 
     meeting.all_tell("findings", where | {"found": lines, "data": ours}, show)
     return not wrong
@@ -113,9 +112,9 @@ def _data(config: DoctorConfig) -> tuple[Finding, str]:
 
 def _shared(run: Path, meeting: Meeting) -> Iterator[Finding]:
     """Does every rank see what rank 0 writes where the run folder is (a collective)?"""
-    if meeting.place.world == 1:
+    if meeting.seat.world == 1:
         return
-    if meeting.place.rank == 0:
+    if meeting.seat.rank == 0:
         sign = nearest(run.resolve()) / f".doctor-{secrets.token_hex(8)}"
         sign.touch()
         meeting.store.set("sign", str(sign))

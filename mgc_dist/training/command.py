@@ -68,8 +68,7 @@ def train(
         RunFailed: the run could not go on.
     """
     data, folder = config.data, config.output.run
-    place = fetch.at_hand(data.shards, data.source)
-    with ShardSet(place) as shards:
+    with ShardSet(fetch.at_hand(data.shards, data.source)) as shards:
         bias = None
         if config.objective.needs_bias:
             bias = table.read(data.table, shards.manifest, shards.keys)

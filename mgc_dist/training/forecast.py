@@ -346,10 +346,10 @@ def _room(layout: Layout, states: int, activations: int) -> list[str]:
     ]
 
 
-def show(found: Forecast) -> None:
+def show(planned: Forecast) -> None:
     """Print it."""
     console = Console(highlight=False, soft_wrap=True)
-    layout, plan = found.layout, found.plan
+    layout, plan = planned.layout, planned.plan
     console.print(
         f"global batch {layout.global_batch} = {layout.world} ranks x micro batch "
         f"{layout.micro_batch} x accumulation {layout.accumulation} ({layout.slots} slots, "
@@ -359,34 +359,34 @@ def show(found: Forecast) -> None:
     table = Table(title="Parameters, and GFLOP of a segment")
     for column in ("part", "all", "trained", "forward", "training"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    for part, (every, trained, *work) in _grouped(_with_work(found)).items():
+    for part, (every, trained, *work) in _grouped(_with_work(planned)).items():
         shown = [f"{flop / 1e9:.3f}" if flop else "" for flop in work]
         table.add_row(part, f"{every:,}", f"{trained:,}" if trained else "frozen", *shown)
     console.print(table)
     console.print(
-        f"a segment takes {found.flops.forward / 1e9:.5g} GFLOP forward and "
-        f"{found.flops.training / 1e9:.5g} in training, "
-        f"{100 * found.flops.frozen / found.flops.training:.0f} % of it in the frozen part"
+        f"a segment takes {planned.flops.forward / 1e9:.5g} GFLOP forward and "
+        f"{planned.flops.training / 1e9:.5g} in training, "
+        f"{100 * planned.flops.frozen / planned.flops.training:.0f} % of it in the frozen part"
     )
     table = Table(title="Memory of a rank, estimated")
     for column in ("ZeRO", "weights", "gradients", "optimizer", "buckets", "activations", "all"):
         table.add_column(column, justify="right")
-    for stage, memory in found.memory.items():
+    for stage, memory in planned.memory.items():
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.buckets)
-        total = memory.all + found.activation_bytes
-        cells = map(_size, (*sizes, found.activation_bytes, total))
-        table.add_row(f"{'-> ' if stage == found.stage else ''}{stage}", *cells)
+        total = memory.all + planned.activation_bytes
+        cells = map(_size, (*sizes, planned.activation_bytes, total))
+        table.add_row(f"{'-> ' if stage == planned.stage else ''}{stage}", *cells)
     console.print(table)
     console.print(
         f"activations in float32, less under bf16 autocast; a checkpoint is "
-        f"{_size(found.checkpoint_bytes)}, all that is kept {_size(found.disk_bytes)}, free "
-        f"{_size(found.free_bytes)}"
+        f"{_size(planned.checkpoint_bytes)}, all that is kept {_size(planned.disk_bytes)}, free "
+        f"{_size(planned.free_bytes)}"
     )
-    if found.cached:
-        _show_cached(found.cached)
-    for note in found.notes:
+    if planned.cached:
+        _show_cached(planned.cached)
+    for note in planned.notes:
         console.print(f"note: {note}")
-    for problem in found.problems:
+    for problem in planned.problems:
         console.print(f"problem: {problem}")
 
 
@@ -400,11 +400,11 @@ def _show_cached(cached: Cached) -> None:
     )
 
 
-def _with_work(found: Forecast) -> dict[str, tuple[int, ...]]:
+def _with_work(planned: Forecast) -> dict[str, tuple[int, ...]]:
     """Part -> parameters, trained ones, FLOP forward, FLOP of a training step (0: none)."""
     rows: dict[str, tuple[int, ...]] = {}
-    for part, counts in found.parts.items():
-        work = found.flops.parts.get(part)
+    for part, counts in planned.parts.items():
+        work = planned.flops.parts.get(part)
         rows[part] = (
             (*counts, work.forward, work.forward + work.backward) if work else (*counts, 0, 0)
         )

@@ -144,4 +144,4 @@ def close_run(run: Run, held: Lease, state: State, outcome: str) -> None:
             "done; the best model (--select %s) is that of epoch %.2f: %s",
             *(state.best_by, epoch, run.folder / "best"),
         )
-        log.info("next: deepspeed launch/evaluate.py %s", run.folder)
+        log.info("next: %s %s", cli.launched("evaluate"), run.folder)

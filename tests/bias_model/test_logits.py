@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
-from mgc_dist.bias_model import table as logits
+from mgc_dist.bias_model import table as tables
 from mgc_dist.data import manifest, tracks
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
@@ -31,15 +31,15 @@ def keys(shards: Path) -> list[str]:
 
 
 def edit(folder: Path, **changes: object) -> None:
-    path = folder / logits.HEADER
+    path = folder / tables.HEADER
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_lookup_gives_a_rows_log_probabilities_and_uniform_padding(
     shards: Path, table: Path
 ) -> None:
-    found = logits.read(table, manifest.read(shards))
-    raw = np.load(table / logits.TABLE)
+    found = tables.read(table, manifest.read(shards))
+    raw = np.load(table / tables.TABLE)
     assert raw.shape == (198, 3)
     looked = found.lookup(torch.tensor([5, -1, 170]))
     assert looked[0].tolist() == raw[5].tolist()
@@ -47,12 +47,12 @@ def test_lookup_gives_a_rows_log_probabilities_and_uniform_padding(
     assert looked[1].exp().tolist() == pytest.approx([1 / 3] * 3)
     assert np.exp(raw).sum(1) == pytest.approx(np.ones(198), abs=1e-5)
     assert (found.name, found.fold_status) == ("logmel", "out-of-fold")
-    assert found.sha256 == hashlib.sha256((table / logits.TABLE).read_bytes()).hexdigest()
+    assert found.sha256 == hashlib.sha256((table / tables.TABLE).read_bytes()).hexdigest()
 
 
 def test_tables_that_do_not_belong_are_refused(shards: Path, copy: Path) -> None:
     found = manifest.read(shards)
-    header = json.loads((copy / logits.HEADER).read_text())
+    header = json.loads((copy / tables.HEADER).read_text())
     folds = header["fold_of"]
     someone = next(iter(folds))
     without = {k: v for k, v in folds.items() if k != someone}
@@ -75,45 +75,45 @@ def test_tables_that_do_not_belong_are_refused(shards: Path, copy: Path) -> None
     ):
         edit(copy, **changes)
         with pytest.raises(UserError, match=message):
-            logits.read(copy, found)
-        (copy / logits.HEADER).write_text(json.dumps(header))
-    logits.read(copy, found)
+            tables.read(copy, found)
+        (copy / tables.HEADER).write_text(json.dumps(header))
+    tables.read(copy, found)
 
 
 def test_one_changed_byte_of_the_table_is_refused(shards: Path, copy: Path) -> None:
-    data = bytearray((copy / logits.TABLE).read_bytes())
+    data = bytearray((copy / tables.TABLE).read_bytes())
     data[-7] ^= 1
-    (copy / logits.TABLE).write_bytes(data)
+    (copy / tables.TABLE).write_bytes(data)
     with pytest.raises(UserError, match="another sha256 than its header says"):
-        logits.read(copy, manifest.read(shards))
+        tables.read(copy, manifest.read(shards))
 
 
 def test_rows_without_logits_and_pickles_are_refused(shards: Path, copy: Path) -> None:
-    found, table = manifest.read(shards), np.load(copy / logits.TABLE)
+    found, table = manifest.read(shards), np.load(copy / tables.TABLE)
 
     def put(array: np.ndarray) -> None:
-        np.save(copy / logits.TABLE, array, allow_pickle=True)
-        digest = hashlib.sha256((copy / logits.TABLE).read_bytes()).hexdigest()
+        np.save(copy / tables.TABLE, array, allow_pickle=True)
+        digest = hashlib.sha256((copy / tables.TABLE).read_bytes()).hexdigest()
         edit(copy, table_sha256=digest)
 
     table[17, 1] = np.nan
     put(table)
     with pytest.raises(UserError, match="no logits for row 17"):
-        logits.read(copy, found)
+        tables.read(copy, found)
     put(table[:-1])
     with pytest.raises(UserError, match=r"float32 \(197, 3\), expected float32 \(198, 3\)"):
-        logits.read(copy, found)
+        tables.read(copy, found)
     put(np.array([{"evil": 1}]))
     with pytest.raises(UserError, match="Python objects in dtype"):
-        logits.read(copy, found)
+        tables.read(copy, found)
 
 
 def test_no_table_names_the_command(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such table.*\n.*deepspeed launch/bias\.py"):
-        logits.read(tmp_path / "none", manifest.read(shards))
+        tables.read(tmp_path / "none", manifest.read(shards))
     (tmp_path / "table.txt").write_text("key")
     with pytest.raises(UserError, match=r"ends in \.txt, expected a folder .*\.csv, \.tsv"):
-        logits.read(tmp_path / "table.txt", manifest.read(shards))
+        tables.read(tmp_path / "table.txt", manifest.read(shards))
 
 
 def drawn(keys: list[str], seed: int = 3) -> dict[str, np.ndarray]:
@@ -142,8 +142,8 @@ def save_npy(path: Path, values: dict[str, np.ndarray], kind: str = "U40") -> Pa
     return path
 
 
-def read(path: Path, shards: Path, keys: list[str]) -> logits.BiasTable:
-    return logits.read(path, manifest.read(shards), lambda: keys)
+def read(path: Path, shards: Path, keys: list[str]) -> tables.BiasTable:
+    return tables.read(path, manifest.read(shards), lambda: keys)
 
 
 @pytest.mark.parametrize("kind", ["csv", "npy", "bytes"])

@@ -12,7 +12,7 @@ import pytest
 from conftest import _free_port
 
 from mgc_dist.cluster import lease, preflight
-from mgc_dist.cluster.place import Place
+from mgc_dist.cluster.seat import Place
 from mgc_dist.errors import UserError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mgc_dist import console as display
+from mgc_dist import console
 from mgc_dist.cluster import lease, watch
 from mgc_dist.cluster.stop import Stop
 from mgc_dist.errors import UserError
@@ -100,7 +100,7 @@ def test_a_rank_that_hangs_ends_though_nobody_reads_what_it_says(tmp_path: Path)
         os.dup2(write, 2)
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stdout.write("what a library printed")
-        display.start_logging(0)
+        console.start_logging(0)
         held = lease.acquire(tmp_path, "ours")
         with watch.Watch(held, 0, 1, Stop(), hang_timeout_s=0.1):
             time.sleep(20)

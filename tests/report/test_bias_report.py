@@ -16,12 +16,12 @@ from trainings import config
 
 from mgc_dist import train
 from mgc_dist.bias_model import summary
-from mgc_dist.bias_model import table as logits
+from mgc_dist.bias_model import table as tables
 from mgc_dist.config import DataConfig, TrainConfig
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
-from mgc_dist.report import bias as bias_report
+from mgc_dist.report import bias_report
 from mgc_dist.training import logbook
 
 
@@ -31,8 +31,8 @@ def data(shards: Path) -> tuple[manifest.Manifest, np.ndarray, np.ndarray]:
         return opened.manifest, opened.labels, opened.tracks
 
 
-def table_of(logit: np.ndarray, *, ours: logits.Header | None = None) -> logits.BiasTable:
-    return logits.BiasTable(
+def table_of(logit: np.ndarray, *, ours: tables.Header | None = None) -> tables.BiasTable:
+    return tables.BiasTable(
         name="logmel" if ours else "x.csv",
         fold_status="out-of-fold" if ours else "unknown",
         sha256="0",
@@ -95,7 +95,7 @@ def test_aligned_and_conflicting_rows_and_tracks_by_hand(data) -> None:
 
 def test_the_files_hold_what_the_docstring_promises(shards: Path, table: Path) -> None:
     report = json.loads((table / "report.json").read_text())
-    header = logits.read_header(table)
+    header = tables.read_header(table)
     assert report["backbone"] == "logmel"
     assert (report["layers"], report["folds"]) == ([0], 2)
     assert report["temperature"] == header.temperature
@@ -124,7 +124,7 @@ def test_a_single_genre_that_is_too_easy_is_named(data, table: Path) -> None:
     found, label, track = data
     logit = noisy(label, 1.0)
     logit[label == 1, 1] += 9
-    header = replace(logits.read_header(table), temperature=1.3)
+    header = replace(tables.read_header(table), temperature=1.3)
     (_, easy) = summary.make(table_of(logit, ours=header), found, label, track)["warnings"]
     assert "nearly always names classical (100 %):" in easy
     assert "blues" not in easy
@@ -132,7 +132,7 @@ def test_a_single_genre_that_is_too_easy_is_named(data, table: Path) -> None:
 
 def test_a_model_that_knows_nothing_is_warned_of(data, table: Path) -> None:
     found, label, track = data
-    header = replace(logits.read_header(table), temperature=20.0)
+    header = replace(tables.read_header(table), temperature=20.0)
     wrong = noisy((label + 1) % 3, 2.0)
     said = summary.make(table_of(wrong, ours=header), found, label, track)["warnings"]
     assert "not below that of guessing (1.10)" in said[1]
@@ -141,7 +141,7 @@ def test_a_model_that_knows_nothing_is_warned_of(data, table: Path) -> None:
 
 def test_a_genre_that_its_head_has_never_heard_is_named(data, table: Path) -> None:
     found, label, track = data
-    header = replace(logits.read_header(table), temperature=1.3)
+    header = replace(tables.read_header(table), temperature=1.3)
     training = [t for t in found.tracks if t.split == "train"]
     assert len({t.group for t in training}) == 3, "one training artist a genre"
     fine = table_of(noisy(label, 1.0), ours=header)
@@ -168,7 +168,7 @@ def test_the_text_shows_every_split_genre_and_warning(
     said = capsys.readouterr().out
     for word in ("train", "validation", "test", *found.genres, "as given", "Warning: "):
         assert word in said
-    ours = table_of(noisy(label, 1.0), ours=logits.read_header(table))
+    ours = table_of(noisy(label, 1.0), ours=tables.read_header(table))
     bias_report.show(summary.make(ours, found, label, track))
     said = capsys.readouterr().out
     assert "out of fold" in said
@@ -180,7 +180,7 @@ def test_training_with_a_foreign_table_says_and_records_what_is_unknown(
 ) -> None:
     with ShardSet(shards) as opened:
         keys, genres = opened.keys(), opened.manifest.genres
-    values = np.load(table / logits.TABLE).astype(float)
+    values = np.load(table / tables.TABLE).astype(float)
     lines = [
         ",".join([key, *map(repr, row)]) for key, row in zip(keys, values.tolist(), strict=True)
     ]

@@ -12,7 +12,7 @@ from harness import start, weights_hash
 from trainings import config
 
 from mgc_dist import cli
-from mgc_dist.bias_model import table as logits
+from mgc_dist.bias_model import table as tables
 from mgc_dist.data import manifest
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -69,7 +69,7 @@ def test_the_whole_way(
     assert set(ends.values()) == {Ended("COMPLETED", "0:0", 0)}, f"{ends}\n{cluster.said()}"
     assert manifest.read(packed).dataset_id == manifest.read(shards).dataset_id
     assert (packed / manifest.NAME).read_bytes() == (shards / manifest.NAME).read_bytes()
-    ours, theirs = (logits.read_header(folder / "bias") for folder in (packed, shards))
+    ours, theirs = (tables.read_header(folder / "bias") for folder in (packed, shards))
     assert ours.table_sha256 == theirs.table_sha256
     assert weights_hash(run) == weights_hash(tmp_path / "alone")
     assert json.loads((run / "evaluation" / "test.json").read_text())["track"]["accuracy"] >= 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainings import config, losses, train_on
 
 from mgc_dist import train
-from mgc_dist.bias_model import table as logits
+from mgc_dist.bias_model import table as tables
 from mgc_dist.config import LossConfig
 from mgc_dist.data.order import MicroBatch, Plan
 from mgc_dist.data.reader import Batch, ShardSet
@@ -67,7 +67,7 @@ def reference(shards: Path, table: Path, model: Path, case: str) -> list[float]:
     """Losses of the first four steps by torch alone: AdamW, clipping, the same schedule."""
     learns = CASES[case]["loss"].startswith("learned")
     with ShardSet(shards) as data:
-        found = logits.read(table, data.manifest)
+        found = tables.read(table, data.manifest)
         first, stop = data.rows_of("train")
         genres = data.manifest.genres
         plan = Plan(rows=stop - first, total=38, global_batch=GLOBAL_BATCH, seed=0)
@@ -153,7 +153,7 @@ def test_rows_without_weight_give_no_gradient_and_are_told(
     shards: Path, table: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ShardSet(shards) as data:
-        found = logits.read(table, data.manifest)
+        found = tables.read(table, data.manifest)
         sure = np.full_like(found.log_probability, -100.0)
         sure[np.arange(len(sure)), data.labels] = 0.0
         first, stop = data.rows_of("train")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import run_ranks
 
-from mgc_dist.cluster import meeting as rendezvous
-from mgc_dist.cluster import place
+from mgc_dist.cluster import meeting as meetings
+from mgc_dist.cluster import seat
 from mgc_dist.cluster.meeting import Facts
 from mgc_dist.errors import PeerLost, UserError
 
@@ -20,26 +20,26 @@ def said_by(rank_flags: list[Facts], wait_s: float = 20.0) -> str:
     """What this rank hears when each has its own flags."""
     flags = rank_flags[int(os.environ["RANK"])]
     try:
-        with rendezvous.meet(flags, wait_s=wait_s):
+        with meetings.meet(flags, wait_s=wait_s):
             return "met"
     except (UserError, PeerLost) as error:
         return f"{type(error).__name__} {error}"
 
 
 def test_code_of_every_wing_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = Path(rendezvous.__file__).parent.parent
+    package = Path(meetings.__file__).parent.parent
     copy = tmp_path / "mgc_dist"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(rendezvous, "__file__", str(copy / "cluster" / "meeting.py"))
-    before = rendezvous.code_hash()
+    monkeypatch.setattr(meetings, "__file__", str(copy / "cluster" / "meeting.py"))
+    before = meetings.code_hash()
     for path in ("training/losses.py", "train.py"):
         with (copy / path).open("a") as file:
             file.write("# another version\n")
-        after = rendezvous.code_hash()
+        after = meetings.code_hash()
         assert after != before
         before = after
     (copy / "data" / "audio.py").rename(copy / "data" / "sound.py")
-    assert rendezvous.code_hash() != before
+    assert meetings.code_hash() != before
 
 
 def test_alike() -> None:
@@ -54,8 +54,8 @@ def test_another_flag_is_named_on_all_ranks() -> None:
 
 
 def test_other_code_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = rendezvous.code_hash()
-    monkeypatch.setattr(rendezvous, "code_hash", lambda: ours + os.environ["RANK"])
+    ours = meetings.code_hash()
+    monkeypatch.setattr(meetings, "code_hash", lambda: ours + os.environ["RANK"])
     said = run_ranks(2, said_by, [{}, {}])
     assert said[0] == said[1]
     assert f"code on rank 1 ({os.uname().nodename}): got {ours}1, expected {ours}0" in said[0]
@@ -64,7 +64,7 @@ def test_other_code_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def different_data() -> str:
     rank = os.environ["RANK"]
     try:
-        with rendezvous.meet(wait_s=20) as meeting:
+        with meetings.meet(wait_s=20) as meeting:
             meeting.all_same("data", {"data set (--shards)": f"id{rank}"})
     except UserError as error:
         return str(error)
@@ -81,8 +81,8 @@ def one_fails(who: int) -> tuple[str, int, float]:
     """A rank fails on its own, before the process group: what the others hear, and how soon."""
     began = time.monotonic()
     try:
-        with rendezvous.meet(wait_s=60) as meeting:
-            if meeting.place.rank == who:
+        with meetings.meet(wait_s=60) as meeting:
+            if meeting.seat.rank == who:
                 raise UserError("--shards x", got="nothing", expected="y", cure="z", exit_code=74)
             meeting.all_same("data", {})
     except (UserError, PeerLost) as error:
@@ -105,7 +105,7 @@ def one_stays_away() -> tuple[str, int]:
     if os.environ["RANK"] == "2":
         return "", 0
     try:
-        with rendezvous.meet(wait_s=2):
+        with meetings.meet(wait_s=2):
             pass
     except PeerLost as error:
         return str(error), error.exit_code
@@ -121,10 +121,10 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 def hang_up() -> str:
     """Rank 0 disappears while the others wait for its verdict."""
     if os.environ["RANK"] == "0":
-        with suppress(KeyboardInterrupt), rendezvous.meet(wait_s=20):
+        with suppress(KeyboardInterrupt), meetings.meet(wait_s=20):
             os._exit(9)
     try:
-        with rendezvous.meet(wait_s=20) as meeting:
+        with meetings.meet(wait_s=20) as meeting:
             meeting.all_same("data", {})
     except PeerLost as error:
         Path(os.environ["SAID"]).write_text(str(error))
@@ -146,17 +146,17 @@ def test_hosts_and_their_ranks() -> None:
     where = [("n1", "10.0.0.1")] * 2 + [("n2", "10.0.0.2")] * 2
     said = [{"host": host, "address": address} for host, address in where]
     expected = "4 ranks on 2 hosts: n1 (10.0.0.1) 0-1, n2 (10.0.0.2) 2-3"
-    assert rendezvous.describe(said) == expected
+    assert meetings.describe(said) == expected
     mixed = [said[0], said[2], said[1]]
-    assert rendezvous.describe(mixed).endswith("n1 (10.0.0.1) 0 2, n2 (10.0.0.2) 1")
+    assert meetings.describe(mixed).endswith("n1 (10.0.0.1) 0 2, n2 (10.0.0.2) 1")
     many = [{"host": f"n{k}", "address": "x"} for k in range(12)]
-    assert rendezvous.describe(many).endswith("n7 (x) 7 and 4 more")
+    assert meetings.describe(many).endswith("n7 (x) 7 and 4 more")
 
 
 def test_a_process_alone_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    with rendezvous.meet({"--lr": "1"}) as meeting:
+    with meetings.meet({"--lr": "1"}) as meeting:
         heard: list[list[Facts]] = []
         meeting.all_tell("x", {"a": json.dumps([1])}, heard.append)
         assert heard == [[{"a": "[1]"}]]
@@ -176,6 +176,6 @@ def test_slurms_tasks_of_a_node(
     variables |= {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": node, "MASTER_ADDR": "n1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    here = place.place()
+    here = seat.seat()
     assert (here.rank, here.world, here.local_rank, here.local_world) == (3, 11, 1, local)
     assert os.environ["LOCAL_SIZE"] == str(local)  # for DeepSpeed

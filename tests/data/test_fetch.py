@@ -17,10 +17,9 @@ import yaml
 from test_launcher import call
 from test_pack import digests
 
-from mgc_dist.bias_model import table as logits
+from mgc_dist.bias_model import table as tables
 from mgc_dist.config import SourceConfig
-from mgc_dist.data import fetch as stage
-from mgc_dist.data import manifest
+from mgc_dist.data import fetch, manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 
@@ -67,8 +66,8 @@ def _straight_to_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-def fetch(folder: Path, source: str, timeout_s: float = 60) -> None:
-    stage.stage(folder, source, timeout_s=timeout_s)
+def bring(folder: Path, source: str, timeout_s: float = 60) -> None:
+    fetch.fetch(folder, source, timeout_s=timeout_s)
 
 
 def without_card(folder: Path) -> dict[str, str]:
@@ -94,7 +93,7 @@ def test_a_folder_https_and_a_pipe_give_the_same_files(
 ) -> None:
     for number, source in enumerate((str(plain), server[0], f"pipe:cat {plain}/{{}}")):
         folder = tmp_path / f"node{number}"
-        fetch(folder, source)
+        bring(folder, source)
         assert without_card(folder) == without_card(plain)
         with ShardSet(folder) as data:
             data.read(0)
@@ -106,7 +105,7 @@ def test_the_path_of_a_server_is_kept(plain: Path, tmp_path: Path) -> None:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        fetch(tmp_path / "node", f"http://127.0.0.1:{running.server_port}/a%20b/")
+        bring(tmp_path / "node", f"http://127.0.0.1:{running.server_port}/a%20b/")
         running.shutdown()
     assert without_card(tmp_path / "node") == without_card(plain)
 
@@ -115,14 +114,14 @@ def test_what_is_there_is_not_fetched_again(
     server: tuple[str, type[Served]], shards: Path, tmp_path: Path
 ) -> None:
     url, served = server
-    fetch(tmp_path / "node", url)
+    bring(tmp_path / "node", url)
     served.asked.clear()
-    fetch(tmp_path / "node", url)
+    bring(tmp_path / "node", url)
     assert served.asked == ["manifest.json"]
     (tmp_path / "node" / "manifest.json").unlink()  # as if killed before the end
     (tmp_path / "node" / "train-000001.tar").write_bytes(b"half")
     served.asked.clear()
-    fetch(tmp_path / "node", url)
+    bring(tmp_path / "node", url)
     assert served.asked == ["manifest.json", "train-000001.tar"]
 
 
@@ -132,17 +131,17 @@ def test_a_cut_transfer_is_tried_again_and_then_refused(
     url, served = server
     served.cut.add("train-000002.tar")
     with pytest.raises(UserError, match=r"train-000002\.tar from http.*bytes with sha256 .*twice"):
-        fetch(tmp_path / "node", url)
+        bring(tmp_path / "node", url)
     with pytest.raises(UserError, match=r"no manifest\.json"):
         ShardSet(tmp_path / "node")
     assert served.asked.count("train-000002.tar") == 2
     served.cut.clear()
-    fetch(tmp_path / "node", url)
+    bring(tmp_path / "node", url)
     ShardSet(tmp_path / "node").close()
 
 
 def rank(folder: Path, source: str) -> None:
-    fetch(folder, source)
+    bring(folder, source)
     ShardSet(folder).close()
 
 
@@ -170,21 +169,21 @@ def test_a_killed_copy_blocks_nobody_and_waiting_has_a_limit(plain: Path, tmp_pa
         time.sleep(0.01)
     time.sleep(0.2)
     with pytest.raises(UserError, match=r"--stage-timeout-s.*more than 0.3 s"):
-        fetch(folder, str(plain), timeout_s=0.3)
+        bring(folder, str(plain), timeout_s=0.3)
     first.kill()
     first.join()
-    fetch(folder, str(plain), timeout_s=20)
+    bring(folder, str(plain), timeout_s=20)
     assert without_card(folder) == without_card(plain)
 
 
 def test_a_stalled_transfer_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(stage, "STALLED_S", 0.3)
+    monkeypatch.setattr(fetch, "STALLED_S", 0.3)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         started = time.monotonic()
         with pytest.raises(UserError, match=r"manifest\.json: got no byte for 0.3 s"):
-            fetch(tmp_path / "node", f"http://127.0.0.1:{listening.getsockname()[1]}")
+            bring(tmp_path / "node", f"http://127.0.0.1:{listening.getsockname()[1]}")
     assert time.monotonic() - started < 20
 
 
@@ -201,7 +200,7 @@ def test_a_stalled_transfer_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_pat
 )
 def test_sources_that_cannot_be_read_are_refused(source: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        fetch(tmp_path / "node", source)
+        bring(tmp_path / "node", source)
 
 
 def test_another_data_set_in_the_folder_is_left_alone(plain: Path, tmp_path: Path) -> None:
@@ -210,7 +209,7 @@ def test_another_data_set_in_the_folder_is_left_alone(plain: Path, tmp_path: Pat
     manifest.write(folder, replace(found, dataset_id="0" * 64))
     before = digests(folder)
     with pytest.raises(UserError, match=r"got another data set \(000000000000\)"):
-        fetch(folder, str(plain))
+        bring(folder, str(plain))
     assert digests(folder) | {".staging.lock": ""} == before | {".staging.lock": ""}
 
 
@@ -223,7 +222,7 @@ def test_no_name_in_a_manifest_reaches_a_shell_or_leaves_the_folder(
     content["shards"][0]["name"] = name
     (plain / "manifest.json").write_text(manifest.sealed(content))
     with pytest.raises(UserError, match="shard name"):
-        fetch(tmp_path / "node", f"pipe:cat {plain}/{{}}")
+        bring(tmp_path / "node", f"pipe:cat {plain}/{{}}")
     assert not (tmp_path / "PWNED").exists()
 
 
@@ -231,38 +230,38 @@ def test_a_node_without_room_says_how_much_is_needed(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: usage._replace(free=10))
     with pytest.raises(UserError, match=r"got 0.00 GB of free space, expected 0.00 GB for what"):
-        fetch(tmp_path / "node", str(plain))
+        bring(tmp_path / "node", str(plain))
 
 
 def test_a_command_whose_children_stall_is_given_up(
     monkeypatch: pytest.MonkeyPatch, plain: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(stage, "STALLED_S", 0.3)
+    monkeypatch.setattr(fetch, "STALLED_S", 0.3)
     started = time.monotonic()
     with pytest.raises(UserError, match=r"manifest\.json: got no byte for 0.3 s"):
-        fetch(tmp_path / "node", f"pipe:sleep 20; cat {plain}/{{}}")
+        bring(tmp_path / "node", f"pipe:sleep 20; cat {plain}/{{}}")
     assert time.monotonic() - started < 10
 
 
 def test_files_that_are_lost_on_the_node_are_fetched_again(plain: Path, tmp_path: Path) -> None:
-    fetch(tmp_path / "node", str(plain))
+    bring(tmp_path / "node", str(plain))
     (tmp_path / "node" / "train-000001.tar").unlink()
     (tmp_path / "node" / "test-000001.tar").write_bytes(b"cut")
-    fetch(tmp_path / "node", str(plain))
+    bring(tmp_path / "node", str(plain))
     assert without_card(tmp_path / "node") == without_card(plain)
 
 
 def test_a_full_disk_is_the_nodes_fault(plain: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught:
-        stage._fetch(str(plain), "manifest.json", Path("/dev/full"))
+        fetch._fetch(str(plain), "manifest.json", Path("/dev/full"))
     assert caught.value.filename == "/dev/full"
 
 
 def test_a_file_url_may_hold_escapes(plain: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(plain, tmp_path / "a b"))
-    fetch(tmp_path / "node", "file://" + str(source).replace(" ", "%20"))
+    bring(tmp_path / "node", "file://" + str(source).replace(" ", "%20"))
     assert without_card(tmp_path / "node") == without_card(plain)
 
 
@@ -271,17 +270,17 @@ def test_a_folder_of_the_node_takes_several_data_sets(
 ) -> None:
     monkeypatch.setenv("SCRATCH_OF_JOB", str(tmp_path / "node"))
     source = SourceConfig(stage_dir="$SCRATCH_OF_JOB/mgc", stage_timeout_s=10)
-    folder = stage.at_hand(plain, source)
+    folder = fetch.at_hand(plain, source)
     assert folder == tmp_path / "node" / "mgc" / manifest.read(plain).dataset_id[:16]
     assert without_card(folder) == without_card(plain)
-    assert stage.at_hand(plain, source) == folder
-    assert stage.at_hand(plain, SourceConfig()) == plain
+    assert fetch.at_hand(plain, source) == folder
+    assert fetch.at_hand(plain, SourceConfig()) == plain
 
 
 def test_a_variable_that_this_node_does_not_have_is_named(plain: Path, tmp_path: Path) -> None:
     message = r"--stage-dir \$NOT_SET_HERE/x: got \$NOT_SET_HERE/x on "
     with pytest.raises(UserError, match=message) as caught:
-        stage.at_hand(plain, SourceConfig(stage_dir="$NOT_SET_HERE/x"))
+        fetch.at_hand(plain, SourceConfig(stage_dir="$NOT_SET_HERE/x"))
     assert caught.value.this_rank_only
 
 
@@ -302,5 +301,5 @@ def test_every_command_reads_the_nodes_copy(shards: Path, table: Path, tmp_path:
     assert manifest.read(copied) == manifest.read(data)
     settings = yaml.safe_load((run / "config.yaml").read_text())["train"]["data"]
     assert settings["shards"] == str(data)
-    assert (data / "bias" / logits.HEADER).is_file()
+    assert (data / "bias" / tables.HEADER).is_file()
     assert (run / "evaluation" / "test.json").is_file()

@@ -15,7 +15,7 @@ _SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Seat:
     """Numbers of a process.
 
     Attributes:
@@ -33,7 +33,7 @@ class Place:
     port: int
 
 
-def place() -> Place:
+def seat() -> Seat:
     """Read the environment; what Slurm alone says is written back for DeepSpeed to find.
 
     Raises:
@@ -85,7 +85,7 @@ def place() -> Place:
             cure="let the launcher set it",
             this_rank_only=True,
         )
-    return Place(
+    return Seat(
         rank=rank,
         world=world,
         local_rank=local_rank,

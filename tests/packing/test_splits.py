@@ -15,8 +15,7 @@ from mgc_dist import shard
 from mgc_dist.data import manifest, tracks
 from mgc_dist.data.tracks import Track
 from mgc_dist.errors import UserError
-from mgc_dist.packing import card
-from mgc_dist.packing import splits as split
+from mgc_dist.packing import card, splits
 from mgc_dist.report import making
 
 
@@ -25,23 +24,23 @@ def track(id_: str, genre: str = "g", group: str | None = None, split: str = "")
 
 
 def test_fault_filtered_lists_have_their_published_sizes() -> None:
-    lists = split.fault_filtered()
+    lists = splits.fault_filtered()
     assert Counter(lists.values()) == {"train": 443, "validation": 197, "test": 290}
     assert len(lists) == 443 + 197 + 290
     everything = [track(id_) for id_ in lists if id_ != "jazz_00054"]  # the known-bad one
-    assert split.choose("auto", everything, None) == "fault-filtered"
-    assert split.choose("auto", everything[: len(everything) // 2], None) == "stratified"
+    assert splits.choose("auto", everything, None) == "fault-filtered"
+    assert splits.choose("auto", everything[: len(everything) // 2], None) == "stratified"
     gone = everything[-1].id
     with pytest.raises(UserError, match=rf"got no {gone}(.|\n)*--split stratified makes a random"):
-        split.choose("auto", everything[:-1], None)
-    kept, left_out = split.split_fault_filtered([*everything, track("blues_99999")])
+        splits.choose("auto", everything[:-1], None)
+    kept, left_out = splits.split_fault_filtered([*everything, track("blues_99999")])
     assert len(kept) == 929
     assert left_out == {
-        "blues_99999": split.NOT_LISTED,
-        "jazz_00054": split.NO_FILE,
+        "blues_99999": splits.NOT_LISTED,
+        "jazz_00054": splits.NO_FILE,
     }
     with pytest.raises(UserError, match="GTZAN's file names"):
-        split.split_fault_filtered([track("a"), track("b")])
+        splits.split_fault_filtered([track("a"), track("b")])
 
 
 def test_fault_filtered_lists_are_torchaudios() -> None:
@@ -52,7 +51,7 @@ def test_fault_filtered_lists_are_torchaudios() -> None:
         "test": gtzan.filtered_test,
     }
     expected = [(name.replace(".", "_"), part) for part, names in theirs.items() for name in names]
-    assert list(split.fault_filtered().items()) == expected
+    assert list(splits.fault_filtered().items()) == expected
 
 
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 12)), min_size=60, max_size=150))
@@ -64,7 +63,7 @@ def test_stratified_split_keeps_groups_together_and_shares(pairs: list[tuple[str
     ]
     artists = Counter(genre for genre, _ in {(t.genre, t.group or t.id) for t in found})
     assume(min(artists.values()) >= 6)
-    dealt = split.split_stratified(found, validation=0.2, test=0.2, seed=1)
+    dealt = splits.split_stratified(found, validation=0.2, test=0.2, seed=1)
     tracks.refuse_leaks(dealt)
     assert [t.id for t in dealt] == [t.id for t in found]
     for genre in {t.genre for t in dealt}:
@@ -76,14 +75,14 @@ def test_stratified_split_keeps_groups_together_and_shares(pairs: list[tuple[str
 def test_too_few_artists_are_refused() -> None:
     found = [track(f"t{n}", group=f"artist {n % 2}") for n in range(10)]
     with pytest.raises(UserError, match="genre g has no track for the test split"):
-        split.split_stratified(found, validation=0.2, test=0.2, seed=1)
+        splits.split_stratified(found, validation=0.2, test=0.2, seed=1)
 
 
 def test_split_depends_on_the_seed_and_not_on_the_order_of_files() -> None:
     found = [track(f"t{n}") for n in range(40)]
 
     def deal(order: list[Track], seed: int) -> dict[str, str]:
-        made = split.split_stratified(order, validation=0.2, test=0.2, seed=seed)
+        made = splits.split_stratified(order, validation=0.2, test=0.2, seed=seed)
         return {t.id: t.split for t in made}
 
     assert deal(found, 0) == deal(found[::-1], 0) != deal(found, 1)
@@ -93,12 +92,12 @@ def test_folds_keep_groups_together_and_spread_each_genre() -> None:
     found = [
         track(f"{genre}{n}", genre, f"{genre} artist {n // 2}") for genre in "xy" for n in range(20)
     ]
-    folds = split.deal_folds(found, 5, seed=0)
+    folds = splits.deal_folds(found, 5, seed=0)
     assert set(folds.values()) == {0, 1, 2, 3, 4}
     for genre in "xy":
         sizes = Counter(folds[f"group {t.group}"] for t in found if t.genre == genre)
         assert set(sizes.values()) == {4}
-    assert folds != split.deal_folds(found, 5, seed=1)
+    assert folds != splits.deal_folds(found, 5, seed=1)
 
 
 def test_kfold_tests_every_track_once_and_keeps_groups_together() -> None:
@@ -107,20 +106,20 @@ def test_kfold_tests_every_track_once_and_keeps_groups_together() -> None:
     ]
     tested: Counter[str] = Counter()
     for fold in range(5):
-        dealt = split.split_kfold(found, folds=5, fold=fold, seed=3)
+        dealt = splits.split_kfold(found, folds=5, fold=fold, seed=3)
         tracks.refuse_leaks(dealt)
         sizes = Counter((t.genre, t.split) for t in dealt)
         assert {sizes[genre, "test"] for genre in "xy"} == {4}
         assert {sizes[genre, "validation"] for genre in "xy"} == {4}
         tested.update(t.id for t in dealt if t.split == "test")
-        following = split.split_kfold(found, folds=5, fold=(fold + 1) % 5, seed=3)
+        following = splits.split_kfold(found, folds=5, fold=(fold + 1) % 5, seed=3)
         assert {t.id for t in dealt if t.split == "validation"} == {
             t.id for t in following if t.split == "test"
         }
     assert set(tested.values()) == {1}
     assert len(tested) == 40
     with pytest.raises(UserError, match="at least 9 tracks by 9 artists"):
-        split.split_kfold(found[:16], folds=9, fold=8, seed=0)
+        splits.split_kfold(found[:16], folds=9, fold=8, seed=0)
 
 
 GTZAN_LIKE = [
@@ -138,17 +137,17 @@ def test_the_predecessors_data_split_is_read(tmp_path: Path) -> None:
         "dev:\n['pop/pop00002.png', 'metal/metal00001.png']\n"
         "test:\n['metal/metal00002.png', 'pop/pop00003.png', 'pop/pop00099.png']\n"
     )
-    assert split.choose("auto", GTZAN_LIKE, table) == "table"
-    kept, left_out = split.split_table(GTZAN_LIKE, table)
+    assert splits.choose("auto", GTZAN_LIKE, table) == "table"
+    kept, left_out = splits.split_table(GTZAN_LIKE, table)
     assert {t.id: t.split for t in kept} == {
         **dict.fromkeys(("pop_00000", "pop_00001", "metal_00000"), "train"),
         **dict.fromkeys(("pop_00002", "metal_00001"), "validation"),
         **dict.fromkeys(("pop_00003", "metal_00002"), "test"),
     }
-    assert left_out == {"metal_00003": split.NOT_NAMED, "pop/pop00099.png": split.NOT_FOUND}
+    assert left_out == {"metal_00003": splits.NOT_NAMED, "pop/pop00099.png": splits.NOT_FOUND}
     table.write_text("train:\n[__import__('os').system('touch x')]\n")
     with pytest.raises(UserError, match="a list of quoted names"):
-        split.split_table(GTZAN_LIKE, table)
+        splits.split_table(GTZAN_LIKE, table)
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t"])
@@ -159,7 +158,7 @@ def test_a_table_of_splits_names_tracks_as_people_do(tmp_path: Path, delimiter: 
     lines += list(zip(names, ("train", "Val", "test", "dev", "training"), strict=True))
     table = tmp_path / "splits"
     table.write_text("\n".join(delimiter.join(line) for line in lines) + "\n")
-    kept, left_out = split.split_table(found, table)
+    kept, left_out = splits.split_table(found, table)
     assert [t.split for t in kept] == ["train", "validation", "test", "validation", "train"]
     assert list(left_out) == ["x1", "x2"]
 
@@ -179,33 +178,33 @@ def test_tables_of_splits_that_do_not_say_one_thing_are_refused(tmp_path: Path) 
     ):
         table.write_text(text)
         with pytest.raises(UserError, match=message):
-            split.split_table(numbered, table)
+            splits.split_table(numbered, table)
     with pytest.raises(UserError, match="--split-file FILE, or a --data table"):
-        split.split_table(numbered, None)
+        splits.split_table(numbered, None)
     with pytest.raises(UserError, match=r"--split-file.*got --split kfold"):
-        split.choose("kfold", numbered, table)
+        splits.choose("kfold", numbered, table)
     with pytest.raises(UserError, match="No such file"):
-        split.split_table(numbered, tmp_path / "none")
+        splits.split_table(numbered, tmp_path / "none")
 
 
 def test_a_column_of_splits_is_taken_by_itself() -> None:
     found = [track("a", split="train"), track("b", split="validation"), track("c", split="test")]
-    assert split.choose("auto", found, None) == "table"
-    assert split.choose("stratified", found, None) == "stratified"
-    kept, left_out = split.split_table([*found, track("d")], None)
+    assert splits.choose("auto", found, None) == "table"
+    assert splits.choose("stratified", found, None) == "stratified"
+    kept, left_out = splits.split_table([*found, track("d")], None)
     assert kept == found
-    assert left_out == {"d": split.NOT_NAMED}
+    assert left_out == {"d": splits.NOT_NAMED}
 
 
 def test_an_exact_id_counts_before_its_letters(tmp_path: Path) -> None:
     found = [track("rock_1-11"), track("rock_11-1"), track("c")]
     table = tmp_path / "splits.csv"
     table.write_text("track,split\nrock_1-11,train\nrock_11-1,val\nc,test\n")
-    kept, _ = split.split_table(found, table)
+    kept, _ = splits.split_table(found, table)
     assert [t.split for t in kept] == ["train", "validation", "test"]
     table.write_text("track,split\nrock-111,train\nc,test\n")
     with pytest.raises(UserError, match="a name of rock_1-11, rock_11-1"):
-        split.split_table(found, table)
+        splits.split_table(found, table)
 
 
 def test_a_new_rule_is_one_entry(
@@ -220,8 +219,8 @@ def test_a_new_rule_is_one_entry(
             for number, each in enumerate(found)
         ]
 
-    rule = split.Rule(deal=deal, knobs=("fold",), files=("--split-file", "X"), by_artist=True)
-    monkeypatch.setitem(split.RULES, "in-turn", rule)
+    rule = splits.Rule(deal=deal, knobs=("fold",), files=("--split-file", "X"), by_artist=True)
+    monkeypatch.setitem(splits.RULES, "in-turn", rule)
     shard.run(shard_config(tracks, tmp_path / "out", split="in-turn", fold=1, groups=None))
     found = manifest.read(tmp_path / "out")
     assert (found.settings["split"], found.settings["fold"]) == ("in-turn", 1)
@@ -234,10 +233,10 @@ def test_a_new_rule_is_one_entry(
 
 def test_no_such_rule_is_refused_with_the_near_miss() -> None:
     with pytest.raises(UserError, match=r"--split: got kfolds, .*auto, .*\n.*mean kfold\?"):
-        split.choose("kfolds", GTZAN_LIKE, None)
+        splits.choose("kfolds", GTZAN_LIKE, None)
 
 
 def test_help_names_every_rule() -> None:
     command = [sys.executable, "-m", "mgc_dist.shard", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert [rule for rule in split.RULES if f"`{rule}`" not in " ".join(shown.split())] == []
+    assert [rule for rule in splits.RULES if f"`{rule}`" not in " ".join(shown.split())] == []

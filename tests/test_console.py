@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mgc_dist import console as display
+from mgc_dist import console
 from mgc_dist.errors import UserError
 
 
@@ -23,9 +23,9 @@ def _restore():
 
 def test_ranks_speak_at_their_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.getLogger("mgc_dist.test")
-    display.start_logging(0, tmp_path / "train.log")
+    console.start_logging(0, tmp_path / "train.log")
     log.info("from %s", "zero")
-    display.start_logging(1)
+    console.start_logging(1)
     log.info("unheard")
     log.warning("careful")
     shown = capsys.readouterr().err
@@ -36,7 +36,7 @@ def test_ranks_speak_at_their_levels(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with display.progress("x", 3, shown=True) as bar:
+    with console.progress("x", 3, shown=True) as bar:
         assert list(bar.over("abc")) == ["a", "b", "c"]
         bar.at(2, "note")
     assert capsys.readouterr().err == ""
@@ -54,14 +54,14 @@ def test_user_errors_travel_between_processes() -> None:
 def test_log_files_get_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(display, "LINE_EVERY_S", 0.0)
-    with display.progress("packing", 3, unit="tracks") as bar:
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
+    with console.progress("packing", 3, unit="tracks") as bar:
         list(bar.over("abc"))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert re.fullmatch(r"packing: 2 of 3 tracks, [\d.]+/s, \d+ s left", lines[1])
     for quiet in ({"lines": False}, {"shown": False}):
-        with display.progress("packing", 3, unit="tracks", **quiet) as bar:
+        with console.progress("packing", 3, unit="tracks", **quiet) as bar:
             list(bar.over("abc"))
     assert capsys.readouterr().err == ""
 
@@ -70,9 +70,9 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr(display, "_console", console)
+    terminal = Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr(console, "_console", terminal)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with display.progress("packing", 3, unit="tracks") as bar:
+    with console.progress("packing", 3, unit="tracks") as bar:
         list(bar.over("abc"))
     assert re.search(r"packing.*3/3.*tracks/s.*0:00:00", screen.getvalue().replace("\n", " "))
