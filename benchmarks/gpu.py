@@ -203,14 +203,15 @@ def train(job: Job, case: Case) -> dict[str, Any]:
     from mgc_dist import journal
     from mgc_dist import train as command
     from mgc_dist.errors import UserError
+    from mgc_dist.events import Event, StepEvent, only
     from mgc_dist.training import setup
 
     windows = job.warm + job.timed
 
     class Short(journal.Journal):
-        def write(self, event: str, **values: Any) -> None:
-            super().write(event, **values)
-            if event == "step" and values["step"] >= windows * job.every:
+        def write(self, event: Event) -> None:
+            super().write(event)
+            if isinstance(event, StepEvent) and event.step >= windows * job.every:
                 raise Enough
 
     setup.Journal = Short  # type: ignore[misc]
@@ -224,17 +225,17 @@ def train(job: Job, case: Case) -> dict[str, Any]:
             if "memory" in str(error):
                 return {"out_of_memory": str(error)}
             raise
-        steps = journal.read_metrics(run, "step")
+        steps = only(journal.read_events(run), StepEvent)
         seconds = time.perf_counter() - started
     timed_steps = steps[job.warm :]
     found: dict[str, Any] = {
         "micro_batch": job.micro_batch,
-        "losses": [step["loss"] for step in steps],
+        "losses": [step.loss for step in steps],
         "process_s": round(seconds, 1),
-        "peak_gib": max(step["peak_memory_gib"] for step in steps),
+        "peak_gib": max(step.peak_memory_gib for step in steps),
     }
     for name in ("segments_per_s", "model_tflop_per_s", "step_s", "mfu", "data_wait_share"):
-        values = [step[name] for step in timed_steps if name in step]
+        values = [value for step in timed_steps if (value := getattr(step, name)) is not None]
         found[name] = float(f"{statistics.median(values):.4g}") if values else None
     return found
 
@@ -286,7 +287,6 @@ def bias_pass(job: Job) -> dict[str, Any]:
     net = AutoModel.from_config(AutoConfig.for_model(**settings))
     module = HiddenMean(net, do_normalize=True).eval().requires_grad_(False).to(job.device)
     counted = count(build(job.model("bias"), "backbone", "none"), SAMPLES)
-    assert counted is not None
     rows = 32 if job.device == "cuda" else 4
     wave = torch.randint(-9000, 9000, (rows, SAMPLES), dtype=torch.int16).to(job.device)
     with torch.no_grad(), float32():

@@ -190,15 +190,16 @@ def train(folder: Path, point: Point, warm: int, timed: int) -> dict[str, Any]:
     count_collectives(counts)
     from mgc_dist import journal
     from mgc_dist import train as command
+    from mgc_dist.events import Event, StepEvent
     from mgc_dist.training import setup
 
     at: list[float] = []
     seen: list[Counter[str]] = []
 
     class Timed(journal.Journal):
-        def write(self, event: str, **values: Any) -> None:
-            super().write(event, **values)
-            if event == "step":
+        def write(self, event: Event) -> None:
+            super().write(event)
+            if isinstance(event, StepEvent):
                 at.append(time.perf_counter())
                 seen.append(Counter(counts))
                 if len(at) == warm + timed:
@@ -474,7 +475,6 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
     found = []
     for freeze, (network, speed) in itertools.product(("none", "layers:12"), NETWORKS.items()):
         counted = count(describe(str(path), freeze), round(SEGMENT_S * RATE))
-        assert counted is not None
         row_s = counted.training / (1e12 * GPU_TFLOP_PER_S * GPU_SHARE)
         weights = weights_of(str(path), freeze)
         optimizer_s = 28 * weights.trained / GPU_ADAM_BYTES_PER_S

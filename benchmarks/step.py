@@ -451,16 +451,17 @@ class Enough(Exception):
 def train_ours(job: Job, clock: Clock) -> dict[str, Any]:
     """The `train` command; a journal that looks at the clock ends it."""
     from mgc_dist import journal, train
+    from mgc_dist.events import Event, StartEvent, StepEvent, only
     from mgc_dist.training import setup
 
     class Timed(journal.Journal):
-        def write(self, event: str, **values: Any) -> None:
-            super().write(event, **values)
-            if event == "start":
+        def write(self, event: Event) -> None:
+            super().write(event)
+            if isinstance(event, StartEvent):
                 clock.start()
-            if event == "step":
-                more = clock.end_step(values["loss"])
-                if not more:
+            if isinstance(event, StepEvent):
+                assert event.loss is not None
+                if not clock.end_step(event.loss):
                     raise Enough
 
     setup.Journal = Timed  # type: ignore[misc]
@@ -470,9 +471,9 @@ def train_ours(job: Job, clock: Clock) -> dict[str, Any]:
             train.run(our_config(job, run))
             raise RuntimeError("the run ended before it was measured")
         settings = json.loads((run / "ds_config.json").read_text())
-        steps = journal.read_metrics(run, "step")
+        steps = only(journal.read_events(run), StepEvent)
     # the journal's step holds the sleep until the next turn, the clock's does not
-    waited_s = [step["data_wait_share"] * step["step_s"] for step in steps]
+    waited_s = [step.data_wait_share * step.step_s for step in steps]
     waits = [waited / step["s"] for waited, step in zip(waited_s, clock.steps, strict=True)]
     return clock.result(deepspeed=settings, data_wait_share=waits)
 
