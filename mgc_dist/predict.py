@@ -2,10 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mgc_dist import cli
 from mgc_dist.config import PredictConfig
 from mgc_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from mgc_dist.models.predictor import Prediction
+
+
+_STRETCHES = 20
+"""Of a file's timeline on the terminal; neighbouring segments are merged to as many at most."""
+_BAR = 24
+"""Characters of a bar that stands for probability 1."""
 
 
 def run(config: PredictConfig) -> int:
@@ -20,7 +30,7 @@ def run(config: PredictConfig) -> int:
     # here, not above: they import torch, which takes seconds, and --help answers without
     from mgc_dist.cluster.ranks import device_of
     from mgc_dist.models.predictor import Predictor
-    from mgc_dist.report import canvas, figures, tables
+    from mgc_dist.report import canvas, figures
 
     if not config.files:
         raise UserError(
@@ -42,7 +52,7 @@ def run(config: PredictConfig) -> int:
         if config.json:
             results.append(found.to_json())
         else:
-            tables.prediction(found, config.top)
+            _print(found, config.top)
         if path in pictures:
             figure = figures.timeline(
                 found.genres, found.starts_s, found.probabilities, hop_s=config.hop_s
@@ -77,6 +87,30 @@ def _pictures(config: PredictConfig) -> dict[Path, Path]:
             cure="predict them one after another, each with a --plot of its own",
         )
     return found
+
+
+def _print(predicted: "Prediction", top: int) -> None:
+    """Print a file's genre, then a line a stretch of it: start, genre, a bar of its probability."""
+    from mgc_dist.report.timeline import clock, merge
+
+    genres, mean = predicted.genres, predicted.mean
+    best = mean.argsort()[::-1][: max(1, top)]
+    named = ", ".join(f"{genres[k]} {mean[k]:.3f}" for k in best)
+    print(f"{predicted.path}: {predicted.genre}  ({named})")
+    stretches = merge(
+        predicted.starts_s, predicted.probabilities, segment_s=predicted.segment_s, most=_STRETCHES
+    )
+    width = max(len(genres[stretch.best]) for stretch in stretches)
+    last = max(len(clock(stretch.start_s)) for stretch in stretches)
+    if stretches[0].segments > 1:
+        count = len(predicted.starts_s)
+        print(f"  a line is {stretches[0].segments} of {count} segments, their mean")
+    for stretch in stretches:
+        sure = float(stretch.probabilities[stretch.best])
+        print(
+            f"  {clock(stretch.start_s):>{last}}  {genres[stretch.best]:<{width}}  {sure:.2f} "
+            f"{'█' * round(_BAR * sure)}"
+        )
 
 
 def _several(failed: list[UserError]) -> UserError:

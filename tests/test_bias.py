@@ -361,15 +361,15 @@ def relabel(shards: Path, first: int) -> None:
 
 
 def test_labels_of_validation_and_test_change_no_byte(tmp_path: Path) -> None:
-    tables = []
+    made = []
     for name, swap in (("one", False), ("two", True)):
         write_tracks(tmp_path / name, duration_s=1.0)
         shard.run(shard_config(tmp_path / name, tmp_path / name / "shards"))
         if swap:  # as if those splits had been labelled wrongly
             relabel(tmp_path / name / "shards", first=18)
         run_ranks(1, make_table, bias_config(tmp_path / name / "shards"))
-        tables.append((tmp_path / name / "shards" / "bias" / tables.TABLE).read_bytes())
-    assert tables[0] == tables[1]
+        made.append((tmp_path / name / "shards" / "bias" / tables.TABLE).read_bytes())
+    assert made[0] == made[1]
 
 
 def test_made_again_is_a_no_op_and_other_settings_are_refused(shards: Path, table: Path) -> None:

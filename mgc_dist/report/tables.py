@@ -9,15 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mgc_dist.models.predictor import Prediction
-from mgc_dist.report.timeline import clock, merge
 from mgc_dist.scoring.metrics import METRICS
 from mgc_dist.scoring.written import Bounds, EvaluationFigures, Intervals, SubgroupFigures
-
-_STRETCHES = 20
-"""Of a file's timeline on the terminal; neighbouring segments are merged to as many at most."""
-_BAR = 24
-"""Characters of a bar that stands for probability 1."""
 
 
 def evaluation(figures: EvaluationFigures) -> None:
@@ -50,28 +43,6 @@ def evaluation(figures: EvaluationFigures) -> None:
     console.print(f"worst genre: {worst['name']}, recall {worst['recall']:.3f}")
     if figures["subgroups"]:
         _subgroups(console, figures["subgroups"])
-
-
-def prediction(predicted: Prediction, top: int) -> None:
-    """Print a file's genre, then a line a stretch of it: start, genre, a bar of its probability."""
-    console, genres, mean = _console(), predicted.genres, predicted.mean
-    best = mean.argsort()[::-1][: max(1, top)]
-    named = ", ".join(f"{genres[k]} {mean[k]:.3f}" for k in best)
-    console.print(f"{predicted.path}: {predicted.genre}  ({named})")
-    stretches = merge(
-        predicted.starts_s, predicted.probabilities, segment_s=predicted.segment_s, most=_STRETCHES
-    )
-    width = max(len(genres[stretch.best]) for stretch in stretches)
-    last = max(len(clock(stretch.start_s)) for stretch in stretches)
-    if stretches[0].segments > 1:
-        count = len(predicted.starts_s)
-        console.print(f"  a line is {stretches[0].segments} of {count} segments, their mean")
-    for stretch in stretches:
-        sure = float(stretch.probabilities[stretch.best])
-        console.print(
-            f"  {clock(stretch.start_s):>{last}}  {genres[stretch.best]:<{width}}  {sure:.2f} "
-            f"{'█' * round(_BAR * sure)}"
-        )
 
 
 def by_unit(intervals: Intervals) -> list[tuple[str, Bounds]]:

@@ -12,12 +12,12 @@ import pytest
 from conftest import _free_port
 
 from mgc_dist.cluster import lease, preflight
-from mgc_dist.cluster.seat import Place
+from mgc_dist.cluster.seat import Seat
 from mgc_dist.errors import UserError
 
 
-def at(rank: int = 0, world: int = 2, local: int = 2, address: str = "127.0.0.1") -> Place:
-    return Place(
+def at(rank: int = 0, world: int = 2, local: int = 2, address: str = "127.0.0.1") -> Seat:
+    return Seat(
         rank=rank,
         world=world,
         local_rank=rank % local,
@@ -52,7 +52,7 @@ def test_all_is_well_on_one_host(tmp_path: Path) -> None:
 
 
 def test_a_process_alone_is_asked_no_address() -> None:
-    alone = Place(rank=0, world=1, local_rank=0, local_world=1, address=None, port=29500)
+    alone = Seat(rank=0, world=1, local_rank=0, local_world=1, address=None, port=29500)
     found = preflight.look(alone, run=None, device="cpu")
     assert [f.question for f in found] == ["cores", "build locks"]
 
@@ -66,31 +66,31 @@ def test_a_name_that_nobody_knows() -> None:
 
 def test_rank_0_on_another_host_than_master_addr(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong under Slurm; elsewhere it may be the address of a service."""
-    place = at(address="192.0.2.7")
-    assert answer("MASTER_ADDR", preflight.look(place, run=None, device="cpu"))[0] == "note"
+    seat = at(address="192.0.2.7")
+    assert answer("MASTER_ADDR", preflight.look(seat, run=None, device="cpu"))[0] == "note"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    verdict, sentence = answer("MASTER_ADDR", preflight.look(place, run=None, device="cpu"))
+    verdict, sentence = answer("MASTER_ADDR", preflight.look(seat, run=None, device="cpu"))
     assert verdict == "wrong"
     assert "192.0.2.7), which is no address of" in sentence
-    place = at(rank=1, address="192.0.2.7")
-    assert answer("MASTER_ADDR", preflight.look(place, run=None, device="cpu"))[0] == "ok"
+    seat = at(rank=1, address="192.0.2.7")
+    assert answer("MASTER_ADDR", preflight.look(seat, run=None, device="cpu"))[0] == "ok"
 
 
 def test_a_port_in_use() -> None:
-    place = at()
+    seat = at()
     with socket.socket() as taken:
-        taken.bind(("", place.port))
+        taken.bind(("", seat.port))
         taken.listen()
-        verdict, sentence = answer("MASTER_PORT", preflight.look(place, run=None, device="cpu"))
+        verdict, sentence = answer("MASTER_PORT", preflight.look(seat, run=None, device="cpu"))
     assert verdict == "wrong"
-    assert f"is {place.port} (Address already in use)" in sentence
+    assert f"is {seat.port} (Address already in use)" in sentence
 
 
 def test_a_host_that_knows_itself_as_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others would be told 127.0.1.1, as Debian's installer writes it."""
-    place = at(world=2, local=1)
+    seat = at(world=2, local=1)
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
-    found = preflight.look(place, run=None, device="cpu")
+    found = preflight.look(seat, run=None, device="cpu")
     verdict, sentence = answer("own address", found)
     assert verdict == "wrong"
     assert "is 127.0.1.1" in sentence
@@ -99,7 +99,7 @@ def test_a_host_that_knows_itself_as_the_loop(monkeypatch: pytest.MonkeyPatch) -
         raise next(f.error for f in found if f.error)
     assert caught.value.this_rank_only
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    asked = [f.question for f in preflight.look(place, run=None, device="cpu")]
+    asked = [f.question for f in preflight.look(seat, run=None, device="cpu")]
     assert "own address" not in asked
 
 
@@ -110,12 +110,12 @@ def test_tasks_and_gpus(
     gpus: str, tasks: int, verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
-    place = at(world=tasks, local=tasks)
-    got, sentence = answer("GPUs", preflight.look(place, run=None, device="auto"))
+    seat = at(world=tasks, local=tasks)
+    got, sentence = answer("GPUs", preflight.look(seat, run=None, device="auto"))
     assert got == verdict
     if verdict != "ok":
         assert f"--ntasks-per-node={gpus}" in sentence
-    assert "GPUs" not in [f.question for f in preflight.look(place, run=None, device="cpu")]
+    assert "GPUs" not in [f.question for f in preflight.look(seat, run=None, device="cpu")]
 
 
 def test_fewer_cores_than_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,8 +185,8 @@ def test_time_to_save(
     monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
     lines = [{"event": "checkpoint", "save_s": s} for s in (1.0, save_s, 0.5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    place = at(address=socket.gethostbyname("localhost"))
-    got, sentence = answer("time", preflight.look(place, run=tmp_path, device="cpu"))
+    seat = at(address=socket.gethostbyname("localhost"))
+    got, sentence = answer("time", preflight.look(seat, run=tmp_path, device="cpu"))
     assert got == verdict, sentence
     assert f"a checkpoint took up to {save_s:.1f} s" in sentence
     assert f"after a SIGTERM of Slurm {max(30, grace)} s are left" in sentence

@@ -164,7 +164,7 @@ def test_rows_without_weight_give_no_gradient_and_are_told(
         assert own.divisor(1) == 0.0
         batch = Batch(
             plan=MicroBatch(step=1, micro_step=0, place=np.array([0, -1])),
-            wave=torch.zeros((2, 8), dtype=torch.int16),
+            input=torch.zeros((2, 8), dtype=torch.int16),
             row=torch.tensor([first, -1]),
             label=torch.tensor([int(data.labels[first]), 0]),
             weight=torch.tensor([1.0, 0.0]),
