@@ -57,7 +57,7 @@ speed: .venv/installed  ## a step against the original's and Hugging Face's Trai
 	  $(RUN) python benchmarks/$$name.py --render benchmarks/results/$$name.json || exit 1; done
 	$(RUN) python benchmarks/dataplane.py --json benchmarks/results/dataplane.json
 
-gpu: .venv/installed  ## training, bias pass and reader on one GPU: a table in 8 minutes
+gpu: .venv/installed  ## training, the Trainer, bias pass and reader on one GPU: a table in 6 minutes
 	$(RUN) python benchmarks/gpu.py --json benchmarks/results/gpu.json
 
 shortcut: .venv/installed  ## ten losses on a planted shortcut, five seeds, and their table; 30 minutes

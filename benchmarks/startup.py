@@ -26,7 +26,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from gpu import TINY
 from measure import between_marks, machine, tracks, versions, write
 from step import PACKAGES, PAGE, ROOT, SIZES, free_port, prepare
 
@@ -89,7 +88,7 @@ def small(folder: Path, count: int, jobs: int) -> dict[str, float]:
         [*launched("bias", 2), "--shards", shards, "--backbone", "logmel", "--device", "cpu"]
     )
     found["bias pass, heads, report"] = round(ended - began, 2)
-    (folder / "tiny.json").write_text(json.dumps(TINY["main"]))
+    (folder / "tiny.json").write_text(json.dumps(SIZES["tiny"].main))
     words = [*launched("train", 2), "--shards", shards, "--run", run, "--epochs", "1"]
     words += ["--model", folder / "tiny.json", "--freeze", "feature_encoder", "--device", "cpu"]
     began, ended = command(words)

@@ -135,6 +135,13 @@ SIZES = {
         lockstep=False,
     ),
 }
+SIZES["tiny"] = replace(  # to try scripts with
+    SIZES["small"],
+    main=CALM | LAYER_NORM | sized_net(64, 4, 4, 32),
+    bias=CALM | sized_net(64, 2, 4, 32),
+    global_batch=4,
+    micro_batch=2,
+)
 CASES = {
     "original": "the original project's step, plain torch",
     "trainer-poe": "Hugging Face Trainer, bias model beside it",
@@ -165,6 +172,12 @@ class Job:
     freeze: str
     folder: Path
     size: Size
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Under bf16 autocast there, in float32 on a CPU."""
+        return self.device == "cuda"
 
     @property
     def freeze_flag(self) -> str:
@@ -365,7 +378,7 @@ def deepspeed_settings(job: Job) -> dict[str, Any]:
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         },
-        "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": job.on_gpu, "dtype": "bfloat16"},
     }
 
 
@@ -394,7 +407,7 @@ def train_with_trainer(job: Job, clock: Clock) -> dict[str, Any]:
     net = main_net(job, genres)
     mark_frozen(job, net)
     net.freeze_feature_encoder()
-    biases = bias_net(job, genres).eval() if job.case == "trainer-poe" else None
+    biases = bias_net(job, genres).eval().to(job.device) if job.case == "trainer-poe" else None
 
     class Case(Trainer):
         loss_is_scaled_for_ga = False
@@ -405,9 +418,10 @@ def train_with_trainer(job: Job, clock: Clock) -> dict[str, Any]:
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if biases is None:
                 return model(**inputs).loss
-            with torch.no_grad():
-                biased = biases(inputs["input_values"]).logits.log_softmax(1)
-            own = model(inputs["input_values"]).logits.log_softmax(1)
+            precision = torch.autocast(job.device, torch.bfloat16, enabled=job.on_gpu)
+            with torch.no_grad(), precision:
+                biased = biases(inputs["input_values"]).logits.float().log_softmax(1)
+            own = model(inputs["input_values"]).logits.float().log_softmax(1)
             return torch.nn.functional.cross_entropy(own + BETA * biased, inputs["labels"])
 
     class Steps(TrainerCallback):
@@ -422,7 +436,7 @@ def train_with_trainer(job: Job, clock: Clock) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=job.folder) as out:
         arguments = TrainingArguments(
             output_dir=out,
-            use_cpu=True,
+            use_cpu=not job.on_gpu,
             deepspeed=deepspeed_settings(job),
             per_device_train_batch_size=job.size.micro_batch,
             gradient_accumulation_steps=job.size.global_batch // job.size.micro_batch,
@@ -498,8 +512,8 @@ def our_config(job: Job, run: Path) -> TrainConfig:
         engine=EngineConfig(
             zero_stage=ZERO_STAGE,
             micro_batch=size.micro_batch,
-            precision="fp32",
-            device="cpu",
+            precision="bf16" if job.on_gpu else "fp32",
+            device=job.device,
             hang_timeout_s=1e5,  # it sleeps while others take their turns
         ),
         output=RunConfig(
@@ -532,16 +546,19 @@ def make_table(job: Job, say: TextIO) -> dict[str, Any]:
 
     with ShardSet(job.folder / "shards") as shards:
         genres, keys, (first, stop) = shards.manifest.genres, shards.keys(), shards.rows_of("train")
-        net = bias_net(job, genres).eval()
+        net = bias_net(job, genres).eval().to(job.device)
         columns = [("key", f"U{max(map(len, keys))}"), *((genre, "f8") for genre in genres)]
         table = np.zeros(len(keys), columns)
         table["key"] = keys
         started = time.perf_counter()
-        for row in range(first, stop):
+        size = 32 if job.on_gpu else 1
+        for at in range(first, stop, size):
+            rows = range(at, min(at + size, stop))
+            wave = torch.from_numpy(np.stack([shards.read(row) for row in rows])).to(job.device)
             with torch.no_grad():
-                logits = net(normalise(torch.from_numpy(shards.read(row))[None])).logits[0]
-            for genre, value in zip(genres, logits.tolist(), strict=True):
-                table[genre][row] = value
+                logits = net(normalise(wave)).logits.cpu().numpy()  # [rows, K]
+            for k, genre in enumerate(genres):
+                table[genre][at : at + len(rows)] = logits[:, k]
         seconds = time.perf_counter() - started
     np.save(job.own / "bias.npy", table)
     return {"rows": stop - first, "seconds": seconds}
@@ -591,9 +608,12 @@ class Process:
         command += ["--model", job.model, "--folder", str(job.folder)]
         command += ["--warm", str(job.size.warm), "--timed", str(job.size.timed)]
         command += ["--global-batch", str(job.size.global_batch)]
+        command += ["--micro-batch", str(job.size.micro_batch), "--device", job.device]
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+        quiet = {"HF_HUB_OFFLINE": "1"}
+        if not job.on_gpu:
+            quiet |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -806,9 +826,7 @@ def work(job: Job) -> dict[str, float]:
             activation_checkpointing=False,
             segment_samples=round(SEGMENT_S * RATE),
         )
-        found = flops.count(model, round(SEGMENT_S * RATE))
-        assert found is not None
-        return found
+        return flops.count(model, round(SEGMENT_S * RATE))
 
     main = counted("main.json", job.freeze_flag, job.frozen_layers)
     bias = counted("bias.json", "backbone", None)
@@ -895,9 +913,15 @@ def add(path: Path, model: str, content: dict[str, Any]) -> None:
 def only(words: argparse.Namespace) -> None:
     """What a process that `spawn` has started does."""
     numbers = {"warm": words.warm, "timed": words.timed, "global_batch": words.global_batch}
-    size = replace(SIZES[words.model], **numbers)
-    folder = words.folder.resolve()
-    job = Job(model=words.model, case=words.only, freeze=words.freeze, folder=folder, size=size)
+    size = replace(SIZES[words.model], micro_batch=words.micro_batch, **numbers)
+    job = Job(
+        model=words.model,
+        case=words.only,
+        freeze=words.freeze,
+        folder=words.folder.resolve(),
+        size=size,
+        device=words.device,
+    )
     act = make_table if words.only == "make-table" else run_case
     with redirect_stdout(sys.stderr):
         result = act(job, sys.__stdout__)
@@ -923,6 +947,8 @@ def main() -> None:
     parser.add_argument("--render", type=Path, help="write a result's tables into docs, and stop")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--freeze", choices=FREEZES, help=argparse.SUPPRESS)
+    parser.add_argument("--micro-batch", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.render:
         page = render(json.loads(words.render.read_text()), PAGE.read_text(encoding="utf-8"))
