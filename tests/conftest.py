@@ -87,7 +87,7 @@ def run_ranks(
     world: int,
     body: Callable[..., Any],
     *args: Any,
-    timeout_s: float = 180,
+    timeout_s: float = 540,
     method: str = "fork",
 ) -> list[Any]:
     """Call body(*args) on ranks of their own; returns each rank's value, raises the first error.

@@ -385,11 +385,11 @@ def test_made_again_is_a_no_op_and_other_settings_are_refused(shards: Path, tabl
 def test_what_rank_0_refuses_stops_all_ranks(shards: Path, tmp_path: Path) -> None:
     config = bias_config(shards, bias_table=tmp_path / "t", folds=20)
     with pytest.raises(UserError, match="--folds 20: got"):
-        run_ranks(2, make_table, config, timeout_s=60)
+        run_ranks(2, make_table, config)
     assert not (tmp_path / "t").exists()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file: got a file, expected a folder"):
-        run_ranks(2, make_table, bias_config(shards, bias_table=tmp_path / "file"), timeout_s=60)
+        run_ranks(2, make_table, bias_config(shards, bias_table=tmp_path / "file"))
 
 
 def test_a_table_from_elsewhere_only_gets_a_report(

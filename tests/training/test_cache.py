@@ -527,7 +527,7 @@ def test_a_rank_that_does_not_see_the_cache_ends_all(
     shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"on this node.*\n.*all nodes share"):
-        run_ranks(2, blind, settings_of(shards, tiny_model, tmp_path), timeout_s=60)
+        run_ranks(2, blind, settings_of(shards, tiny_model, tmp_path))
 
 
 # damage
