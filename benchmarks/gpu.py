@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 from measure import machine, versions, write
-from step import PACKAGES, SIZES, Enough, free_port, make_table, take_turns
+from step import PACKAGES, SIZES, Enough, blank_table, free_port, listen, make_table, take_turns
 from step import Job as StepJob
 
 from mgc_dist import cli
@@ -215,19 +215,15 @@ def train(job: Job, case: Case) -> dict[str, Any]:
 
 def stop_at(last_step: int, seen: Callable[[int], None] = lambda step: None) -> None:
     """Let the journal of the `train` command end it after a step."""
-    from mgc_dist import journal
-    from mgc_dist.events import Event, StepEvent
-    from mgc_dist.training import setup
+    from mgc_dist.events import StepEvent
 
-    class Short(journal.Journal):
-        def write(self, event: Event) -> None:
-            super().write(event)
-            if isinstance(event, StepEvent):
-                seen(event.step)
-                if event.step >= last_step:
-                    raise Enough
+    def told(event: Any) -> None:
+        if isinstance(event, StepEvent):
+            seen(event.step)
+            if event.step >= last_step:
+                raise Enough
 
-    setup.Journal = Short  # type: ignore[misc]
+    listen(told)
 
 
 def shortage(config: TrainConfig) -> str:
@@ -570,10 +566,7 @@ def prepare(job: Job) -> None:
         (job.own / f"{name}.json").write_text(json.dumps(settings))
     with ShardSet(job.folder / "shards") as shards:
         keys, genres = shards.keys(), shards.manifest.genres
-    table = np.zeros(
-        len(keys), [("key", f"U{max(map(len, keys))}"), *((genre, "f8") for genre in genres)]
-    )
-    table["key"] = keys
+    table = blank_table(keys, genres)
     rng = np.random.default_rng(0)
     for genre in genres:
         table[genre] = rng.normal(size=len(keys))
@@ -735,11 +728,12 @@ def sentences(found: dict[str, Any]) -> list[str]:
                 f"{name}: {turns[name]:g} times as many segments/s, at micro batch "
                 f"{turns['micro_batch']}; the goal is {TARGETS[name]:g}"
             )
-    cached = [row for name, row in trained(found).items() if name.endswith(", cache")]
-    plain = [trained(found).get(name[:-7]) for name in trained(found) if name.endswith(", cache")]
-    if cached and plain[0]:
-        gain = cached[0]["segments_per_s"] / plain[0]["segments_per_s"]
-        told.append(f"the trunk cache: {gain:.2f} times; the goal is {TARGETS['cache']:g}")
+    training = trained(found)
+    for name, row in training.items():
+        plain = training.get(name.removesuffix(", cache"))
+        if name.endswith(", cache") and plain:
+            gain = row["segments_per_s"] / plain["segments_per_s"]
+            told.append(f"the trunk cache: {gain:.2f} times; the goal is {TARGETS['cache']:g}")
     shares = found["rows"].get("parts", {}).get("shares", {})
     if shares:
         told.append("time by part: " + ", ".join(f"{n} {percent(v)}" for n, v in shares.items()))
@@ -790,7 +784,7 @@ PARTS: dict[str, Callable[[Job, Any], dict[str, Any]]] = {
 """Rows that do not train; all others do."""
 
 
-def only(words: argparse.Namespace) -> None:
+def measure_alone(words: argparse.Namespace) -> None:
     """What a process that `spawn` has started does."""
     given, case = json.loads(words.job), json.loads(words.case)
     job = Job(**(given | {"folder": Path(given["folder"])}))
@@ -811,7 +805,7 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.only:
-        only(words)
+        measure_alone(words)
         return
     if words.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU is at hand: --device cpu --quick only tries the script itself")

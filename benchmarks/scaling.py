@@ -48,6 +48,7 @@ from step import (
     Enough,
     Job,
     free_port,
+    listen,
     make_table,
     our_config,
     prepare,
@@ -188,24 +189,20 @@ def train(folder: Path, point: Point, warm: int, timed: int) -> dict[str, Any]:
     """One rank of the `train` command: the seconds of its steps, and bytes by collective."""
     counts: Counter[str] = Counter()
     count_collectives(counts)
-    from mgc_dist import journal
     from mgc_dist import train as command
-    from mgc_dist.events import Event, StepEvent
-    from mgc_dist.training import setup
+    from mgc_dist.events import StepEvent
 
     at: list[float] = []
     seen: list[Counter[str]] = []
 
-    class Timed(journal.Journal):
-        def write(self, event: Event) -> None:
-            super().write(event)
-            if isinstance(event, StepEvent):
-                at.append(time.perf_counter())
-                seen.append(Counter(counts))
-                if len(at) == warm + timed:
-                    raise Enough
+    def told(event: Any) -> None:
+        if isinstance(event, StepEvent):
+            at.append(time.perf_counter())
+            seen.append(Counter(counts))
+            if len(at) == warm + timed:
+                raise Enough
 
-    setup.Journal = Timed  # type: ignore[misc]
+    listen(told)
     size = replace(SIZES["small"], global_batch=point.global_batch, micro_batch=MICRO_BATCH)
     job = Job(model="small", case="table", freeze=FREEZE, folder=folder, size=size)
     config = our_config(job, folder / "runs" / str(point.number))

@@ -40,7 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
@@ -462,23 +462,33 @@ class Enough(Exception):
     """As many steps as were to be measured have been taken."""
 
 
+def listen(told: Callable[[Any], None]) -> None:
+    """Let something be told of each event of `train`, once it is written; `Enough` ends the run."""
+    from mgc_dist import journal
+    from mgc_dist.training import setup
+
+    class Listening(journal.Journal):
+        def write(self, event: Any) -> None:
+            super().write(event)
+            told(event)
+
+    setup.Journal = Listening  # type: ignore[misc]
+
+
 def train_ours(job: Job, clock: Clock) -> dict[str, Any]:
     """The `train` command; a journal that looks at the clock ends it."""
     from mgc_dist import journal, train
-    from mgc_dist.events import Event, StartEvent, StepEvent, only
-    from mgc_dist.training import setup
+    from mgc_dist.events import StartEvent, StepEvent, only
 
-    class Timed(journal.Journal):
-        def write(self, event: Event) -> None:
-            super().write(event)
-            if isinstance(event, StartEvent):
-                clock.start()
-            if isinstance(event, StepEvent):
-                assert event.loss is not None
-                if not clock.end_step(event.loss):
-                    raise Enough
+    def told(event: Any) -> None:
+        if isinstance(event, StartEvent):
+            clock.start()
+        if isinstance(event, StepEvent):
+            assert event.loss is not None
+            if not clock.end_step(event.loss):
+                raise Enough
 
-    setup.Journal = Timed  # type: ignore[misc]
+    listen(told)
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         run = Path(folder) / "run"
         with suppress(Enough):
@@ -536,6 +546,16 @@ def with_cache(config: TrainConfig) -> TrainConfig:
     raise LookupError("--cache")
 
 
+def blank_table(keys: Sequence[str], genres: Sequence[str]) -> Any:
+    """A bias table from elsewhere, as a structured array of zeros."""
+    import numpy as np
+
+    columns = [("key", f"U{max(map(len, keys))}"), *((genre, "f8") for genre in genres)]
+    table = np.zeros(len(keys), columns)
+    table["key"] = keys
+    return table
+
+
 def make_table(job: Job, say: TextIO) -> dict[str, Any]:
     """The bias model's logits as a table from elsewhere; rows that are not trained on get zeros."""
     import numpy as np
@@ -547,9 +567,7 @@ def make_table(job: Job, say: TextIO) -> dict[str, Any]:
     with ShardSet(job.folder / "shards") as shards:
         genres, keys, (first, stop) = shards.manifest.genres, shards.keys(), shards.rows_of("train")
         net = bias_net(job, genres).eval().to(job.device)
-        columns = [("key", f"U{max(map(len, keys))}"), *((genre, "f8") for genre in genres)]
-        table = np.zeros(len(keys), columns)
-        table["key"] = keys
+        table = blank_table(keys, genres)
         started = time.perf_counter()
         size = 32 if job.on_gpu else 1
         for at in range(first, stop, size):

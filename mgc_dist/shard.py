@@ -15,11 +15,11 @@ def run(config: ShardConfig) -> None:
     from mgc_dist.packing import card, command  # here, not above: --help answers without numpy
 
     packing = command.shard(config, print)
-    for id_, reason in (packing.unusable or {}).items():
+    for id_, reason in packing.unusable.items():
         print(f"unusable: {id_}: {reason}")
     if config.part_of and packing.outcome == "part decoded":
         print(
-            f"Part {config.part}: {packing.decoded} tracks, {len(packing.unusable or {})} of them "
+            f"Part {config.part}: {packing.decoded} tracks, {len(packing.unusable)} of them "
             f"unusable. When all {config.part_of[1]} parts are there: the same command with "
             "--join instead of --part."
         )

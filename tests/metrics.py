@@ -1,21 +1,15 @@
 """metrics.jsonl as a stranger reads it: JSON lines, without the types of mgc_dist.events."""
 
-import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 from mgc_dist.events import StepEvent, ValidationEvent
+from mgc_dist.files import json_lines
 
 
 def read_metrics(run: Path, event: str) -> list[dict[str, Any]]:
     """The lines of one kind of event, in order; a line that a kill has cut is left out."""
-    path = run / "metrics.jsonl"
-    found = []
-    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [line for line in found if line["event"] == event]
+    return [line for line in json_lines(run / "metrics.jsonl") if line["event"] == event]
 
 
 def step_event(step: int, **values: Any) -> StepEvent:

@@ -28,7 +28,7 @@ _OLD_KNOBS = (
 )
 _OLD_LOSS = "--loss"
 """Version 0.1.0 wrote all knobs of the loss in one text, and words for people as keys."""
-_OLD_MODEL = "launch/presets/wav2vec2-demo.json"
+OLD_MODEL = "launch/presets/wav2vec2-demo.json"
 """Where version 0.1.0 had the file of `wav2vec2-demo`; a run wrote its whole path."""
 _OLD = {old: name for name, old in _WORDS.items()} | {flag(name): name for name in _OLD_KNOBS}
 
@@ -60,7 +60,7 @@ def read(written: Mapping[str, Any], config_type: type[Any] = TrainConfig) -> Id
             found |= {name: _value(text) for name, text in pairs}
         else:
             found[_OLD.get(key, key)] = value
-    if str(found.get("model")).endswith(_OLD_MODEL):
+    if str(found.get("model")).endswith(OLD_MODEL):
         found["model"] = "wav2vec2-demo"
     if "loss" not in found:  # no whole identity
         return found

@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoFeatureExtractor, PreTrainedModel, Wav2Vec2FeatureExtractor
 
+from mgc_dist.config.identity import OLD_MODEL
 from mgc_dist.errors import UserError
 
 
 def located(name: str) -> str:
     """Where a model is: `wav2vec2-demo` is a file of the package, which 0.1.0 had elsewhere."""
-    if name in ("wav2vec2-demo", "launch/presets/wav2vec2-demo.json") and not Path(name).exists():
+    if name in ("wav2vec2-demo", OLD_MODEL) and not Path(name).exists():
         return str(files("mgc_dist") / "presets" / "wav2vec2-demo.json")
     return name
 

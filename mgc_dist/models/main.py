@@ -190,10 +190,9 @@ def build_main(
     net = _from_config(name, config) if config else _from_checkpoint(name, labels)
     net.config.segment_samples = segment_samples  # ours: what `predict` cuts files into
     kind = kind_of(net)
-    frozen = _make_ready(kind, name, segment_samples, freeze, frozen_layers)
-    if activation_checkpointing:
-        # the reentrant kind drops gradients above a frozen prefix, silently
-        net.activation_checkpointing_enable({"use_reentrant": False})
+    frozen = _make_ready(
+        kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing
+    )
     normalises = kind.normalises
     if normalises is None:
         normalises = hub.feature_extractor(name, sample_rate).do_normalize
@@ -245,9 +244,9 @@ def describe_main(
     with torch.device("meta"):
         net = _from_config(name, config).to("meta")
     kind = kind_of(net)
-    frozen = _make_ready(kind, name, segment_samples, freeze, frozen_layers)
-    if activation_checkpointing:
-        net.activation_checkpointing_enable({"use_reentrant": False})
+    frozen = _make_ready(
+        kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing
+    )
     at = open_boundary(kind, cache, freeze)
     return WaveClassifier(net, do_normalize=True, frozen=frozen, boundary=at)
 
@@ -298,10 +297,20 @@ def _refused_config(name: str, error: Exception) -> UserError:
 
 
 def _make_ready(
-    kind: Kind, name: str, segment_samples: int, freeze: str, frozen_layers: int | None
+    kind: Kind,
+    name: str,
+    segment_samples: int,
+    freeze: str,
+    frozen_layers: int | None,
+    activation_checkpointing: bool,
 ) -> list[nn.Module]:
+    """Refuse a model that does not fit, freeze parts of it, and return them."""
     kind.refuse_unfit(name, segment_samples)
-    return kind.freeze(freeze, frozen_layers)
+    frozen = kind.freeze(freeze, frozen_layers)
+    if activation_checkpointing:
+        # the reentrant kind drops gradients above a frozen prefix, silently
+        kind.net.activation_checkpointing_enable({"use_reentrant": False})
+    return frozen
 
 
 def frozen_fingerprint(model: WaveClassifier) -> str:

@@ -1,7 +1,7 @@
 """The body of `shard`: find tracks, split them, plan from their headers, pack."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mgc_dist.config import ShardConfig
@@ -40,7 +40,7 @@ class Packing:
     outcome: Outcome
     manifest: Manifest | None = None
     decoded: int = 0
-    unusable: dict[str, str] | None = None
+    unusable: dict[str, str] = field(default_factory=dict)
 
 
 def shard(config: ShardConfig, tell: Callable[[str], None]) -> Packing:

@@ -156,7 +156,7 @@ def forecast(
     free = _free_bytes(run)
     cached = None
     if model.boundary is not None:
-        cached = _cached(config, model, cached_rows, segment_samples)
+        cached = _cached(config, model, counted, cached_rows, segment_samples)
     return Forecast(
         layout=layout,
         plan=plan,
@@ -265,13 +265,14 @@ def activation_bytes(model: WaveClassifier, rows: int, segment_samples: int) -> 
     return sum(kept.values())
 
 
-def _cached(config: TrainConfig, model: WaveClassifier, rows: int, samples: int) -> Cached:
+def _cached(
+    config: TrainConfig, model: WaveClassifier, work: SegmentFlops, rows: int, samples: int
+) -> Cached:
     root = config.data.caches.resolve()
     assert model.boundary is not None
     wave = torch.zeros((1, samples), dtype=torch.int16, device="meta")
     with torch.no_grad():
         features = model(wave, only_below=True)  # [1, F, D]
-    work = flops.count(model, samples)
     value = 2 if config.data.cache_dtype == "bf16" else 4
     size = rows * value * features[0].numel()
     return Cached(
