@@ -137,6 +137,9 @@ def _answer(pipe: Any, timeout_s: float) -> tuple[str, Any] | None:
 
 def _child(pipe: Any, environment: dict[str, str], body: Callable[..., Any], args: Any) -> None:
     os.environ.update(environment)
+    # torch gives a forked process its pool of threads back at the first call that needs it. Two
+    # threads that call at once, such as a compiler's backward, end it: "Invalid thread pool!".
+    torch.set_num_threads(torch.get_num_threads())
     try:
         answer = ("value", body(*args))
     except BaseException as error:
