@@ -17,6 +17,7 @@ from harness import (
     start,
     steps_taken,
     until,
+    waiting,
 )
 from trainings import config
 
@@ -53,12 +54,15 @@ def test_the_older_of_two_runs_cannot_commit(
 def test_a_run_that_lives_is_not_disturbed(
     shards: Path, noisy: Path, undisturbed: str, tmp_path: Path
 ) -> None:
+    """The one that lives waits until the other has ended, however long that takes."""
     run = tmp_path / "run"
-    patch = both(quick, slow_steps(0.3))
-    living = start(config(shards, noisy, run, **KNOBS), tmp_path, patch=patch)
+    patch = both(quick, waiting(tmp_path / "gate", after=3))
+    settings = config(shards, noisy, run, **KNOBS, hang_timeout_s=600.0)
+    living = start(settings, tmp_path, patch=patch)
     until(lambda: steps_taken(run) >= 2)
     second = start(config(shards, noisy, run, **KNOBS), tmp_path, patch=quick)
     second.wait()
+    (tmp_path / "gate").touch()
     assert living.wait() == [0, 0], living.said
     message = f"a run that is going on: process {living.pids[0]} on"
     assert_survived(second, run, undisturbed, codes=[2, 2], message=message)
