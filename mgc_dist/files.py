@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,39 @@ def stamp_of(path: Path) -> str:
 def nearest(path: Path) -> Path:
     """A path, or the nearest folder above it that is there already."""
     return next(each for each in (path, *path.parents) if each.exists())
+
+
+def refuse_small_disk(
+    what: str,
+    folder: Path,
+    needed: int,
+    *,
+    purpose: str = "",
+    cure: str,
+    this_rank_only: bool = False,
+) -> None:
+    """Check that a folder's disk has room for so many bytes.
+
+    Args:
+        what: flag and folder, as they were given.
+        folder: on that disk; it exists.
+        needed: in bytes.
+        purpose: of them, after their number, such as ` for the shards`.
+        cure: what to do about it.
+        this_rank_only: whether other ranks may have room.
+
+    Raises:
+        UserError: it has not.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            what,
+            got=f"{free / 1e9:.2f} GB of free space",
+            expected=f"{needed / 1e9:.2f} GB{purpose}",
+            cure=cure,
+            this_rank_only=this_rank_only,
+        )
 
 
 def sync(path: Path) -> None:

@@ -25,7 +25,7 @@ from mgc_dist.config import SourceConfig
 from mgc_dist.data import manifest
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.errors import UserError
-from mgc_dist.files import locked, sha256, sync
+from mgc_dist.files import locked, refuse_small_disk, sha256, sync
 
 STALLED_S = 120.0
 """Without a byte for so long, a transfer is given up."""
@@ -123,15 +123,14 @@ def _copy(folder: Path, source: str, dataset: Manifest) -> None:
         right_size = path.is_file() and size in (None, path.stat().st_size)
         if not right_size or sha256(path) != digest:
             missing.append((name, size, digest))
-    needed, free = sum(size or 0 for _, size, _ in missing), shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"--shards {folder}",
-            got=f"{free / 1e9:.2f} GB of free space",
-            expected=f"{needed / 1e9:.2f} GB for what is in {source}",
-            cure="choose a folder on another disk",
-            this_rank_only=True,
-        )
+    refuse_small_disk(
+        f"--shards {folder}",
+        folder,
+        sum(size or 0 for _, size, _ in missing),
+        purpose=f" for what is in {source}",
+        cure="choose a folder on another disk",
+        this_rank_only=True,
+    )
     for name, size, digest in missing:
         temporary = folder / _INCOMING / name
         for attempt in (1, 2):

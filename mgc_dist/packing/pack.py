@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -31,7 +30,16 @@ from mgc_dist.data.ledger import Ledger
 from mgc_dist.data.manifest import Manifest, ShardEntry, TrackEntry
 from mgc_dist.data.tracks import Track
 from mgc_dist.errors import UserError
-from mgc_dist.files import fingerprint, locked, replacing, sha256, stamp_of, sync, write_at
+from mgc_dist.files import (
+    fingerprint,
+    locked,
+    refuse_small_disk,
+    replacing,
+    sha256,
+    stamp_of,
+    sync,
+    write_at,
+)
 from mgc_dist.packing.cut import SPREAD_VERSION, PackPlan, reason_of
 from mgc_dist.workers import cores, spread
 
@@ -231,14 +239,8 @@ def _open_shards(plan: PackPlan, out: Path, *, resuming: bool) -> None:
         if path.is_file() and path.stat().st_size != sizes[path.name]:
             path.unlink()
     held = sum((out / name).stat().st_blocks * 512 for name in sizes if (out / name).is_file())
-    needed, free = sum(sizes.values()) - held, shutil.disk_usage(out).free
-    if needed > free:
-        raise UserError(
-            f"--out {out}",
-            got=f"{free / 1e9:.2f} GB of free space",
-            expected=f"{needed / 1e9:.2f} GB",
-            cure="free some, or choose another --out",
-        )
+    needed = sum(sizes.values()) - held
+    refuse_small_disk(f"--out {out}", out, needed, cure="free some, or choose another --out")
     for name, size in sizes.items():
         (out / name).touch()
         os.truncate(out / name, size)

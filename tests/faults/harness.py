@@ -169,22 +169,6 @@ def slow_steps(seconds: float) -> Patch:
     return patch
 
 
-def waiting(gate: Path, after: int) -> Patch:
-    """A patch that lets so many steps pass, and the others once a file is there."""
-
-    def patch(this: int) -> None:
-        note, steps = Logbook.all_note, iter(range(1 << 30))
-
-        def until_open(self: Any, *rest: Any) -> None:
-            if next(steps) >= after:
-                until(gate.exists, timeout_s=500)
-            note(self, *rest)
-
-        Logbook.all_note = until_open  # type: ignore[method-assign]
-
-    return patch
-
-
 def both(*patches: Patch) -> Patch:
     """All patches, one after another."""
 

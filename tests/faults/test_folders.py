@@ -17,7 +17,6 @@ from harness import (
     start,
     steps_taken,
     until,
-    waiting,
 )
 from trainings import config
 
@@ -56,13 +55,14 @@ def test_a_run_that_lives_is_not_disturbed(
 ) -> None:
     """The one that lives waits until the other has ended, however long that takes."""
     run = tmp_path / "run"
-    patch = both(quick, waiting(tmp_path / "gate", after=3))
+    gate = tmp_path / "gate"
+    stays = [at_step(3, rank, lambda: until(gate.exists, timeout_s=500)) for rank in (0, 1)]
     settings = config(shards, noisy, run, **KNOBS, hang_timeout_s=600.0)
-    living = start(settings, tmp_path, patch=patch)
+    living = start(settings, tmp_path, patch=both(quick, *stays))
     until(lambda: steps_taken(run) >= 2)
     second = start(config(shards, noisy, run, **KNOBS), tmp_path, patch=quick)
     second.wait()
-    (tmp_path / "gate").touch()
+    gate.touch()
     assert living.wait() == [0, 0], living.said
     message = f"a run that is going on: process {living.pids[0]} on"
     assert_survived(second, run, undisturbed, codes=[2, 2], message=message)

@@ -364,8 +364,8 @@ def test_two_packings_into_one_folder_are_refused(few: Path, tmp_path: Path) -> 
 def test_a_disk_that_is_too_small_or_full_publishes_nothing(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = pack.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(pack.shutil, "disk_usage", lambda _: usage._replace(free=500_000))
+    usage = files.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=500_000))
     with pytest.raises(UserError, match=r"got 0.00 GB of free space"):
         shard.run(shard_config(few, tmp_path / "out"))
     monkeypatch.undo()
