@@ -124,12 +124,11 @@ def test_a_signal_at_the_last_step_ends_as_usual(
 def test_the_time_limit(shards: Path, noisy: Path, undisturbed: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = config(shards, noisy, run, time_limit_s=45.0, hang_timeout_s=600.0, **KNOBS)
-    began = time.monotonic()
     job = start(settings, tmp_path, patch=slow_steps(6.0))  # all 13 would take 78 s
     job.wait()
-    assert time.monotonic() - began < 60
     assert read_status(run)["state"] == "stopped"
-    assert 10 < int(str(read_status(run)["samples_seen"])) < 128
+    # on however slow a machine: 7 steps of 10 segments before the limit, and the one under way
+    assert 0 < int(str(read_status(run)["samples_seen"])) <= 90
     again = start(config(shards, noisy, run, **KNOBS), tmp_path)
     assert again.wait() == [0, 0], again.said
     assert_survived(job, run, undisturbed, codes=[0, 0], message="stopped by the time limit")
