@@ -5,7 +5,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Tests wait for processes more than they compute: three at a time keep two cores busy.
 PYTEST := python -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test test-slow test-slurm test-gpu soak check bench speed gpu shortcut clean
+.PHONY: demo test test-slow test-slurm test-gpu soak check bench speed gpu shortcut hear clean
 
 .venv/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -62,6 +62,11 @@ gpu: .venv/installed  ## training, the Trainer, bias pass and reader on one GPU:
 
 shortcut: .venv/installed  ## ten losses on a planted shortcut, five seeds, and their table; 30 minutes
 	$(RUN) python benchmarks/shortcut.py --work runs/shortcut --json benchmarks/results/shortcut.json
+
+MUSIC ?=
+hear: .venv/installed  ## 87 kinds of audio files against ffmpeg's decoder; repetitions, MUSIC=FOLDER among them
+	$(RUN) python benchmarks/hearing.py --json benchmarks/results/hearing.json
+	$(RUN) python benchmarks/repetitions.py --json benchmarks/results/repetitions.json $(if $(MUSIC),--real $(MUSIC))
 
 clean:  ## remove what `make demo`, `soak` and `shortcut` made, not the virtual environment
 	rm -rf data/demo shards/demo runs/demo-poe runs/demo-ce runs/demo-times.json runs/soak runs/shortcut

@@ -14,6 +14,9 @@ All read the same synthetic tracks (22,050 Hz, mono, 30 s) and write segments of
 - All that write WAV bytes make them with Python's wave module, the cheapest way found; TarWriter
   with soundfile's as well, the library that most would take.
 - litdata starts processes of its own, whose imports count: they weigh less with more --tracks.
+- MP3, Opus and FLAC are the same music at 44.1 or 48 kHz in stereo. There the others decode, mix
+  and resample with the program ffmpeg, a process a track, as one does before one packs; ours does
+  so itself.
 
     python benchmarks/packing.py --json benchmarks/results/packing.json
 """
@@ -22,8 +25,11 @@ import contextlib
 import io
 import json
 import os
+import shutil
+import subprocess
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +42,44 @@ from mgc_dist.data import audio, record
 RATE, LENGTH, HOP, SOURCE_RATE = 16_000, 48_000, 24_000, 22_050
 
 
-def wave_files(folder: Path) -> list[Path]:
-    return sorted((folder / "genres_original").glob("*/*.wav"))
+FORMATS = {
+    "mp3": ("-ar", "44100", "-b:a", "192k"),
+    "opus": ("-ar", "48000", "-c:a", "libopus", "-b:a", "128k"),
+    "flac": ("-ar", "44100"),
+}
+"""How ffmpeg makes them, in stereo."""
 
 
-def described(folder: Path) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+def prepare(folder: Path, count: int) -> None:
+    """The synthetic tracks as WAV, and in each of FORMATS if ffmpeg is there."""
+    for wav in sorted(measure.tracks(folder, count).glob("*/*.wav")):
+        for kind, options in FORMATS.items() if shutil.which("ffmpeg") else ():
+            path = folder / kind / wav.parent.name / f"{wav.stem}.{kind}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            words = ["ffmpeg", "-v", "error", "-n", "-i", str(wav), "-ac", "2", *options, str(path)]
+            path.exists() or subprocess.run(words, check=True)
+
+
+def files_of(folder: Path, kind: str = "wav") -> list[Path]:
+    found = sorted((folder / (kind if kind in FORMATS else "genres_original")).glob("*/*.*"))
+    if not found:
+        raise ImportError(f"no {kind} files: no ffmpeg")
+    return found
+
+
+def read_wave(path: Path) -> np.ndarray:
+    """A track by our own functions, or by ffmpeg where it is no WAV file: int16 [samples]."""
+    if path.suffix == ".wav":
+        return audio.read_int16(path, RATE)
+    words = ["ffmpeg", "-v", "error", "-i", str(path), "-ac", "1", "-ar", str(RATE)]
+    done = subprocess.run([*words, "-f", "s16le", "-"], check=True, capture_output=True)
+    return np.frombuffer(done.stdout, np.int16)
+
+
+def described(paths: Iterable[Path]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Every segment with its description, each track decoded and resampled once."""
-    for path in wave_files(folder):
-        windows = audio.segments(audio.read_int16(path, RATE), LENGTH, HOP)
-        for segment, window in enumerate(windows):
+    for path in paths:
+        for segment, window in enumerate(audio.segments(read_wave(path), LENGTH, HOP)):
             yield description(path, segment), window
 
 
@@ -66,7 +101,7 @@ def wav_bytes(samples: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-def ours(folder: Path, scratch: Path) -> Callable[[], int]:
+def ours(folder: Path, scratch: Path, kind: str = "wav") -> Callable[[], int]:
     import rich.console  # before the clock starts, like the packages of the others
     import rich.table  # noqa: F401
 
@@ -75,7 +110,11 @@ def ours(folder: Path, scratch: Path) -> Callable[[], int]:
     from mgc_dist.packing import splits  # noqa: F401
 
     config = ShardConfig(
-        data=folder / "genres_original", out=scratch / "out", split="stratified", jobs=1
+        data=files_of(folder, kind)[0].parent.parent,
+        out=scratch / "out",
+        split="stratified",
+        repetitions=False,  # the others do not look for any
+        jobs=1,
     )
 
     def work() -> int:
@@ -86,14 +125,16 @@ def ours(folder: Path, scratch: Path) -> Callable[[], int]:
     return work
 
 
-def tar_writer(as_wav: Callable[[np.ndarray], bytes]) -> measure.Contender:
+def tar_writer(as_wav: Callable[[np.ndarray], bytes], kind: str = "wav") -> measure.Contender:
     def contender(folder: Path, scratch: Path) -> Callable[[], int]:
         import webdataset
+
+        paths = files_of(folder, kind)
 
         def work() -> int:
             count, pattern = 0, str(scratch / "out-%06d.tar")
             with webdataset.ShardWriter(pattern, maxcount=512, verbose=0) as out:
-                for about, samples in described(folder):
+                for about, samples in described(paths):
                     key = f"{about['track']}_{about['segment']:02d}"
                     out.write({"__key__": key, "json": about, "wav": as_wav(samples)})
                     count += 1
@@ -104,14 +145,16 @@ def tar_writer(as_wav: Callable[[np.ndarray], bytes]) -> measure.Contender:
     return contender
 
 
-def mosaic(folder: Path, scratch: Path) -> Callable[[], int]:
+def mosaic(folder: Path, scratch: Path, kind: str = "wav") -> Callable[[], int]:
     from streaming import MDSWriter
+
+    paths = files_of(folder, kind)
 
     def work() -> int:
         count = 0
         columns = {"json": "json", "wav": "bytes"}
         with MDSWriter(out=str(scratch / "out"), columns=columns, size_limit="64mb") as out:
-            for about, samples in described(folder):
+            for about, samples in described(paths):
                 out.write({"json": about, "wav": wav_bytes(samples)})
                 count += 1
         return count
@@ -120,16 +163,16 @@ def mosaic(folder: Path, scratch: Path) -> Callable[[], int]:
 
 
 def lit_segments(path: str) -> Iterator[dict[str, Any]]:
-    windows = audio.segments(audio.read_int16(Path(path), RATE), LENGTH, HOP)
-    for segment, window in enumerate(windows):
+    for segment, window in enumerate(audio.segments(read_wave(Path(path)), LENGTH, HOP)):
         yield {"json": json.dumps(description(Path(path), segment)), "wav": wav_bytes(window)}
 
 
-def lit(folder: Path, scratch: Path) -> Callable[[], int]:
+def lit(folder: Path, scratch: Path, kind: str = "wav") -> Callable[[], int]:
     import litdata
 
+    files = [str(path) for path in files_of(folder, kind)]
+
     def work() -> int:
-        files = [str(path) for path in wave_files(folder)]
         with contextlib.redirect_stdout(io.StringIO()):
             litdata.optimize(
                 fn=lit_segments,
@@ -138,7 +181,7 @@ def lit(folder: Path, scratch: Path) -> Callable[[], int]:
                 num_workers=1,
                 chunk_bytes="64MB",
             )
-        lengths = (audio.read_header(Path(file)).samples_at(RATE) for file in files)
+        lengths = (audio.look(Path(file)).samples_at(RATE) for file in files)
         return sum(audio.segment_count(length, LENGTH, HOP) for length in lengths)
 
     return work
@@ -193,7 +236,7 @@ def per_segment(read: Read, resampler: Callable[[], Resample]) -> measure.Conten
         def work() -> int:
             count, pattern = 0, str(scratch / "out-%06d.tar")
             with webdataset.ShardWriter(pattern, maxcount=512, verbose=0) as out:
-                for path in wave_files(folder):
+                for path in files_of(folder):
                     seconds = soundfile.info(path).duration
                     for segment in range(int((seconds - 3.0) / 1.5) + 1):
                         part = read(path, round(segment * 1.5 * SOURCE_RATE))
@@ -221,10 +264,21 @@ CONTENDERS: dict[str, measure.Contender] = {
     "per segment: seek, torchaudio kaiser best": per_segment(seek, torchaudio_best),
     "per segment: seek, soxr HQ": per_segment(seek, soxr_hq),
 }
+for _kind in FORMATS:
+    CONTENDERS |= {
+        f"{_kind}: mgc_dist": partial(ours, kind=_kind),
+        f"{_kind}: ffmpeg, webdataset TarWriter": tar_writer(wav_bytes, _kind),
+        f"{_kind}: ffmpeg, mosaicml-streaming MDSWriter": partial(mosaic, kind=_kind),
+        f"{_kind}: ffmpeg, litdata.optimize": partial(lit, kind=_kind),
+    }
 
 
 def compare(results: dict[str, Any]) -> dict[str, Any]:
-    ratios = {name: measure.ratio(results, OURS, name) for name in CONTENDERS if name != OURS}
+    base = {name: f"{name[: name.find(':')]}: mgc_dist" for name in CONTENDERS}
+    base = {name: ours if ours in CONTENDERS else OURS for name, ours in base.items()}
+    ratios = {
+        name: measure.ratio(results, ours, name) for name, ours in base.items() if name != ours
+    }
     return {"times_our_cpu": ratios, "record_bytes": record.record_bytes(LENGTH)}
 
 
@@ -233,7 +287,7 @@ if __name__ == "__main__":
     measure.main(
         "packing",
         CONTENDERS,
-        lambda folder, count: measure.tracks(folder, count) and None,
+        prepare,
         (
             "mgc_dist",
             "soundfile",

@@ -59,15 +59,20 @@ def verify(config: VerifyConfig) -> None:
 
 
 def info(config: InfoConfig) -> None:
-    """Describe a packed data set on the terminal.
+    """Describe a packed data set on the terminal, and write its splits as a table.
 
     Raises:
         UserError: there is none.
     """
     from mgc_dist.data import manifest
-    from mgc_dist.packing import card
+    from mgc_dist.files import replace_text
+    from mgc_dist.packing import card, splits
 
-    card.show(config.shards, manifest.read(config.shards))
+    found = manifest.read(config.shards)
+    card.show(config.shards, found)
+    if config.splits:
+        replace_text(config.splits, splits.as_table(found.labelled_tracks()))
+        print(f"{config.splits} names the splits of {len(found.tracks)} tracks")
 
 
 def main() -> None:

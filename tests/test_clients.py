@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -67,12 +66,7 @@ def test_hugging_face_datasets_finds_splits_and_columns_by_the_card(
 ) -> None:
     import datasets
 
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    for path in shards.glob("*.tar"):
-        shutil.copy(path, folder)
-    shutil.copy(shards / "README-DATASET.md", folder / "README.md")
-    loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    loaded = datasets.load_dataset(str(shards), cache_dir=str(tmp_path / "cache"))
     assert {name: split.num_rows for name, split in loaded.items()} == {
         "train": 66,
         "validation": 66,

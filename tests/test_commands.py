@@ -1,9 +1,12 @@
 """evaluate, predict, export on a trained run: files, figures, refusals."""
 
 import csv
+import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import soundfile
 from conftest import run_ranks, shard_config, write_tracks
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score
+from soxr import resample
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainings import config, train_on
 from transformers import pipeline
@@ -308,7 +312,9 @@ def test_predict_takes_any_length_rate_and_channel_count(
     assert f"{tmp_path / 'a.flac'}: " in shown
     with pytest.raises(UserError, match=r"d\.wav: got 0\.09 s, expected at least 0\.5 s"):
         predict.run(PredictConfig(run=run, files=(tmp_path / "d.wav",)))
-    with pytest.raises(UserError, match=r"got 2 that cannot be used(.|\n)*d\.wav(.|\n)*e\.wav"):
+    with pytest.raises(
+        UserError, match=r"got 2 of 3 that cannot be used(.|\n)*d\.wav(.|\n)*e\.wav"
+    ):
         predict.run(
             PredictConfig(run=run, files=(files[0], tmp_path / "d.wav", tmp_path / "e.wav"))
         )
@@ -389,6 +395,77 @@ def test_training_draws_its_metrics_for_tensorboard(run: Path) -> None:
     )
 
 
+def test_an_exported_model_says_of_whole_files_what_predict_says(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(run, 1.4)
+    out = tmp_path / "model"
+    export.run(ExportConfig(run=run, out=out))
+    kinds = {"a.wav": (2.0, 22_050, 1), "b.flac": (3.0, 44_100, 2), "c.wav": (10.3, 16_000, 1)}
+    kinds |= {"d.mp3": (4.0, 44_100, 2), "e.ogg": (0.7, 48_000, 1)}
+    for name, (seconds, rate, channels) in kinds.items():
+        wave = compose("jazz", 3, seed=5, duration_s=seconds, per_artist=1)
+        wave = resample(wave, 22_050, rate)
+        both = np.stack([wave, 0.3 * wave[::-1]], axis=1)[:, :channels]
+        soundfile.write(tmp_path / name, 0.6 * both, rate)
+    files = [tmp_path / name for name in kinds]
+    capsys.readouterr()
+    predict.run(PredictConfig(run=run, files=tuple(files), json=True))
+    expected = json.loads(capsys.readouterr().out)
+    program = (
+        "import json, sys; sys.modules['mgc_dist'] = None; sys.path.insert(0, '.')\n"
+        "from genre import GenreClassifier; classify = GenreClassifier(device='cpu')\n"
+        "print(json.dumps([classify(name) for name in sys.argv[1:]]))"
+    )
+    words = [sys.executable, "-c", program, *map(str, files)]
+    done = subprocess.run(words, cwd=out, capture_output=True, text=True, check=True)
+    for ours, theirs in zip(expected, json.loads(done.stdout), strict=True):
+        assert theirs["probabilities"] == pytest.approx(ours["probabilities"], abs=1e-5)
+        assert theirs["genre"] == ours["genre"]
+
+
+def test_a_library_is_predicted_line_by_line(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = tmp_path / "library"
+    for name in ("Ann/one.wav", "Ann/deep/two.flac", "three.wav", ".hidden/x.wav"):
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        wave = compose("blues", len(name), seed=9, duration_s=1.0, per_artist=1)
+        soundfile.write(library / name, wave, 22_050)
+    (library / "broken.mp3").write_bytes(b"words" * 999)
+    (library / "cover.jpg").write_bytes(b"picture")
+    table, lines = tmp_path / "out.csv", tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match=r"broken\.mp3: got no readable audio"):
+        predict.run(PredictConfig(run=run, files=(library,), csv=table))
+    rows = list(csv.DictReader(table.open()))
+    assert {Path(row["file"]).name for row in rows} == {
+        *("one.wav", "two.flac", "three.wav", "broken.mp3"),
+    }
+    for row in rows:
+        if row["error"]:
+            assert row["genre"] == ""
+            continue
+        found = {name: float(row[name]) for name in ("blues", "classical", "country")}
+        assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+        assert max(found, key=found.get) == row["genre"]
+        assert row["is_near_chance"] == str(float(row["probability"]) < 1.5 / 3)
+    listed = "".join(f"{library / name}\n" for name in ("three.wav", "broken.mp3", "none.wav"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(listed))
+    with pytest.raises(UserError, match=r"got 2 of 3 that cannot be used(.|\n)*none\.wav"):
+        predict.run(PredictConfig(run=run, files=(Path("-"),), jsonl=lines))
+    written = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [Path(line["file"]).name for line in written] == ["three.wav", "broken.mp3", "none.wav"]
+    assert ["error" in line for line in written] == [False, True, True]
+    (library / "Ann/deep/none").mkdir()
+    with pytest.raises(UserError, match=r"got no audio files in .*Ann/deep/none"):
+        predict.run(PredictConfig(run=run, files=(library / "Ann/deep/none",)))
+    with pytest.raises(UserError, match="--jsonl --csv: got both"):
+        PredictConfig(run=run, files=(library,), csv=table, jsonl=lines)
+
+
 @pytest.mark.parametrize("temperature", [None, 1.75])
 def test_export_loads_in_pipeline_with_the_same_probabilities(
     temperature: float | None,
@@ -416,6 +493,7 @@ def test_export_loads_in_pipeline_with_the_same_probabilities(
     assert ("divided by 1.750" in card) == bool(temperature)
     assert "genres: blues, classical, country" in card
     assert "0.5 s of mono audio" in card
+    assert str(tmp_path) not in card
     with pytest.raises(UserError, match="something that is there already"):
         export.run(ExportConfig(run=run, out=out))
     with pytest.raises(UserError, match="no such folder"):

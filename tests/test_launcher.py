@@ -187,7 +187,7 @@ def test_errors_of_the_data(packed: Path, tmp_path: Path) -> None:
     broken = tmp_path / "in" / "rock"
     broken.mkdir(parents=True)
     (broken / "rock.1.wav").write_bytes(b"no audio")
-    refused(call("-m", "mgc_dist.shard", "--data", tmp_path / "in"), "rock_1", "--allow-bad 1")
+    refused(call("-m", "mgc_dist.shard", "--data", tmp_path / "in"), "rock.1.wav", "--allow-bad 1")
     nothing = tmp_path / "nothing"
     for script in ("launch/train.py", "launch/bias.py"):
         done = call(script, "--shards", nothing)

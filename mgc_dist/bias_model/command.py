@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mgc_dist.bias_model import states, summary, table
+from mgc_dist.bias_model.folds import deal_folds
 from mgc_dist.bias_model.heads import cross_fit, head_hash, refuse_empty_folds
 from mgc_dist.bias_model.states import STORE, StatesKey
 from mgc_dist.cluster.ranks import Ranks
@@ -21,7 +22,6 @@ from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
 from mgc_dist.files import locked, nearest
 from mgc_dist.models.backbone import build_bias, fingerprint
-from mgc_dist.packing.splits import deal_folds
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from mgc_dist import cli
 from mgc_dist.config import FOREIGN_TABLES
 from mgc_dist.data.manifest import Manifest
-from mgc_dist.data.tracks import group_key, read_table
+from mgc_dist.data.tables import read_table
+from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
 from mgc_dist.files import replace_text, replacing, sha256
 

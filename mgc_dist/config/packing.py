@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
@@ -72,12 +72,26 @@ class ShardConfig:
     """Cut tracks into segments and pack them into webdataset tar shards.
 
     `python -m mgc_dist.shard verify SHARDS` re-reads and checks a packed data set,
-    `python -m mgc_dist.shard info SHARDS` describes it; both have a --help of their own.
+    `python -m mgc_dist.shard info SHARDS` describes it and writes its splits as a table; both
+    have a --help of their own.
     """
 
     data: Path = Path("data/genres_original")
-    """Folder of `GENRE/*.wav` (.flac, .ogg, .mp3, .opus), or a CSV or TSV table with the
-    columns path, genre and, if known, group, split, track."""
+    """Folder of `GENRE/*` with music in any format that FFmpeg reads (.mp3, .flac, .m4a, ...),
+    or a table (CSV, TSV, JSON lines) with the columns path, genre and, if known, group, split,
+    track."""
+    layout: Literal["auto", "folders", "nested", "fma", "jamendo", "table"] = "auto"
+    """`folders` (GENRE/NAME), `nested` (GENRE/ARTIST/.../NAME), `fma` (FMA's numbered folders and
+    tracks.csv), `jamendo` (MTG-Jamendo's, with --table; tracks of exactly one wanted genre),
+    `table`, or `auto`: a table or folders."""
+    table: Path | None = None
+    """Table of tracks whose paths lie below the folder --data; FMA's or MTG-Jamendo's own."""
+    columns: tuple[str, ...] = ()
+    """Columns of the table that have other names, such as `path=file genre=style`."""
+    genres: str | None = None
+    """Genres to take, with commas between them; others are left out."""
+    min_tracks: Annotated[int, Range(minimum=0, cure="3 leaves out those too small to split")] = 0
+    """Genres with fewer usable tracks are left out."""
     out: Path = Path("shards")
     """Folder for the shards, index.npy and manifest.json."""
     split: str = "auto"
@@ -87,12 +101,20 @@ class ShardConfig:
     there, else stratified."""
     split_file: Path | None = None
     """CSV or TSV table of `track` (or `path`) and `split`, or the predecessor's data_split.txt."""
+    split_from: Path | None = None
+    """Packed data set whose tracks and artists keep their splits; new ones are dealt."""
     folds: Annotated[int, Range(minimum=3, cure="5 is usual")] = 5
     """Folds of `kfold`."""
     fold: Annotated[int, Range(minimum=0, cure="start with 0")] = 0
     """Fold that is tested (`kfold`), 0 to folds - 1; the next one validates."""
     groups: Path | None = None
-    """CSV or TSV table of `track` and `artist` (or `group`); a group is never in two splits."""
+    """Table of `track` and `artist` (or `group`), or `gtzan` for the list of GTZAN's artists; a
+    group is never in two splits."""
+    repetitions: bool = True
+    """Look for the same recording twice, by ear: copies, excerpts, other encodings or speeds. In
+    two splits it is refused."""
+    same_group: bool = False
+    """Keep tracks that hold the same recording, and their artists, in one split."""
     validation_fraction: Annotated[float, Range(above=0, cure="0.15 is usual")] = 0.15
     """Share of each genre's tracks for validation (`stratified`)."""
     test_fraction: Annotated[float, Range(above=0, cure="0.15 is usual")] = 0.15
@@ -103,14 +125,17 @@ class ShardConfig:
     """Length of a segment in seconds."""
     hop_s: Annotated[float, Range(above=0, below=math.inf, cure="1.5 is usual")] = 1.5
     """Seconds from the start of a segment to the start of the next."""
+    max_segments: Annotated[int | None, Range(minimum=1, cure="leave it out to keep all")] = None
+    """Segments of a track at most, spread over it, so that long tracks do not rule training."""
     sample_rate: Annotated[
         int, Range(minimum=4_000, maximum=192_000, cure="wav2vec2 models want 16000")
     ] = 16_000
     """Sample rate of the shards in Hz; wav2vec2 wants 16000."""
     rows_per_shard: Annotated[int, Range(minimum=1, cure="512 is usual")] = 512
     """Segments in a shard; 512 of 3 s are 50 MB."""
-    allow_bad: int = 0
-    """Unusable files that may be left out (they are listed in the manifest)."""
+    allow_bad: str = "0"
+    """Unusable files that may be left out: a number, or a share such as `1%`. The manifest lists
+    them."""
     jobs: Annotated[int, JOBS] = 0
     """Processes; 0 means one a core. The output does not depend on it."""
     part: str | None = None
@@ -121,6 +146,9 @@ class ShardConfig:
     """Replace a different data set in the output folder."""
     dry_run: bool = False
     """Print the plan (tracks, segments, shards, bytes, leak check) and stop."""
+    decode: bool = False
+    """With --dry-run: decode all tracks into OUT/parts, so that the plan is the truth. Packing
+    then does not decode them again."""
 
     @property
     def segment_samples(self) -> int:
@@ -131,6 +159,11 @@ class ShardConfig:
     def hop_samples(self) -> int:
         """Audio samples from a segment's start to the next one's."""
         return round(self.hop_s * self.sample_rate)
+
+    def bad_allowed(self, tracks: int) -> int:
+        """How many of so many tracks may be unusable."""
+        share = self.allow_bad.removesuffix("%")
+        return int(share) if share == self.allow_bad else int(float(share) / 100 * tracks)
 
     @property
     def part_of(self) -> tuple[int, int] | None:
@@ -158,7 +191,28 @@ class ShardConfig:
             "for example --part 1/4, 2/4, 3/4 and 4/4, then --join",
         )
         require(
+            "--decode",
+            self.dry_run or not self.decode,
+            self.decode,
+            "with --dry-run",
+            "packing decodes anyway",
+        )
+        require(
             "--part", not (part and self.join), self.part, "no --join", "join in a step of its own"
+        )
+        require(
+            "--allow-bad",
+            re.fullmatch(r"\d+|\d{1,2}(\.\d+)?%", self.allow_bad) is not None,
+            self.allow_bad,
+            "a number, or a percentage below 100",
+            "for example 12, or 1%",
+        )
+        require(
+            "--same-group",
+            self.repetitions or not self.same_group,
+            "--no-repetitions",
+            "repetitions that are looked for",
+            "leave one of them out",
         )
         fractions = (self.validation_fraction, self.test_fraction)
         require(
@@ -191,3 +245,5 @@ class InfoConfig:
 
     shards: Positional[Path] = Path("shards")
     """Folder that `python -m mgc_dist.shard` has filled."""
+    splits: Path | None = None
+    """Write the splits into this CSV file: track, genre, group, split; `--split-file` reads it."""

@@ -122,11 +122,16 @@ class PredictConfig:
     run: Positional[Path]
     """Run folder, or a folder that `export` wrote."""
     files: Positional[tuple[Path, ...]]
-    """Audio files."""
+    """Audio files, folders of them, or `-` for a list of paths on standard input."""
     top: Annotated[int, Range(minimum=1, cure="3 is usual")] = 3
     """Genres to print for a file."""
     json: bool = False
     """Print JSON: all probabilities of the file and of each segment."""
+    jsonl: Path | None = None
+    """Write a line of JSON a file here, as soon as it is known."""
+    csv: Path | None = None
+    """Write a line a file here, as soon as it is known: file, genre, probability, whether it is
+    near chance, error, and the probability of each genre."""
     plot: Path | None = None
     """Picture of the probabilities over time (.png, .svg or .pdf); of several files, each gets
     its name: OUT-NAME.png."""
@@ -146,6 +151,8 @@ class PredictConfig:
             "a name that ends in .png, .svg or .pdf",
             "for example --plot timeline.png",
         )
+        ways = [name for name in ("json", "jsonl", "csv") if getattr(self, name)]
+        require("--" + " --".join(ways), len(ways) < 2, "both", "one of them", "choose one")
 
 
 @dataclass(frozen=True, kw_only=True)

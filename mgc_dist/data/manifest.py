@@ -27,13 +27,25 @@ _SHARD = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
 @dataclass(frozen=True, kw_only=True)
 class TrackEntry:
-    """A packed track: its name, genre, group, split, segments and its source's xxh3_128."""
+    """A packed track.
+
+    Attributes:
+        id: its name.
+        genre: name of its genre.
+        group: its artist, None if unknown.
+        split: train, validation or test.
+        segments: S, those that are packed.
+        windows: whole segments that the track holds; more than S under `--max-segments`.
+        source: folder and name of its file.
+        source_xxh3: xxh3_128 of its file.
+    """
 
     id: str
     genre: str
     group: str | None
     split: str
     segments: int
+    windows: int
     source: str
     source_xxh3: str
 
@@ -84,6 +96,11 @@ class Manifest:
         """T."""
         return int(self.settings["segment_samples"])
 
+    def start_s(self, track: TrackEntry, segment: int) -> float:
+        """Seconds from the start of a track to that of a segment of it."""
+        window = window_of(segment, track.segments, track.windows)
+        return window * int(self.settings["hop_samples"]) / self.sample_rate
+
     def labelled_tracks(self) -> list[Track]:
         """The packed tracks with their splits, in the order that the index refers to."""
         return [
@@ -95,6 +112,11 @@ class Manifest:
     def sample_rate(self) -> int:
         """In Hz."""
         return int(self.settings["sample_rate"])
+
+
+def window_of(segment: int, segments: int, windows: int) -> int:
+    """Which window of a track a segment is, where segments are fewer: spread over the track."""
+    return segment * (windows - 1) // (segments - 1) if segments > 1 else (windows - 1) // 2
 
 
 def dataset_id(
@@ -216,6 +238,8 @@ def _from_json(content: dict[str, Any]) -> Manifest:
 
 def _entry(kind: type[E], comparison: dict[str, Any]) -> E:
     """A track or a shard, each field of its declared type, numbers positive."""
+    if kind is TrackEntry:
+        comparison = {"windows": comparison["segments"]} | comparison  # absent in older ones
     for field in fields(kind):
         value = comparison[field.name]
         if field.type in (int, "int"):

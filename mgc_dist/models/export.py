@@ -8,24 +8,41 @@ from pathlib import Path
 from mgc_dist import cli
 from mgc_dist.config import TrainConfig
 from mgc_dist.errors import UserError
-from mgc_dist.models import folder
+from mgc_dist.models import exported, folder
 
 CARD = """---
 pipeline_tag: audio-classification
 ---
 # {name}
 
-A music genre classifier, trained with mgc_dist. Give it {seconds:g} s of mono audio at
-{sample_rate} Hz:
+A music genre classifier, trained with mgc_dist.
+
+## A file of any length
+
+`genre.py` in this folder cuts a file into segments of {seconds:g} s, one every 1.5 s, and takes the
+mean of their probabilities, as `python -m mgc_dist.predict` does. It needs transformers, torch,
+soxr, soundfile and av, but no mgc_dist. In this folder:
+
+```python
+from genre import GenreClassifier
+
+classify = GenreClassifier()
+classify("song.mp3")
+```
+
+## A segment
+
+Give the pipeline {seconds:g} s of mono audio at {sample_rate} Hz. It takes a longer file as one
+segment, and then says something else than `genre.py`.
 
 ```python
 from transformers import pipeline
 
-classify = pipeline("audio-classification", model="{folder}", top_k=None)
+classify = pipeline("audio-classification", model=".", top_k=None)
 classify({{"array": wave, "sampling_rate": {sample_rate}}})
 ```
 
-A track's genre is the mean of its segments' probabilities; `python -m mgc_dist.predict` does that.
+## What it is
 
 - probabilities: {calibration}
 - genres: {genres}
@@ -48,7 +65,7 @@ class Export:
 
 
 def export(run: Path, out: Path) -> Export:
-    """Copy the best model of a run, with a card that says what it was trained on.
+    """Copy the best model of a run, with a card and with what predicts whole files.
 
     Args:
         run: the run folder.
@@ -81,11 +98,11 @@ def export(run: Path, out: Path) -> Export:
         shutil.copytree(source, out, dirs_exist_ok=True)
     else:
         folder.save_calibrated(classifier, out, sample_rate)
+    shutil.copyfile(Path(exported.__file__), out / "genre.py")
     card = CARD.format(
         name=out.name,
         seconds=classifier.segment_samples / sample_rate,
         sample_rate=sample_rate,
-        folder=out,
         calibration="as trained"
         if temperature is None
         else f"the last layer is divided by {temperature:.3f}, a temperature fitted on "

@@ -13,6 +13,8 @@ from mgc_dist.errors import UserError
 from mgc_dist.models import folder
 from mgc_dist.models.main import WaveClassifier
 
+NEAR_CHANCE = 1.5
+"""A genre that is less than half more probable than a guess says little: 0.15 of ten genres."""
 SHORTEST_S = 0.5
 """Shorter files hold too little to name a genre."""
 
@@ -45,6 +47,11 @@ class Prediction:
         """The most probable one."""
         return self.genres[int(self.mean.argmax())]
 
+    @property
+    def is_near_chance(self) -> bool:
+        """Whether the most probable genre is hardly more so than if all were equal."""
+        return bool(self.mean.max() < NEAR_CHANCE / len(self.genres))
+
     def to_json(self) -> dict[str, object]:
         """The file, its genre, and the probabilities of the whole and of each segment."""
 
@@ -54,6 +61,7 @@ class Prediction:
         return {
             "file": str(self.path),
             "genre": self.genre,
+            "is_near_chance": self.is_near_chance,
             "probabilities": named(self.mean),
             "segments": [
                 {"start_s": start, "probabilities": named(row)}
@@ -72,6 +80,11 @@ class Predictor:
 
     def __init__(self, classifier: WaveClassifier, sample_rate: int) -> None:
         self._classifier, self._sample_rate = classifier, sample_rate
+
+    @property
+    def genres(self) -> tuple[str, ...]:
+        """Names in label order."""
+        return self._classifier.genres
 
     @classmethod
     def load(cls, run_or_export: Path, device: torch.device) -> "Predictor":

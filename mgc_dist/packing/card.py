@@ -1,24 +1,35 @@
 """What a data set is, for people: the card beside its shards, and the table of `shard info`."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from mgc_dist.data import record
-from mgc_dist.data.manifest import Manifest, twins
-from mgc_dist.data.tracks import SPLITS
+from mgc_dist.data.manifest import Manifest, TrackEntry, twins
+from mgc_dist.data.tracks import SPLITS, Track
 from mgc_dist.files import replace_text
 from mgc_dist.packing.cut import PackPlan
 from mgc_dist.packing.splits import rule_of
 
-NAME = "README-DATASET.md"
+NAME = "README.md"
+"""Hugging Face datasets looks for splits and columns in a page of this name, and in no other."""
+BESIDE = "README-DATASET.md"
+"""Where the card is if the user has a page of that name; older data sets have it here."""
+_MADE_BY = "`python -m mgc_dist.shard`"
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Write the card, if it is not there as it should be."""
-    path, text = folder / NAME, _text(manifest)
+    """Write the card, if it is not there as it should be; a page of the user's own stays."""
+    path, beside, text = folder / NAME, folder / BESIDE, _text(manifest)
+    if path.is_file() and _MADE_BY not in path.read_text(encoding="utf-8", errors="replace"):
+        path = beside
+    elif beside.is_file():
+        beside.unlink()
     if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
         replace_text(path, text)
 
@@ -31,13 +42,8 @@ def show(folder: Path, manifest: Manifest) -> None:
         splits.add_column(column, justify="left" if column == "split" else "right")
     for name, *values in split_rows(manifest):
         splits.add_row(name, *values)
-    genres = Table(title="tracks by genre")
-    for column in ("label", "genre", *SPLITS):
-        genres.add_column(column, justify="left" if column == "genre" else "right")
-    for row in _genre_rows(manifest):
-        genres.add_row(*row)
     console.print(splits)
-    console.print(genres)
+    console.print(_genre_table(_genres_of(manifest)))
     settings = ", ".join(f"{key} {value}" for key, value in manifest.settings.items())
     lines = [f"settings: {settings}", f"versions: {_versions(manifest)}"]
     lines += [f"left out: {line}" for line in left_out(manifest)]
@@ -45,8 +51,23 @@ def show(folder: Path, manifest: Manifest) -> None:
     console.print("\n".join(lines), soft_wrap=True)
 
 
-def show_plan(plan: PackPlan, rule: str) -> None:
-    """Print what will be packed, what is left out, and what the split cannot see to."""
+def _genre_table(rows: list[tuple[str, ...]]) -> Table:
+    table = Table(title="tracks by genre, and the share of segments in the longest tenth of them")
+    for column in GENRE_COLUMNS:
+        table.add_column(column, justify="left" if column == "genre" else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def show_plan(plan: PackPlan, rule: str, listed: Sequence[Track]) -> None:
+    """Print what will be packed, what is left out, and what the split cannot see to.
+
+    Args:
+        plan: of the packing.
+        rule: of the split.
+        listed: tracks that were looked at, the unusable ones too.
+    """
     splits = Table(title=f"{len(plan.tracks)} tracks, {len(plan.genres)} genres, split {rule}")
     for column in ("split", "tracks", "artists", "segments"):
         splits.add_column(column, justify="left" if column == "split" else "right")
@@ -56,12 +77,22 @@ def show_plan(plan: PackPlan, rule: str) -> None:
         splits.add_row(split, str(tracks[split]), str(len(groups) or "unknown"), str(rows))
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(splits)
+    cut = plan.cut
+    by_genre = _genre_rows(
+        plan.genres,
+        plan.tracks,
+        plan.segments,
+        hop_s=cut.hop_samples / cut.sample_rate,
+        segment_s=cut.segment_samples / cut.sample_rate,
+    )
+    console.print(_genre_table(by_genre))
     size = sum(record.shard_bytes(rows, plan.cut.segment_samples) for _, rows in plan.shards())
     console.print(f"{len(plan.shards())} shards, {size / 1e6:.1f} MB")
+    paths = {track.id: str(track.path) for track in listed}
     reasons = Counter(plan.excluded.values())
     for reason, count in sorted(reasons.items()):
-        ids = [id_ for id_, why in plan.excluded.items() if why == reason]
-        named = ", ".join(ids) if count <= 5 else f"{count} tracks such as {ids[0]}"
+        names = [paths.get(id_, id_) for id_, why in plan.excluded.items() if why == reason]
+        named = ", ".join(names) if count <= 5 else f"{count} tracks such as {names[0]}"
         console.print(f"left out: {named}: {reason}")
     unknown = sum(track.group is None for track in plan.tracks)
     console.print(f"leak check: {kept_apart(len(plan.tracks) - unknown)}")
@@ -121,12 +152,37 @@ def _covered_s(manifest: Manifest, segments: int) -> float:
     return ((segments - 1) * step + manifest.segment_samples) / manifest.sample_rate
 
 
-def _genre_rows(manifest: Manifest) -> list[tuple[str, ...]]:
-    counts = Counter((track.genre, track.split) for track in manifest.tracks)
-    return [
-        (str(label), genre, *(str(counts[genre, split]) for split in SPLITS))
-        for label, genre in enumerate(manifest.genres)
-    ]
+GENRE_COLUMNS = ("label", "genre", *SPLITS, "segments", "hours", "longest tenth")
+
+
+def _genre_rows(
+    genres: Sequence[str],
+    tracks: Sequence[Track] | Sequence[TrackEntry],
+    segments: NDArray[np.int64],
+    *,
+    hop_s: float,
+    segment_s: float,
+) -> list[tuple[str, ...]]:
+    """Tracks of each genre by split, its segments and hours, and what its longest tenth holds."""
+    rows = []
+    for label, genre in enumerate(genres):
+        splits = Counter(track.split for track in tracks if track.genre == genre)
+        own = np.sort(segments[[track.genre == genre for track in tracks]])[::-1]
+        hours = ((own - 1) * min(hop_s, segment_s) + segment_s).sum() / 3600
+        longest = own[: max(1, round(len(own) / 10))].sum() / own.sum()
+        counts = (str(splits[split]) for split in SPLITS)
+        rows.append((str(label), genre, *counts, str(own.sum()), f"{hours:.2f}", f"{longest:.0%}"))
+    return rows
+
+
+def _genres_of(manifest: Manifest) -> list[tuple[str, ...]]:
+    return _genre_rows(
+        manifest.genres,
+        manifest.tracks,
+        np.array([track.segments for track in manifest.tracks]),
+        hop_s=int(manifest.settings["hop_samples"]) / manifest.sample_rate,
+        segment_s=manifest.segment_samples / manifest.sample_rate,
+    )
 
 
 def _versions(manifest: Manifest) -> str:
@@ -163,8 +219,8 @@ import webdataset
 shards = webdataset.WebDataset("{shard}", shardshuffle=False)
 ```
 
-With Hugging Face datasets, once this page is README.md in the folder: its head names splits and
-columns, so that audio stays bytes and needs no decoder, and an unknown group is no surprise.
+With Hugging Face datasets: the head of this page names splits and columns, so that audio stays
+bytes and needs no decoder, and an unknown group is no surprise.
 
 ```python
 from datasets import load_dataset
@@ -211,7 +267,9 @@ dataset_info:
 
 Hours are hours of music; segments overlap. {apart[0].upper()}{apart[1:]}.
 
-{_markdown(("label", "genre", *SPLITS), _genre_rows(manifest))}
+{_markdown(GENRE_COLUMNS, _genres_of(manifest))}
+
+The last column is the share of a genre's segments that the longest tenth of its tracks holds.
 
 ## What is not controlled
 
@@ -224,7 +282,7 @@ Hours are hours of music; segments overlap. {apart[0].upper()}{apart[1:]}.
 {_READING.format(shard=manifest.shards[0].name, split=splits[0])}
 ## How it was made
 
-`python -m mgc_dist.shard` with {settings};
+{_MADE_BY} with {settings};
 {_versions(manifest)}. The rights in the music are those of its source.
 """
 

@@ -1,9 +1,10 @@
-"""What will be packed, known from the files' headers alone: segments, rows, shards.
+"""What will be packed, known from the tracks' lengths alone: segments, rows, shards.
 
-Rows are dealt out before anything is decoded: the segments of a split are permuted by a keyed
+Rows are dealt out before anything is written: the segments of a split are permuted by a keyed
 bijection, so that a track's segments lie in different shards and no second shuffle is needed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,50 +15,75 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgc_dist.data import audio
+from mgc_dist.data.manifest import window_of
 from mgc_dist.data.order import bijection, key_of
 from mgc_dist.data.tracks import KNOWN_BAD, SPLITS, Track, refuse_leaks
 from mgc_dist.errors import UserError
+from mgc_dist.files import replace_text
 from mgc_dist.workers import spread
 
 SPREAD_VERSION = 1
 """Changes whenever the order of rows does."""
 _HEADERS_AT_ONCE = 8
 """Threads that read headers: on a network file system each waits some milliseconds."""
+_PRINTED = 10
+"""Unusable files that are named one by one; of more, a file holds the names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How tracks become segments and segments become shards (samples, Hz, rows)."""
+    """How tracks become segments and segments become shards (samples, Hz, rows).
+
+    `max_segments` of a track are kept, spread over it; 0 keeps all.
+    """
 
     segment_samples: int
     hop_samples: int
     sample_rate: int
     rows_per_shard: int
+    max_segments: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackPlan:
-    """What will be written, known from the files' headers alone.
+    """What will be written, known from the tracks' lengths alone.
 
     Attributes:
         cut: lengths and rates.
         tracks: with splits, in the order of their ids.
-        segments: int64 [tracks], S of each.
+        windows: int64 [tracks], whole segments that each holds.
         genres: names in label order.
         excluded: id -> reason of tracks that are left out.
     """
 
     cut: Cut
     tracks: tuple[Track, ...]
-    segments: NDArray[np.int64]
+    windows: NDArray[np.int64]
     genres: tuple[str, ...]
     excluded: dict[str, str]
+
+    @property
+    def segments(self) -> NDArray[np.int64]:
+        """S of each track: int64 [tracks]."""
+        return np.minimum(self.windows, self.cut.max_segments or self.windows)
+
+    def window(self, index: int, segment: int) -> int:
+        """Which window of a track a segment of it is."""
+        return window_of(segment, int(self.segments[index]), int(self.windows[index]))
 
     @property
     def split_rows(self) -> dict[str, int]:
         """Rows of each split."""
         splits = np.array([track.split for track in self.tracks])
         return {split: int(self.segments[splits == split].sum()) for split in SPLITS}
+
+    def is_same(self, other: "PackPlan") -> bool:
+        """Whether both write the same."""
+        mine, theirs = (
+            (plan.cut, plan.tracks, plan.windows.tolist(), plan.genres, plan.excluded)
+            for plan in (self, other)
+        )
+        return mine == theirs
 
     def shards(self) -> list[tuple[str, int]]:
         """Name and rows of each shard, in row order."""
@@ -83,17 +109,53 @@ class PackPlan:
         return rows
 
 
-def inspect(tracks: Sequence[Track], cut: Cut) -> tuple[dict[str, int], dict[str, str]]:
-    """Read every header: id -> planned segments, and id -> what is wrong with it."""
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Lengths of tracks before they are decoded.
+
+    Attributes:
+        samples: id -> length at the new rate, or what is wrong with the file.
+        guessed: ids of the tracks whose length only decoding tells.
+    """
+
+    samples: dict[str, int | str]
+    guessed: frozenset[str]
+
+
+def inspect(tracks: Sequence[Track], cut: Cut) -> Lengths:
+    """Read every header."""
     with ThreadPoolExecutor(_HEADERS_AT_ONCE) as threads:
-        looked = list(threads.map(partial(_samples_of, sample_rate=cut.sample_rate), tracks))
-    return count_segments({t.id: found for t, found in zip(tracks, looked, strict=True)}, cut)
+        looked = dict(zip((t.id for t in tracks), threads.map(_header, tracks), strict=True))
+    return Lengths(
+        samples={
+            id_: found if isinstance(found, str) else _planned(found, cut)
+            for id_, found in looked.items()
+        },
+        guessed=frozenset(
+            id_
+            for id_, found in looked.items()
+            if not isinstance(found, str) and not found.is_exact
+        ),
+    )
+
+
+def _header(track: Track) -> audio.Header | str:
+    try:
+        return audio.look(track.path)
+    except audio.UnusableAudio as error:
+        return reason_of(error)
+
+
+def _planned(header: audio.Header, cut: Cut) -> int:
+    """Samples at the new rate; a guess does not make a track too short."""
+    samples = header.samples_at(cut.sample_rate)
+    return samples if header.is_exact else max(samples, cut.segment_samples)
 
 
 def count_segments(
     samples: Mapping[str, int | str], cut: Cut
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Id -> planned segments, and id -> reason of the tracks that give none.
+    """Id -> whole segments, and id -> reason of the tracks that give none.
 
     Args:
         samples: id -> length at the new rate, or what is wrong with the file.
@@ -133,13 +195,6 @@ def decode_all(
     return {track.id: fault for track, fault in zip(tracks, found, strict=True) if fault}
 
 
-def _samples_of(track: Track, sample_rate: int) -> int | str:
-    try:
-        return audio.read_header(track.path).samples_at(sample_rate)
-    except audio.UnusableAudio as error:
-        return reason_of(error)
-
-
 def _fault_of(path: Path, sample_rate: int) -> str:
     try:
         audio.read_int16(path, sample_rate)
@@ -148,19 +203,34 @@ def _fault_of(path: Path, sample_rate: int) -> str:
     return ""
 
 
-def judge_bad(bad: dict[str, str], allow_bad: int) -> dict[str, str]:
+def judge_bad(
+    bad: Mapping[str, str], tracks: Sequence[Track], allowed: int, listing: Path
+) -> dict[str, str]:
     """Reasons to record for unusable tracks; files that are known to be bad need no leave.
 
+    Args:
+        bad: id -> reason.
+        tracks: that the ids belong to.
+        allowed: how many may be unusable.
+        listing: file that all are written into if they are too many to print.
+
     Raises:
-        UserError: more unexpected ones than `--allow-bad`; all of them are listed.
+        UserError: more unexpected ones than allowed.
     """
+    paths = {track.id: track.path for track in tracks}
     unexpected = {id_: reason for id_, reason in bad.items() if id_ not in KNOWN_BAD}
-    if len(unexpected) > allow_bad:
-        listed = "\n".join(f"    {id_}: {why}" for id_, why in sorted(unexpected.items()))
+    if len(unexpected) > allowed:
+        lines = [f"{paths[id_]}: {why}" for id_, why in sorted(unexpected.items())]
+        if len(lines) > _PRINTED:
+            replace_text(listing, "".join(f"{line}\n" for line in lines))
+            counts = Counter(unexpected.values()).most_common(_PRINTED)
+            lines = [f"{count} times: {why}" for why, count in counts]
+            lines.append(f"{listing} lists all of them")
+        listed = "\n".join(f"    {line}" for line in lines)
         raise UserError(
             "unusable audio files",
-            got=f"{len(unexpected)}",
-            expected=f"at most {allow_bad} (--allow-bad)",
+            got=f"{len(unexpected)} of {len(tracks)}",
+            expected=f"at most {allowed} (--allow-bad)",
             cure=f"replace them, or leave them out with --allow-bad {len(unexpected)}:\n{listed}",
         )
     known = {
@@ -169,8 +239,19 @@ def judge_bad(bad: dict[str, str], allow_bad: int) -> dict[str, str]:
     return unexpected | known
 
 
+def leave_out_small(tracks: Sequence[Track], min_tracks: int) -> tuple[list[Track], dict[str, str]]:
+    """Tracks of genres that have so many, and id -> reason of the others."""
+    counts = Counter(track.genre for track in tracks)
+    small = {
+        track.id: f"genre {track.genre} has {counts[track.genre]} tracks, fewer than --min-tracks"
+        for track in tracks
+        if counts[track.genre] < min_tracks
+    }
+    return [track for track in tracks if track.id not in small], small
+
+
 def make_plan(
-    tracks: Iterable[Track], segments: dict[str, int], excluded: dict[str, str], cut: Cut
+    tracks: Iterable[Track], windows: Mapping[str, int], excluded: Mapping[str, str], cut: Cut
 ) -> PackPlan:
     """The plan for tracks that have a split.
 
@@ -184,7 +265,7 @@ def make_plan(
     plan = PackPlan(
         cut=cut,
         tracks=kept,
-        segments=np.array([segments[track.id] for track in kept], np.int64),
+        windows=np.array([windows[track.id] for track in kept], np.int64),
         genres=tuple(sorted({track.genre for track in kept})),
         excluded=dict(sorted(excluded.items())),
     )

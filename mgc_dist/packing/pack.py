@@ -1,9 +1,8 @@
-"""Tracks to shards in one parallel pass, with the same bytes for any number of processes.
+"""Waves to shards in one parallel pass, with the same bytes for any number of processes.
 
-Every track is decoded and resampled once. All records have one size, so each worker writes its
-segments at their known offsets. Names are temporary until all is written; manifest last. What
-is finished is in a ledger: after a kill the same command goes on, once the bytes that the
-ledger promises have been read and checked.
+All records have one size, so each worker writes its segments at their known offsets. Names are
+temporary until all is written; manifest last. What is finished is in a ledger: after a kill the
+same command goes on, once the bytes that the ledger promises have been read and checked.
 """
 
 import bisect
@@ -19,7 +18,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,19 +27,10 @@ from mgc_dist import __version__
 from mgc_dist.data import audio, manifest, record
 from mgc_dist.data.ledger import Ledger
 from mgc_dist.data.manifest import Manifest, ShardEntry, TrackEntry
-from mgc_dist.data.tracks import Track
 from mgc_dist.errors import UserError
-from mgc_dist.files import (
-    fingerprint,
-    locked,
-    refuse_small_disk,
-    replacing,
-    sha256,
-    stamp_of,
-    sync,
-    write_at,
-)
-from mgc_dist.packing.cut import SPREAD_VERSION, PackPlan, reason_of
+from mgc_dist.files import locked, refuse_small_disk, replacing, sha256, sync, write_at
+from mgc_dist.packing.cut import SPREAD_VERSION, PackPlan
+from mgc_dist.packing.parts import Waves
 from mgc_dist.workers import cores, spread
 
 LOCK = ".packing.lock"
@@ -55,39 +45,6 @@ _LONGEST_FLOAT = 0.30000000000000004
 Settings = dict[str, int | float | str]
 
 
-class Waves(Protocol):
-    """Where the waves of tracks come from."""
-
-    def __call__(self, track: Track) -> tuple[NDArray[np.int16], str]:
-        """A track's wave at the new rate, int16 [samples], and its source's xxh3_128.
-
-        Raises:
-            UnusableAudio: the file proves unusable.
-        """
-
-    def stamp(self, track: Track) -> str:
-        """Changes whenever the track's content may have, without reading it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceFiles:
-    """Waves decoded from the tracks' own files.
-
-    Attributes:
-        sample_rate: in Hz.
-    """
-
-    sample_rate: int
-
-    def __call__(self, track: Track) -> tuple[NDArray[np.int16], str]:
-        """Decode, mix, resample, quantise; and hash the file."""
-        return audio.read_int16(track.path, self.sample_rate), fingerprint(track.path)
-
-    def stamp(self, track: Track) -> str:
-        """Place, size and times of the file."""
-        return stamp_of(track.path)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PackedTrack:
     """What a worker reports of a track.
@@ -97,14 +54,12 @@ class PackedTrack:
         source_xxh3: xxh3_128 of its source file.
         checksums: xxh3_64 of each record.
         payloads: xxh3_128 of each segment's audio.
-        bad: why it is unusable, "" if it is not.
     """
 
     id: str
     source_xxh3: str = ""
     checksums: tuple[int, ...] = ()
     payloads: tuple[str, ...] = ()
-    bad: str = ""
 
 
 def pack(
@@ -116,51 +71,45 @@ def pack(
     overwrite: bool,
     jobs: int,
     progress: Callable[[Iterator[PackedTrack]], Iterable[PackedTrack]],
-) -> tuple[Manifest | None, dict[str, str]]:
-    """Write the shards, the index and, last, the manifest.
+) -> Manifest:
+    """Write the shards, the index and, last, the manifest. The folder is the caller's `alone`.
 
     Args:
         plan: what to write.
         out: folder; what an earlier try has finished of the same plan is kept.
         settings: to record in the manifest.
-        waves: where the audio comes from.
+        waves: the decoded tracks.
         overwrite: whether a data set, or files of its names, may be replaced.
         jobs: processes, 0 for one a core.
         progress: wraps the stream of finished tracks, to show how far it is.
 
-    Returns:
-        The manifest and no bad tracks; or None and id -> reason of the tracks that proved
-        unusable when they were decoded: then nothing has been published.
-
     Raises:
-        UserError: another process packs here, something is there that may not be replaced, the
-            disk is too small, or a description too long.
+        UserError: something is there that may not be replaced, the disk is too small, or a wave
+            is not what it was when it was decoded.
         OSError: writing failed.
     """
-    _refuse_long_descriptions(plan)
-    out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
-        if not overwrite:
-            _refuse_to_replace(out)
-        with Ledger(out / _LEDGER, _name_of(plan, waves)) as ledger:
-            packed = _write_all(plan, out, waves, ledger, jobs=jobs, progress=progress)
-        bad = {item.id: item.bad for item in packed if item.bad}
-        made = None
-        if bad:
-            _remove_ours(out, (".tmp",))
-        else:
-            made = _publish(plan, out, settings, packed, jobs)
-            (out / _LEDGER).unlink()
-    return made, bad
+    if not overwrite:
+        _refuse_to_replace(out)
+    with Ledger(out / _LEDGER, _name_of(plan, waves)) as ledger:
+        packed = _write_all(plan, out, waves, ledger, jobs=jobs, progress=progress)
+    made = _publish(plan, out, settings, packed, jobs)
+    (out / _LEDGER).unlink()
+    return made
 
 
 def tidy(out: Path) -> None:
     """Remove what a packing that was killed after its last step has left behind."""
-    with _alone(out):
+    with alone(out):
         _remove_ours(out, (".tmp",))
 
 
-def _alone(out: Path) -> AbstractContextManager[None]:
+def alone(out: Path) -> AbstractContextManager[None]:
+    """Hold the folder for one packing.
+
+    Raises:
+        UserError: another process packs here.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     return locked(out / LOCK, wait_s=0, purpose=f"packing into {out}")
 
 
@@ -218,7 +167,7 @@ def _write_all(
     packed = []
     for item in progress(spread(write, enumerate(known), jobs)):
         packed.append(item)
-        if not item.bad and item.id not in ledger.done:
+        if item.id not in ledger.done:
             ledger.add(vars(item))
     _opened.cache_clear()
     return packed
@@ -272,21 +221,12 @@ def _pack_track(
         known = PackedTrack(**promised)
         if _is_written(known, [(path, offset) for _, path, offset in where], size):
             return known
-    try:
-        wave, source = waves(track)
-    except audio.UnusableAudio as error:
-        return PackedTrack(id=track.id, bad=reason_of(error))
-    windows = audio.segments(wave, cut.segment_samples, cut.hop_samples)
-    if len(windows) != len(where):
-        raise UserError(
-            f"audio file {track.path}",
-            got=f"{len(windows)} segments",
-            expected=f"{len(where)} as its header promised when packing began",
-            cure="it has changed meanwhile: pack again",
-        )
+    wave, source = waves(track)
+    every = audio.segments(wave, cut.segment_samples, cut.hop_samples)
+    windows = (every[plan.window(index, segment)] for segment in range(len(where)))
     checksums, payloads = [], []
     for segment, ((row, path, offset), window) in enumerate(zip(where, windows, strict=True)):
-        data = record.encode(_describe(plan, track, segment, row), window)
+        data = record.encode(_describe(plan, index, segment, row), window)
         write_at(_opened(path), offset, data)
         checksums.append(record.checksum(data))
         payloads.append(record.payload_digest(window.data))
@@ -316,7 +256,8 @@ def _first_rows(shards: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
         first += rows
 
 
-def _describe(plan: PackPlan, track: Track, segment: int, row: int) -> record.Segment:
+def _describe(plan: PackPlan, index: int, segment: int, row: int) -> record.Segment:
+    track = plan.tracks[index]
     return record.Segment(
         row=row,
         track=track.id,
@@ -324,17 +265,21 @@ def _describe(plan: PackPlan, track: Track, segment: int, row: int) -> record.Se
         genre=track.genre,
         label=plan.genres.index(track.genre),
         segment=segment,
-        start_s=segment * plan.cut.hop_samples / plan.cut.sample_rate,
+        start_s=plan.window(index, segment) * plan.cut.hop_samples / plan.cut.sample_rate,
         sample_rate=plan.cut.sample_rate,
         split=track.split,
     )
 
 
-def _refuse_long_descriptions(plan: PackPlan) -> None:
-    """Before anything is decoded: with the longest numbers that can come."""
+def refuse_long_descriptions(plan: PackPlan) -> None:
+    """Check, with the longest numbers that can come, that descriptions fit into a record.
+
+    Raises:
+        UserError: one is too long.
+    """
     rows = int(plan.segments.sum())
-    for track, segments in zip(plan.tracks, plan.segments, strict=True):
-        last = _describe(plan, track, max(0, int(segments) - 1), rows)
+    for index, segments in enumerate(plan.segments.tolist()):
+        last = _describe(plan, index, max(0, segments - 1), rows)
         record.head(replace(last, start_s=_LONGEST_FLOAT), 0)
 
 
@@ -347,12 +292,16 @@ def _publish(
     _remove_ours(out, (".tar", ".npy"))
     with replacing(out / manifest.INDEX) as file:
         np.save(file, index, allow_pickle=False)
-    settings = settings | {
-        "segment_samples": plan.cut.segment_samples,
-        "hop_samples": plan.cut.hop_samples,
-        "sample_rate": plan.cut.sample_rate,
-        "rows_per_shard": plan.cut.rows_per_shard,
-    }
+    settings = (
+        settings
+        | ({"max_segments": cap} if (cap := plan.cut.max_segments) else {})
+        | {
+            "segment_samples": plan.cut.segment_samples,
+            "hop_samples": plan.cut.hop_samples,
+            "sample_rate": plan.cut.sample_rate,
+            "rows_per_shard": plan.cut.rows_per_shard,
+        }
+    )
     tracks = track_entries(plan, packed)
     result = Manifest(
         dataset_id=manifest.dataset_id(settings, plan.genres, identities(index, tracks, payloads)),
@@ -364,7 +313,7 @@ def _publish(
         shards=shards,
         index_sha256=sha256(out / manifest.INDEX),
         versions={"mgc_dist": __version__}
-        | {name: version(name) for name in ("numpy", "soundfile", "soxr")},
+        | {name: version(name) for name in ("numpy", "soundfile", "soxr", "av")},
     )
     for shard in shards:
         (out / f"{shard.name}.tmp").replace(out / shard.name)
@@ -393,10 +342,13 @@ def track_entries(plan: PackPlan, packed: Sequence[PackedTrack]) -> tuple[TrackE
             group=track.group,
             split=track.split,
             segments=int(segments),
+            windows=int(windows),
             source=f"{track.path.parent.name}/{track.path.name}",
             source_xxh3=item.source_xxh3,
         )
-        for track, segments, item in zip(plan.tracks, plan.segments, packed, strict=True)
+        for track, segments, windows, item in zip(
+            plan.tracks, plan.segments, plan.windows, packed, strict=True
+        )
     )
 
 

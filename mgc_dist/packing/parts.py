@@ -1,19 +1,20 @@
-"""Packing on several machines: each decodes a part of the tracks, one joins them.
+"""Decoding, each file once: waves, resampled and quantised, before any row is dealt.
 
-Part i of n takes every n-th track in the order of their ids and writes its waves, resampled
-and quantised, into OUT/parts/part-0001-of-0004.pcm, with a list beside it. Joining is packing
-with these waves in place of the source files, so its bytes are those of one process; and since
-a wave knows nothing of rows, a file that one part finds unusable costs the others nothing.
+Part i of n takes every n-th track in the order of their ids and appends its waves to files in
+OUT/parts, with a list beside them. Packing on one machine is part 1 of 1, joined at once. A wave
+knows nothing of rows: a file that proves unusable, or another length than its header's, costs
+nothing but its own place, and what is decoded stays until it is packed.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from io import FileIO
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import xxhash
@@ -23,12 +24,20 @@ from mgc_dist.data import audio
 from mgc_dist.data.ledger import Ledger
 from mgc_dist.data.tracks import Track
 from mgc_dist.errors import UserError
-from mgc_dist.files import fingerprint, locked, replace_text, stamp_of, sync, write_at
+from mgc_dist.files import (
+    fingerprint,
+    locked,
+    refuse_small_disk,
+    replace_text,
+    stamp_of,
+    sync,
+    write_at,
+)
 from mgc_dist.packing.cut import reason_of
 from mgc_dist.workers import spread
 
 FOLDER = "parts"
-_FORMAT = "mgc_dist part 1"
+_FORMAT = "mgc_dist part 2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +46,8 @@ class DecodedTrack:
 
     Attributes:
         id: of the track.
-        file: name of the part's file of waves.
+        stamp: of the source file where it was decoded; "" if there was none.
+        file: name of the file of waves.
         offset: of the wave in it, in bytes.
         samples: of the wave.
         source_bytes: size of the source file.
@@ -47,6 +57,7 @@ class DecodedTrack:
     """
 
     id: str
+    stamp: str = ""
     file: str = ""
     offset: int = 0
     samples: int = 0
@@ -57,8 +68,8 @@ class DecodedTrack:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartWaves:
-    """Waves read from joined parts; stands in for the source files.
+class Waves:
+    """Waves of decoded tracks.
 
     Attributes:
         folder: of the parts.
@@ -103,6 +114,7 @@ def decode_part(
     out: Path,
     *,
     part: tuple[int, int],
+    lengths: Mapping[str, int | str],
     jobs: int,
     progress: Callable[[Iterator[DecodedTrack]], Iterable[DecodedTrack]],
 ) -> tuple[int, dict[str, str]]:
@@ -113,51 +125,62 @@ def decode_part(
         sample_rate: of the waves, in Hz.
         out: folder of the data set.
         part: (i, n), i from 1 to n.
+        lengths: id -> samples as headers tell them, or what is wrong: what the disk must hold.
         jobs: processes, 0 for one a core.
         progress: wraps the stream of finished tracks.
 
     Returns:
         The number of tracks of the part, and id -> reason of those that are unusable.
     """
-    folder = out / FOLDER
+    folder, name = out / FOLDER, _name(*part)
     folder.mkdir(parents=True, exist_ok=True)
-    name = _name(*part)
-    waves, temporary = folder / f"{name}.pcm", folder / f"{name}.pcm.tmp"
     mine = sorted(tracks, key=lambda track: track.id)[part[0] - 1 :: part[1]]
-    with locked(folder / f"{name}.lock", wait_s=0, purpose=f"--part {part[0]}/{part[1]}"):
-        tasks = _tasks(mine, sample_rate)
-        work = hashlib.sha256(json.dumps([sample_rate, part, tasks]).encode()).hexdigest()
-        if _is_done(folder, name, work):
-            return len(mine), _bad(_read_list(folder, name).tracks)
-        with Ledger(folder / f"{name}.jsonl.tmp", work) as ledger:
-            temporary.touch()
-            os.truncate(temporary, sum(2 * samples for _, samples, _ in tasks.values()))
-            paths = {track.id: track.path for track in mine}
-            decode = partial(
-                _decode, paths=paths, sample_rate=sample_rate, into=temporary, name=waves.name
+    with locked(folder / f"{name}.lock", wait_s=0, purpose=f"decoding part {part[0]}/{part[1]}"):
+        known = _known(folder, name, sample_rate)
+        with Ledger(folder / f"{name}.jsonl.tmp", f"{_FORMAT} at {sample_rate} Hz") as ledger:
+            known |= ledger.done
+            items = [(track.id, track.path, known.get(track.id)) for track in mine]
+            lengths_of_new = (lengths[track.id] for track in mine if track.id not in known)
+            refuse_small_disk(
+                f"--out {out}",
+                out,
+                2 * sum(n for n in lengths_of_new if isinstance(n, int)),
+                purpose=" for decoded audio, and more for the shards",
+                cure="free some, or choose another --out",
             )
-            items = [(id_, task, ledger.done.get(id_)) for id_, task in tasks.items()]
+            _spool.cache_clear()  # with one job the cache is this process's
             decoded = []
-            for item in progress(spread(decode, items, jobs)):
+            work = partial(_decode, sample_rate=sample_rate, folder=folder, name=name)
+            for item in progress(spread(work, items, jobs)):
                 decoded.append(item)
-                if item.id not in ledger.done:
+                if vars(item) != ledger.done.get(item.id):
                     ledger.add(vars(item))
-        sync(temporary)
-        temporary.replace(waves)
+            _spool.cache_clear()
+        files = {item.file for item in decoded if item.file}
+        for file in files:
+            sync(folder / file)
         content = {
             "format": _FORMAT,
-            "work": work,
             "part": list(part),
             "sample_rate": sample_rate,
             "tracks": [vars(item) for item in decoded],
         }
         replace_text(folder / f"{name}.json", json.dumps(content))
         (folder / f"{name}.jsonl.tmp").unlink()
-    return len(mine), _bad(decoded)
+        for path in folder.glob(f"{name}.*.pcm"):
+            if path.name not in files:
+                path.unlink()
+    return len(mine), {item.id: item.bad for item in decoded if item.bad}
 
 
-def join(tracks: Sequence[Track], sample_rate: int, out: Path) -> PartWaves:
+def join(tracks: Sequence[Track], sample_rate: int, out: Path, *, total: int = 0) -> Waves:
     """The waves of all parts.
+
+    Args:
+        tracks: to be packed.
+        sample_rate: of the waves, in Hz.
+        out: folder of the data set.
+        total: number of parts, 0 for the number that is there.
 
     Raises:
         UserError: a part is missing, was made with other settings or for other tracks, or a
@@ -172,15 +195,17 @@ def join(tracks: Sequence[Track], sample_rate: int, out: Path) -> PartWaves:
             expected="the parts that --part 1/N to N/N write",
             cure="run them first, with the same --data and --out",
         )
-    total = int(names[0].rsplit("-", 1)[1])
-    wanted = [_name(number, total) for number in range(1, total + 1)]
+    many = total or int(names[0].rsplit("-", 1)[1])
+    wanted = [_name(number, many) for number in range(1, many + 1)]
+    if total:
+        names = wanted
     if names != wanted:
         odd = sorted(set(names) ^ set(wanted))[0]
         fault = "missing" if odd in wanted else "of another number of parts"
         raise UserError(
             f"--join in {folder}",
             got=f"{len(names)} finished parts; {odd} is {fault}",
-            expected=f"{total} parts of {total}",
+            expected=f"{many} parts of {many}",
             cure="run the missing ones, or remove those of another number of parts",
         )
     decoded: dict[str, DecodedTrack] = {}
@@ -204,13 +229,13 @@ def join(tracks: Sequence[Track], sample_rate: int, out: Path) -> PartWaves:
                 expected=f"the {size} bytes of {track.path}",
                 cure="the tracks have changed: run the parts again",
             )
-    return PartWaves(folder=folder, tracks=decoded)
+    return Waves(folder=folder, tracks=decoded)
 
 
-def remove(out: Path) -> None:
-    """Remove the parts once they are joined."""
+def remove(out: Path, *, joined: bool) -> None:
+    """Remove what has been packed: all parts once they are joined, else part 1 of 1."""
     folder = out / FOLDER
-    for path in folder.glob("part-*-of-*"):
+    for path in folder.glob("part-*-of-*" if joined else f"{_name(1, 1)}*"):
         path.unlink()
     with suppress(OSError):  # none there, or files of others in it
         folder.rmdir()
@@ -220,55 +245,48 @@ def _name(number: int, total: int) -> str:
     return f"part-{number:04d}-of-{total:04d}"
 
 
-def _tasks(tracks: Sequence[Track], sample_rate: int) -> dict[str, tuple[int, int, str]]:
-    """Offset in bytes, planned samples (0 for a bad header) and stamp of the source, by id."""
-    tasks, offset = {}, 0
-    for track in tracks:
-        try:
-            samples = audio.read_header(track.path).samples_at(sample_rate)
-        except audio.UnusableAudio:
-            samples = 0
-        tasks[track.id] = (offset, samples, stamp_of(track.path) if track.path.is_file() else "")
-        offset += 2 * samples
-    return tasks
+def _known(folder: Path, name: str, sample_rate: int) -> dict[str, dict[str, object]]:
+    """What a finished list of this part says of each track, by id; nothing if it is damaged."""
+    with suppress(UserError):
+        part = _read_list(folder, name)
+        if part.sample_rate == sample_rate:
+            return {item.id: vars(item) for item in part.tracks}
+    return {}
 
 
 def _decode(
-    item: tuple[str, tuple[int, int, str], dict[str, object] | None],
-    paths: dict[str, Path],
-    sample_rate: int,
-    into: Path,
-    name: str,
+    item: tuple[str, Path, dict[str, object] | None], sample_rate: int, folder: Path, name: str
 ) -> DecodedTrack:
-    id_, (offset, planned, _), promised = item
-    path = paths[id_]
-    if promised:
+    id_, path, promised = item
+    stamp = stamp_of(path) if path.is_file() else ""
+    if promised and promised["stamp"] == stamp:
         known = DecodedTrack(**promised)  # type: ignore[arg-type]
-        if known.bad or _is_whole(into, known):
+        if known.bad or _is_whole(folder, known):
             return known
-    size = path.stat().st_size if path.is_file() else 0
+    size = path.stat().st_size if stamp else 0
     try:
         wave = audio.read_int16(path, sample_rate)
     except audio.UnusableAudio as error:
-        return DecodedTrack(id=id_, source_bytes=size, bad=reason_of(error))
-    if len(wave) != planned:
-        raise UserError(
-            f"audio file {path}",
-            got=f"{len(wave)} samples",
-            expected=f"{planned} as its header promised when this part began",
-            cure="it has changed meanwhile: run this part again",
-        )
-    with into.open("r+b", buffering=0) as file:
-        write_at(file, offset, wave.data.cast("B"))
+        return DecodedTrack(id=id_, stamp=stamp, source_bytes=size, bad=reason_of(error))
+    file = _spool(folder, name)
+    offset = file.seek(0, os.SEEK_END)
+    write_at(file, offset, wave.data.cast("B"))
     return DecodedTrack(
         id=id_,
-        file=name,
+        stamp=stamp,
+        file=Path(str(file.name)).name,
         offset=offset,
         samples=len(wave),
         source_bytes=size,
         source_xxh3=fingerprint(path),
         checksum=xxhash.xxh3_64_intdigest(wave.data),
     )
+
+
+@lru_cache(maxsize=1)
+def _spool(folder: Path, name: str) -> FileIO:
+    """The file that this process appends waves to: nobody knows their lengths before."""
+    return (folder / f"{name}.{uuid4().hex[:12]}.pcm").open("xb", buffering=0)
 
 
 def _read_wave(path: Path, entry: DecodedTrack) -> bytes:
@@ -280,25 +298,13 @@ def _read_wave(path: Path, entry: DecodedTrack) -> bytes:
 class _Part:
     """What the list beside a part's waves says."""
 
-    work: str
     sample_rate: int
     tracks: list[DecodedTrack]
 
 
-def _is_done(folder: Path, name: str, work: str) -> bool:
-    """Whether a part is finished and all of its waves are as they were written."""
-    waves = folder / f"{name}.pcm"
-    try:
-        part = _read_list(folder, name)
-    except UserError:
-        return False
-    return part.work == work and all(
-        item.bad or (waves.is_file() and _is_whole(waves, item)) for item in part.tracks
-    )
-
-
-def _is_whole(waves: Path, item: DecodedTrack) -> bool:
-    return xxhash.xxh3_64_intdigest(_read_wave(waves, item)) == item.checksum
+def _is_whole(folder: Path, item: DecodedTrack) -> bool:
+    path = folder / item.file
+    return path.is_file() and (xxhash.xxh3_64_intdigest(_read_wave(path, item)) == item.checksum)
 
 
 def _read_list(folder: Path, name: str) -> _Part:
@@ -308,7 +314,7 @@ def _read_list(folder: Path, name: str) -> _Part:
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']!r}")
         tracks = [DecodedTrack(**entry) for entry in content["tracks"]]
-        return _Part(work=content["work"], sample_rate=content["sample_rate"], tracks=tracks)
+        return _Part(sample_rate=content["sample_rate"], tracks=tracks)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"part {path}",
@@ -316,7 +322,3 @@ def _read_list(folder: Path, name: str) -> _Part:
             expected="a list as --part wrote it",
             cure="run this part again",
         ) from error
-
-
-def _bad(decoded: Sequence[DecodedTrack]) -> dict[str, str]:
-    return {item.id: item.bad for item in decoded if item.bad}

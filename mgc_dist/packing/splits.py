@@ -1,22 +1,35 @@
 """Tracks to train, validation and test; folds; groups (artists) are kept together.
 
-`fault-filtered` and `table` take what others have decided, `stratified` and `kfold` deal:
-groups are taken largest first, each to the part that is emptiest relative to its share.
-A new rule is an entry of RULES.
+`fault-filtered` and `table` take what others have decided. `stratified` and `kfold` put each
+genre's groups into the order of a hash and cut this row at the wanted shares, so that a track
+more or less moves at most one group at each border. A new rule is an entry of RULES.
 """
 
 import ast
+import csv
 import difflib
-import hashlib
+import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
+
 from mgc_dist.config import ShardConfig
-from mgc_dist.data.tracks import KNOWN_BAD, SPLITS, Track, group_key, read_table, split_name
+from mgc_dist.data.tables import read_table, read_text
+from mgc_dist.data.tracks import (
+    KNOWN_BAD,
+    SPLITS,
+    SUFFIXES,
+    Track,
+    group_key,
+    keyed,
+    split_name,
+)
 from mgc_dist.errors import UserError
 
 NOT_LISTED = "not in the fault-filtered lists"
@@ -25,8 +38,6 @@ NOT_NAMED = "named in no split of the table"
 NOT_FOUND = "named in the table of splits, but no such track"
 BY_LIST = (NOT_LISTED, NO_FILE, NOT_NAMED, NOT_FOUND)
 """Reasons for which a list leaves tracks out, whatever is in their files."""
-
-_M64 = (1 << 64) - 1
 
 Listed = tuple[list[Track], dict[str, str]]
 """Tracks with their split, and id -> reason of those left out."""
@@ -38,7 +49,8 @@ class Rule:
 
     Attributes:
         by_list: takes all tracks that were found; before their files are looked at.
-        deal: gives a split to each of the usable tracks.
+        deal: gives a split to each of the usable tracks; every genre must be in every split.
+        groups: how many groups of a genre it needs for that.
         knobs: fields of `ShardConfig` that it reads; they are written into the manifest.
         files: flags that name files it reads, and words that stand for them.
         by_artist: whether the list was made by artist, so that unknown artists are no worry.
@@ -46,6 +58,7 @@ class Rule:
 
     by_list: Callable[[Sequence[Track], ShardConfig], Listed] | None = None
     deal: Callable[[Sequence[Track], ShardConfig], list[Track]] | None = None
+    groups: Callable[[ShardConfig], int] = lambda config: len(SPLITS)
     knobs: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     by_artist: bool = False
@@ -53,7 +66,9 @@ class Rule:
 
 def settings(rule: str, config: ShardConfig) -> dict[str, int | float | str]:
     """What the manifest says of the split: the rule, and the knobs that it reads."""
-    return {"split": rule} | {name: getattr(config, name) for name in RULES[rule].knobs}
+    extra = {"split_from": str(config.split_from)} if config.split_from else {}
+    extra |= {"same_group": "yes"} if config.same_group else {}
+    return {"split": rule} | {name: getattr(config, name) for name in RULES[rule].knobs} | extra
 
 
 def rule_of(settings: Mapping[str, object]) -> Rule:
@@ -61,11 +76,19 @@ def rule_of(settings: Mapping[str, object]) -> Rule:
     return RULES.get(str(settings["split"]), Rule())
 
 
-def choose(rule: str, tracks: Sequence[Track], table: Path | None) -> str:
+def choose(
+    rule: str, tracks: Sequence[Track], table: Path | None, *, before: Path | None = None
+) -> str:
     """What `auto` stands for.
 
     `table` if there is one (or a column `split`), `fault-filtered` if every track of its lists
     is there, else `stratified`.
+
+    Args:
+        rule: that was asked for.
+        tracks: all of them.
+        table: `--split-file`.
+        before: `--split-from`, whose splits stay; new tracks are then dealt.
 
     Raises:
         UserError: no such rule; a table of splits that would not be used; nearly all of GTZAN.
@@ -85,8 +108,15 @@ def choose(rule: str, tracks: Sequence[Track], table: Path | None) -> str:
             expected="--split table",
             cure="leave one of them out",
         )
-    if rule != "auto":
-        return rule
+    if before and (table or (rule != "auto" and not RULES[rule].deal)):
+        raise UserError(
+            f"--split-from {before}",
+            got=f"--split-file {table}" if table else f"--split {rule}",
+            expected="splits from one source",
+            cure="leave one of them out",
+        )
+    if rule != "auto" or before:
+        return "stratified" if rule == "auto" else rule
     if table or any(track.split for track in tracks):
         return "table"
     present = {track.id for track in tracks} | set(KNOWN_BAD)
@@ -166,72 +196,99 @@ def split_table(tracks: Sequence[Track], table: Path | None) -> Listed:
     return kept, left_out
 
 
+def deal(
+    rule: str, tracks: Sequence[Track], config: ShardConfig, before: Mapping[str, Track]
+) -> list[Track]:
+    """Usable tracks with the splits of a rule that deals, or as they are if it is a list.
+
+    Args:
+        rule: name of an entry of RULES.
+        tracks: without the unusable ones.
+        config: the knobs.
+        before: id -> track of an earlier data set whose splits stay (`--split-from`).
+
+    Raises:
+        UserError: a genre has no track in some split.
+    """
+    entry = RULES[rule]
+    if not entry.deal:
+        return list(tracks)
+    dealt = entry.deal(tracks, config)
+    of_group: dict[str | None, str] = {t.group: t.split for t in before.values() if t.group}
+    dealt = [
+        replace(
+            track,
+            split=before[track.id].split
+            if track.id in before
+            else of_group.get(track.group, track.split),
+        )
+        for track in dealt
+    ]
+    _refuse_gaps(dealt, entry.groups(config))
+    return dealt
+
+
+def as_table(tracks: Sequence[Track]) -> str:
+    """The splits of tracks as CSV, as `--split-file` reads them."""
+    text = io.StringIO(newline="")
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(("track", "genre", "group", "split"))
+    lines.writerows((t.id, t.genre, t.group or "", t.split) for t in tracks)
+    return text.getvalue()
+
+
 def split_stratified(
     tracks: Sequence[Track], *, validation: float, test: float, seed: int
 ) -> list[Track]:
-    """Tracks with a split: each genre in the wanted shares, groups kept together.
-
-    Raises:
-        UserError: a genre gets no track in some split (too few tracks or groups).
-    """
-    shares = {"train": 1 - validation - test, "validation": validation, "test": test}
-    chosen = _deal(tracks, shares, seed)
-    labelled = [replace(track, split=chosen[group_key(track.id, track.group)]) for track in tracks]
-    _refuse_gaps(labelled, "three tracks by three artists")
-    return labelled
+    """Tracks with a split: each genre in the wanted shares, groups kept together."""
+    names = ("test", "validation", "train")
+    chosen = _cut(tracks, (test, test + validation), seed)
+    return [
+        replace(track, split=names[chosen[group_key(track.id, track.group)]]) for track in tracks
+    ]
 
 
 def split_kfold(tracks: Sequence[Track], *, folds: int, fold: int, seed: int) -> list[Track]:
     """Tracks with a split: fold `fold` is test, the next one validation, the others train.
 
     Over fold = 0 .. folds - 1 every track is tested once.
-
-    Raises:
-        UserError: a genre gets no track in some split.
     """
     of_fold = {fold: "test", (fold + 1) % folds: "validation"}
-    dealt = deal_folds(tracks, folds, seed)
-    labelled = [
-        replace(track, split=of_fold.get(dealt[group_key(track.id, track.group)], "train"))
+    chosen = _cut(tracks, [number / folds for number in range(1, folds)], seed)
+    return [
+        replace(track, split=of_fold.get(chosen[group_key(track.id, track.group)], "train"))
         for track in tracks
     ]
-    _refuse_gaps(labelled, f"{folds} tracks by {folds} artists")
-    return labelled
 
 
-def deal_folds(tracks: Sequence[Track], folds: int, seed: int) -> dict[str, int]:
-    """group_key -> fold, 0 .. folds - 1, each genre spread evenly over folds."""
-    shares = {str(fold): 1 / folds for fold in range(folds)}
-    return {key: int(fold) for key, fold in _deal(tracks, shares, seed).items()}
+def _cut(tracks: Sequence[Track], borders: Sequence[float], seed: int) -> dict[str, int]:
+    """group_key -> part, 0 to len(borders): each genre cut at shares of its tracks.
 
-
-def _deal(tracks: Sequence[Track], shares: Mapping[str, float], seed: int) -> dict[str, str]:
-    """group_key -> bin, every genre in the wanted shares.
-
-    Groups are taken largest first, in an order keyed by the seed; each goes to the bin that is
-    emptiest, relative to its share, over the genres of the group's tracks, and of equally
-    empty ones to the one with the fewest tracks of any genre.
+    A group of several genres counts in the one of most of its tracks. It lies where its middle
+    is. A genre has a group in every part if it has as many groups as there are parts.
     """
     members: dict[str, Counter[str]] = defaultdict(Counter)
     for track in tracks:
         members[group_key(track.id, track.group)][track.genre] += 1
-    have: dict[str, Counter[str]] = {name: Counter() for name in shares}
-
-    def fill(name: str, genres: Mapping[str, int]) -> tuple[float, float]:
-        here = sum(count * have[name][genre] for genre, count in genres.items())
-        return here / shares[name], have[name].total() / shares[name]
-
-    chosen: dict[str, str] = {}
-    for key in sorted(members, key=lambda k: (-members[k].total(), _keyed(seed, k))):
-        best = min(shares, key=lambda name: fill(name, members[key]))
-        have[best].update(members[key])
-        chosen[key] = best
-    return chosen
-
-
-def _keyed(seed: int, text: str) -> int:
-    digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") & _M64
+    rows: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(members, key=lambda key: (keyed(seed, key), key)):
+        genres = members[key]
+        rows[min(genres, key=lambda genre: (-genres[genre], genre))].append(key)
+    parts: dict[str, int] = {}
+    for row in rows.values():
+        sizes = [members[key].total() for key in row]
+        ends = list(accumulate(sizes))
+        middles = [end - size / 2 for end, size in zip(ends, sizes, strict=True)]
+        firsts = np.searchsorted(middles, np.array(borders) * ends[-1]).tolist()
+        if len(row) > len(borders):
+            for number in range(len(borders)):
+                least = firsts[number - 1] + 1 if number else 1
+                most = len(row) - (len(borders) - number)
+                firsts[number] = min(max(firsts[number], least), most)
+        parts |= zip(
+            row, np.searchsorted(firsts, range(len(row)), side="right").tolist(), strict=True
+        )
+    return parts
 
 
 def _refuse_empty(kept: Sequence[Track], what: str, expected: str, cure: str) -> None:
@@ -241,31 +298,28 @@ def _refuse_empty(kept: Sequence[Track], what: str, expected: str, cure: str) ->
         raise UserError(what, got=f"{got} tracks", expected=expected, cure=cure)
 
 
-def _refuse_gaps(labelled: Sequence[Track], at_least: str) -> None:
-    totals = Counter(track.genre for track in labelled)
+def _refuse_gaps(labelled: Sequence[Track], needed: int) -> None:
+    groups: dict[str, set[str]] = defaultdict(set)
+    for track in labelled:
+        groups[track.genre].add(group_key(track.id, track.group))
     have = Counter((track.split, track.genre) for track in labelled)
-    for genre in sorted(totals):
-        for split in SPLITS:
-            if not have[split, genre]:
-                raise UserError(
-                    f"genre {genre} has no track for the {split} split",
-                    got=f"{totals[genre]} tracks, no artist of which may be in two splits",
-                    expected=f"at least {at_least}",
-                    cure="add tracks, or take the genre out",
-                )
+    for genre in sorted(groups):
+        total = sum(have[split, genre] for split in SPLITS)
+        missing = [split for split in SPLITS if not have[split, genre]]
+        if missing or len(groups[genre]) < needed:
+            what = f"no track for the {missing[0]} split" if missing else "too few artists"
+            raise UserError(
+                f"genre {genre} has {what}",
+                got=f"{total} tracks by {len(groups[genre])} artists, each of them in one split",
+                expected=f"at least {needed} tracks by {needed} artists",
+                cure=f"add tracks; or leave the genre out: --min-tracks {total + 1} leaves out "
+                "all genres as small as this one, --genres names those to keep",
+            )
 
 
 def _pairs(table: Path) -> list[tuple[str, str]]:
     flag = "--split-file"
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{flag} {table}",
-            got=str(error),
-            expected="a readable table in UTF-8",
-            cure="columns track and split",
-        ) from error
+    text = read_text(table, flag)
     if re.match(r"\w+:\s*\n\s*\[", text):
         return _predecessors_pairs(text, f"{flag} {table}")
     rows = [row for _, row in read_table(table, flag)]
@@ -329,7 +383,9 @@ def _match(
 
 def _comparable(name: str) -> str:
     """`pop/pop00048.png`, `pop.00048.wav` and `pop_00048` -> `pop00048`."""
-    *folders, stem = re.sub(r"\.(wav|flac|ogg|mp3|opus|png|au)$", "", name.lower()).split("/")
+    name = name.lower()
+    suffix = next((end for end in (*SUFFIXES, ".png") if name.endswith(end)), "")
+    *folders, stem = name.removesuffix(suffix).split("/")
     genre = folders[-1] if folders and not stem.startswith(folders[-1]) else ""
     return re.sub(r"[\W_]+", "", genre + stem)
 
@@ -351,6 +407,7 @@ RULES: dict[str, Rule] = {
         deal=lambda tracks, config: split_kfold(
             tracks, folds=config.folds, fold=config.fold, seed=config.seed
         ),
+        groups=lambda config: config.folds,
         knobs=("seed", "folds", "fold"),
     ),
     "table": Rule(

@@ -149,7 +149,7 @@ def _record_faults(dataset: Manifest, row: int, entry: np.void, data: bytes) -> 
         genre=track.genre,
         label=int(entry["label"]),
         segment=segment,
-        start_s=segment * int(dataset.settings["hop_samples"]) / dataset.sample_rate,
+        start_s=dataset.start_s(track, segment),
         sample_rate=dataset.sample_rate,
         split=track.split,
     )

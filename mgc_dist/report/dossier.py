@@ -277,6 +277,7 @@ def _decider(
 ) -> Decider:
     dataset = shards.manifest
     track = [t.id for t in dataset.tracks].index(line["track"])
+    entry = dataset.tracks[track]
     own = shards.index["track"][first : first + len(table)] == track
     rows = np.flatnonzero(own)
     segments = shards.index["segment"][first + rows].astype(np.int64)
@@ -286,10 +287,9 @@ def _decider(
     wrong = probability[:, genres.index(line["prediction"])]
     truth = probability[:, genres.index(line["truth"])]
     decided = int(wrong.argmax())
-    hop_s = int(dataset.settings["hop_samples"]) / dataset.sample_rate
     audio = shards.read(first + int(rows[decided]))
     return Decider(
-        start_s=[float(segment * hop_s) for segment in segments],
+        start_s=[dataset.start_s(entry, int(segment)) for segment in segments],
         wrong=wrong.tolist(),
         truth=truth.tolist(),
         segment=decided,

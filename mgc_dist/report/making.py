@@ -274,6 +274,10 @@ def _shard_command(shards: str, of: Manifest) -> str:
     for name in rule.knobs:
         words += [flag(name), str(s[name])]
     words += rule.files
+    for name in ("split_from", "max_segments"):
+        if name in s:
+            words += [flag(name), str(s[name])]
+    words += ["--same-group"] if "same_group" in s else []
     if of.excluded:
         words += ["--allow-bad", str(len(of.excluded))]
     return shlex.join(words)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mgc_dist.data.tracks import read_table
+from mgc_dist.data.tables import read_table
 from mgc_dist.errors import UserError
 from mgc_dist.scoring.intervals import wilson
 from mgc_dist.scoring.metrics import track_labels, track_means

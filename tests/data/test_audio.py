@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mgc_dist.data import audio
+from mgc_dist.data import audio, decoders
 from mgc_dist.errors import UserError
 
 RATE = 22_050
@@ -75,7 +75,7 @@ def test_mixing_down_has_the_bits_of_the_mean(channels: int, kind: type) -> None
 def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "x.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 50_000))
     whole = audio.read(path, 16_000)
-    monkeypatch.setattr(audio, "_BLOCK", 997)
+    monkeypatch.setattr(decoders, "_BLOCK", 997)
     assert np.abs(audio.read(path, 16_000) - whole).max() < 1e-6
 
 
@@ -177,9 +177,9 @@ def test_opus_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("frames", [400, 4_001, 30_003, 66_150])
 def test_the_header_tells_the_length(rate: int, frames: int, tmp_path: Path) -> None:
     path = write(tmp_path / "x.wav", tone(440, frames / rate, rate)[:frames], rate, "PCM_16")
-    frames = audio.read_header(path).frames
+    frames = audio.look(path).frames
     for wave in (audio.read(path, 16_000), audio.read_int16(path, 16_000)):
-        assert len(wave) == audio.read_header(path).samples_at(16_000) == frames * 16_000 // rate
+        assert len(wave) == audio.look(path).samples_at(16_000) == frames * 16_000 // rate
 
 
 @pytest.mark.parametrize("keep", [0.0005, 0.3, 0.999])
@@ -188,21 +188,49 @@ def test_a_cut_wav_file_is_refused_from_its_header(keep: float, form: str, tmp_p
     # libsndfile itself reads what is left of it without a word
     path = tmp_path / "x.wav"
     soundfile.write(path, tone(440), RATE, "PCM_16", format=form)
-    audio.read_header(path)
+    audio.look(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: max(150, int(keep * len(whole)))])
     assert len(soundfile.read(path)[0]) < 2 * RATE
     with pytest.raises(UserError, match="bytes of audio where its header claims 88200"):
-        audio.read_header(path)
+        audio.look(path)
 
 
-def test_a_wav_file_from_a_pipe_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("claimed", [0, 0x7FFFF000, 0x80000000, 0xFFFFFFFF])
+def test_a_wav_file_from_a_pipe_is_heard_to_its_end(claimed: int, tmp_path: Path) -> None:
+    wave = np.random.default_rng(0).integers(-9999, 9999, 1601, np.int16)
     path = tmp_path / "x.wav"
-    path.write_bytes(riff(claimed=0xFFFFFFFF))
-    with pytest.raises(UserError, match=r"claims 4294967295.*written to a pipe"):
-        audio.read_header(path)
-    path.write_bytes(riff() + b"LIST\4\0\0\0abcd")  # chunks after the audio are fine
-    assert audio.read_header(path).frames == 1600
+    path.write_bytes(riff(wave.tobytes(), claimed=claimed))
+    assert (audio.read_int16(path, 16_000) == wave).all()
+    path.write_bytes(riff(wave.tobytes() + b"x", claimed=claimed))  # half a sample more
+    assert (audio.read_int16(path, 16_000) == wave).all()
+
+
+def test_a_wav_file_that_is_a_byte_short_loses_a_frame(tmp_path: Path) -> None:
+    wave = np.random.default_rng(0).integers(-9999, 9999, 1600, np.int16)
+    path = tmp_path / "x.wav"
+    path.write_bytes(riff(wave.tobytes())[:-1])
+    assert (audio.read_int16(path, 16_000) == wave[:-1]).all()
+    path.write_bytes(riff(wave.tobytes())[:-2])
+    with pytest.raises(audio.UnusableAudio, match="3198 bytes of audio where its header claims"):
+        audio.read(path, 16_000)
+    path.write_bytes(riff(wave.tobytes()) + b"LIST\4\0\0\0abcd")  # chunks after it are fine
+    assert audio.look(path).frames == 1600
+
+
+def test_absurd_levels_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.wav", 32768 * tone(440))
+    with pytest.raises(audio.UnusableAudio, match="samples up to 16384 times full scale"):
+        audio.read(path, 16_000)
+    write(path, 3 * tone(440))  # too loud, but music: clipped
+    assert np.abs(audio.read_int16(path, 16_000)).max() == 32767
+    apart = np.stack([tone(440), -tone(440)], axis=1)
+    for wave in (apart, apart + 1e-3 * tone(441)[:, None]):
+        write(path, wave)
+        with pytest.raises(audio.UnusableAudio, match="channels that cancel each other"):
+            audio.read_int16(path, 16_000)
+    write(path, np.stack([tone(440), tone(97)], axis=1))  # nothing in common: half the power
+    audio.read_int16(path, 16_000)
 
 
 def test_reasons_do_not_hold_the_path_and_raw_files_are_refused(tmp_path: Path) -> None:
@@ -210,5 +238,5 @@ def test_reasons_do_not_hold_the_path_and_raw_files_are_refused(tmp_path: Path) 
         path = tmp_path / name
         path.write_bytes(b"no audio" * 100)
         with pytest.raises(audio.UnusableAudio, match="no readable audio") as caught:
-            audio.read_header(path)
+            audio.look(path)
         assert str(tmp_path) not in str(caught.value).split("got", 1)[1]

@@ -72,7 +72,7 @@ def bring(folder: Path, source: str, timeout_s: float = 60) -> None:
 
 def without_card(folder: Path) -> dict[str, str]:
     found = digests(folder)
-    found.pop("README-DATASET.md", None)
+    found.pop("README.md", None)
     found.pop(".staging.lock", None)
     return found
 

@@ -51,9 +51,14 @@ def test_lists_made_by_artist_need_no_warning() -> None:
     assert card.not_controlled("kfold", 0, 10) == ""
 
 
-def test_a_card_that_is_no_text_is_written_again(tracks: Path, tmp_path: Path) -> None:
+def test_a_page_of_the_users_own_stays(tracks: Path, tmp_path: Path) -> None:
     shard.run(shard_config(tracks, tmp_path))
     text = (tmp_path / card.NAME).read_bytes()
-    (tmp_path / card.NAME).write_bytes(b"\xff\xfe")
+    (tmp_path / card.NAME).write_bytes(b"mine \xff\xfe")
+    shard.run(shard_config(tracks, tmp_path))
+    assert (tmp_path / card.NAME).read_bytes() == b"mine \xff\xfe"
+    assert (tmp_path / card.BESIDE).read_bytes() == text
+    (tmp_path / card.NAME).unlink()  # as an older data set has it
     shard.run(shard_config(tracks, tmp_path))
     assert (tmp_path / card.NAME).read_bytes() == text
+    assert not (tmp_path / card.BESIDE).exists()

@@ -8,7 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from mgc_dist import files, shard
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
-from mgc_dist.packing import existing, pack
+from mgc_dist.packing import existing, pack, parts, verify
 from mgc_dist.packing.splits import NO_FILE, NOT_LISTED, fault_filtered
 
 
@@ -59,7 +62,9 @@ def test_golden_dataset_id(tmp_path: Path) -> None:
         for n in range(3):
             ramp = ((np.arange(16_000) * (n + 1) * (1 + (genre == "b"))) % 5000).astype(np.int16)
             soundfile.write(tmp_path / "in" / genre / f"{n}.wav", ramp, 16_000, "PCM_16")
-    shard.run(shard_config(tmp_path / "in", tmp_path / "out", groups=None))
+    table = tmp_path / "splits.csv"
+    table.write_text("track,split\na_0,val\na_1,test\na_2,train\nb_0,test\nb_1,train\nb_2,val\n")
+    shard.run(shard_config(tmp_path / "in", tmp_path / "out", groups=None, split_file=table))
     assert manifest.read(tmp_path / "out").dataset_id[:16] == GOLDEN_DATASET
 
 
@@ -145,26 +150,27 @@ def test_bad_files_are_listed_at_once_and_never_skipped_in_silence(
     soundfile.write(few / "country" / "country.00001.wav", np.zeros(rate), rate)  # silent
     soundfile.write(few / "classical" / "classical.00001.wav", np.ones(100), rate)  # short
     with pytest.raises(
-        UserError, match=r"(?s)got 3.*blues_00001.*classical_00001.*country_00001: silence"
+        UserError,
+        match=r"(?s)got 3.*blues\.00001\.wav.*classical\.00001\.wav.*country\.00001\.wav: silence",
     ):  # headers and content in one list, though a bad header alone would forbid it
         shard.run(shard_config(few, tmp_path / "out"))
-    with pytest.raises(UserError, match=r"(?s)got 3.*country_00001: silence"):
-        shard.run(shard_config(few, tmp_path / "out", allow_bad=2))
+    with pytest.raises(UserError, match=r"(?s)got 3.*country\.00001\.wav: silence"):
+        shard.run(shard_config(few, tmp_path / "out", allow_bad="2"))
     assert not list((tmp_path / "out").glob("*.tar*"))
-    shard.run(shard_config(few, tmp_path / "out", allow_bad=3))
+    shard.run(shard_config(few, tmp_path / "out", allow_bad="3"))
     found = manifest.read(tmp_path / "out")
     assert set(found.excluded) == {"blues_00001", "classical_00001", "country_00001"}
     assert found.excluded["classical_00001"] == "too short: 0.00 s"
     assert len(found.tracks) == 15
     before = digests(tmp_path / "out")
-    shard.run(shard_config(few, tmp_path / "out", allow_bad=3))  # the same again: nothing to do
+    shard.run(shard_config(few, tmp_path / "out", allow_bad="3"))  # the same again: nothing to do
     assert digests(tmp_path / "out") == before
     shutil.copy(few / "blues" / "blues.00000.wav", few / "country" / "country.00001.wav")
     with pytest.raises(UserError, match="a different data set"):  # repaired: not the same any more
-        shard.run(shard_config(few, tmp_path / "out", allow_bad=3))
+        shard.run(shard_config(few, tmp_path / "out", allow_bad="3"))
     soundfile.write(few / "country" / "country.00003.wav", np.zeros(rate), rate)
-    with pytest.raises(UserError, match="country_00003: silence"):
-        shard.run(shard_config(few, tmp_path / "out", allow_bad=2, overwrite=True))
+    with pytest.raises(UserError, match=r"country\.00003\.wav: silence"):
+        shard.run(shard_config(few, tmp_path / "out", allow_bad="2", overwrite=True))
     assert digests(tmp_path / "out") == before  # a refusal leaves the old data set
 
 
@@ -179,14 +185,14 @@ def test_fault_filtered_packs_what_is_there_and_does_not_look_at_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lists = fault_filtered()
-    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 22_050)
+    rng = np.random.default_rng(0)
     for genre in ("blues", "pop"):
         (tmp_path / "in" / genre).mkdir(parents=True)
         ids = sorted(id_ for id_ in lists if id_.startswith(genre))
         for split in ("train", "validation", "test"):
             id_ = next(id_ for id_ in ids if lists[id_] == split)
             path = tmp_path / "in" / genre / f"{id_.replace('_', '.')}.wav"
-            soundfile.write(path, wave, 22_050)
+            soundfile.write(path, rng.uniform(-0.5, 0.5, 22_050), 22_050)
     every = [f"{genre}_{n:05d}" for genre in ("blues", "pop") for n in range(100)]
     other = next(id_ for id_ in every if id_ not in lists)
     silent = tmp_path / "in" / other.split("_")[0] / f"{other.replace('_', '.')}.wav"
@@ -208,7 +214,8 @@ def test_fault_filtered_packs_what_is_there_and_does_not_look_at_the_rest(
 def test_the_known_bad_file_needs_no_leave(few: Path, tmp_path: Path) -> None:
     (few / "jazz").mkdir()
     for n in range(3):
-        shutil.copy(few / "blues" / f"blues.0000{2 * n}.wav", few / "jazz" / f"jazz.0005{n}.wav")
+        wave = np.random.default_rng(n).uniform(-0.5, 0.5, 22_050)
+        soundfile.write(few / "jazz" / f"jazz.0005{n}.wav", wave, 22_050)
     (few / "jazz" / "jazz.00054.wav").write_bytes(b"\0" * 5000)
     shard.run(shard_config(few, tmp_path / "out"))
     excluded = manifest.read(tmp_path / "out").excluded
@@ -249,12 +256,13 @@ def test_kill_9_at_any_moment_costs_only_what_was_under_way(
     out, script = tmp_path / "out", tmp_path / "pack.py"
     script.write_text(PACK)
     command = [sys.executable, str(script), str(tracks), str(out), str(jobs)]
-    ledger = out / "packing.jsonl.tmp"
-    for wanted in (3, 9, 15):  # finished tracks of 18 before each kill
+    decoding, packing = out / "parts" / "part-0001-of-0001.jsonl.tmp", out / "packing.jsonl.tmp"
+    for ledger, wanted in ((decoding, 3), (decoding, 9), (packing, 6), (packing, 15)):
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while running.poll() is None:
-            if ledger.is_file() and ledger.read_bytes().count(b"\n") > wanted:
-                break
+        while running.poll() is None:  # so many finished tracks of 18 before each kill
+            with suppress(OSError):
+                if ledger.read_bytes().count(b"\n") > wanted:
+                    break
             time.sleep(0.001)
         running.kill()
         running.wait()
@@ -266,26 +274,133 @@ def test_kill_9_at_any_moment_costs_only_what_was_under_way(
     assert sorted(path.name for path in out.iterdir()) == sorted(digests(shards))
 
 
-def test_what_is_finished_is_not_decoded_again(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_hundreds_of_bad_files_are_summed_up(few: Path, tmp_path: Path) -> None:
+    (few / "disco").mkdir()
+    for number in range(12):
+        (few / "disco" / f"a{number}.mp3").write_bytes(b"words" * 900)
+    out = tmp_path / "out"
+    with pytest.raises(UserError) as refused:
+        shard.run(shard_config(few, out))
+    message = str(refused.value)
+    assert "got 12 of 30" in message
+    assert "12 times: no readable audio" in message
+    assert "--allow-bad 12" in message
+    listing = (out / "unusable.txt").read_text().splitlines()
+    assert len(listing) == 12
+    assert listing[0].startswith(str(few / "disco" / "a0.mp3") + ": no readable audio")
+    with pytest.raises(UserError, match="at most 11 "):
+        shard.run(shard_config(few, out, allow_bad="37%"))
+    shard.run(shard_config(few, out, allow_bad="40%"))
+    assert not (out / "unusable.txt").exists()
+    for wrong in ("1.5", "-1", "100%", "many", "%"):
+        with pytest.raises(UserError, match="--allow-bad: got"):
+            shard_config(few, out, allow_bad=wrong)
+
+
+def test_of_long_tracks_some_segments_are_kept(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    write_tracks(folder, tracks=3, duration_s=2.0)  # 7 windows each, 0.25 s apart
+    ordinary = manifest.read(packed(folder, tmp_path / "all"))
+    capped = manifest.read(packed(folder, out, max_segments=3))
+    assert {(t.segments, t.windows) for t in capped.tracks} == {(3, 7)}
+    assert capped.rows == 3 * len(ordinary.tracks)
+    assert capped.dataset_id != ordinary.dataset_id
+    verify.verify(out, capped, jobs=1, progress=iter)
+    kept, every = ShardSet(out), ShardSet(tmp_path / "all")
+    names = {name: row for row, name in enumerate(every.keys())}
+    for row, key in enumerate(kept.keys()):
+        track, segment = key.rsplit("_", 1)
+        same = names[f"{track}_{3 * int(segment):02d}"]  # the first, the middle, the last
+        np.testing.assert_array_equal(kept.read(row), every.read(same))
+    one = manifest.read(packed(folder, tmp_path / "one", max_segments=1))
+    assert one.start_s(one.tracks[0], 0) == 0.75
+    shard.run(shard_config(folder, out, groups=None, max_segments=3))  # the same again
+    with pytest.raises(UserError, match="a different data set"):
+        shard.run(shard_config(folder, out, groups=None, max_segments=4))
+
+
+def packed(tracks: Path, out: Path, **changes: Any) -> Path:
+    shard.run(shard_config(tracks, out, groups=None, **changes))
+    return out
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are decoded from now on, without suffix, one at each time."""
+    names: list[str] = []
+    read = parts.audio.read_int16
+    monkeypatch.setattr(
+        parts.audio, "read_int16", lambda path, rate: names.append(path.stem) or read(path, rate)
+    )
+    return names
+
+
+def test_what_is_decoded_is_not_decoded_again(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     shard.run(shard_config(few, whole))
-    stop_after(monkeypatch, 30)
-    with pytest.raises(KeyboardInterrupt):
-        shard.run(shard_config(few, out))
-    monkeypatch.undo()
+    decoded.clear()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 30)
+        with pytest.raises(KeyboardInterrupt):
+            shard.run(shard_config(few, out))
+    assert len(decoded) == 18
     (out / "train-000000.tar.tmp").write_bytes(b"")  # a crash that lost what was not flushed
-    decoded = []
-    read = pack.audio.read_int16
-    monkeypatch.setattr(
-        pack.audio, "read_int16", lambda path, rate: decoded.append(path.stem) or read(path, rate)
-    )
     shard.run(shard_config(few, out))
+    assert len(decoded) == 18
     assert digests(out) == digests(whole)
-    kept = {t.id.replace("_", ".") for t in manifest.read(out).tracks} - set(decoded)
-    assert 0 < len(kept) < 10
-    assert not any(t.split == "train" for t in manifest.read(out).tracks if t.id in kept)
+
+
+def test_a_wave_that_a_crash_has_lost_is_decoded_again(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    shard.run(shard_config(few, whole))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 30)
+        with pytest.raises(KeyboardInterrupt):
+            shard.run(shard_config(few, out))
+    (waves,) = (out / "parts").glob("*.pcm")
+    os.truncate(waves, waves.stat().st_size - 10)
+    decoded.clear()
+    shard.run(shard_config(few, out))
+    assert len(decoded) == 1
+    assert digests(out) == digests(whole)
+
+
+def test_a_file_that_proves_bad_late_costs_no_second_decoding(
+    tmp_path: Path, decoded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "nine", tmp_path / "out"
+    write_tracks(folder, tracks=3, duration_s=1.0)
+    middle = folder / "classical" / "classical.00001.wav"
+    good = middle.read_bytes()
+    soundfile.write(middle, np.zeros(22_050), 22_050)
+    config = shard_config(folder, out, groups=None, split="kfold", folds=3)
+    with pytest.raises(UserError, match=r"(?s)got 1.*classical\.00001\.wav: silence"):
+        shard.run(config)
+    assert len(decoded) == len(set(decoded)) == 9
+    middle.write_bytes(good)  # repaired: it alone is decoded
+    shard.run(replace(config, dry_run=True, decode=True))
+    assert len(decoded) == 10
+    shard.run(config)
+    assert len(decoded) == 10
+    shard.run(replace(config, out=tmp_path / "at once"))
+    assert digests(out) == digests(tmp_path / "at once")
+
+
+def test_a_dry_run_that_decodes_tells_the_truth(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(few / "blues" / "blues.00001.wav", np.zeros(22_050), 22_050)
+    config = shard_config(few, tmp_path / "out", dry_run=True)
+    shard.run(config)  # headers promise
+    with pytest.raises(UserError, match=r"blues\.00001\.wav: silence"):
+        shard.run(replace(config, decode=True))
+    shard.run(replace(config, decode=True, allow_bad="1"))
+    assert "now the plan is" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*.tar*"))
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, records: int) -> None:
@@ -375,7 +490,7 @@ def test_a_disk_that_is_too_small_or_full_publishes_nothing(
     command = [sys.executable, str(script), str(few), str(tmp_path / "out"), "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "File too large" in done.stderr
-    assert "train-000000.tar.tmp" in done.stderr
+    assert "part-0001-of-0001" in done.stderr
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
@@ -396,10 +511,12 @@ def test_one_file_under_two_names_in_two_splits_is_said(
     train = next(t for t in found if t.split == "train" and t.genre == "blues")
     test = next(t for t in found if t.split == "test" and t.genre == "blues")
     shutil.copy(few / train.source, few / test.source)
-    shard.run(shard_config(few, tmp_path / "twins"))
+    with pytest.raises(UserError, match="the same recording in two splits: got 1 pairs"):
+        shard.run(shard_config(few, tmp_path / "twins"))
+    shard.run(shard_config(few, tmp_path / "twins", repetitions=False))
     pair = f"{min(train.id, test.id)} and {max(train.id, test.id)} are the same file"
     assert pair in capsys.readouterr().out
-    assert pair in (tmp_path / "twins" / "README-DATASET.md").read_text()
+    assert pair in (tmp_path / "twins" / "README.md").read_text()
 
 
 def tracks_of(few: Path, tmp_path: Path) -> tuple[manifest.TrackEntry, ...]:
@@ -489,27 +606,43 @@ def test_a_new_bad_file_makes_it_another_data_set(few: Path, tmp_path: Path) -> 
     shard.run(shard_config(few, tmp_path / "out"))
     (few / "blues" / "extra.wav").write_bytes(b"no audio")
     with pytest.raises(UserError, match="a different data set"):
-        shard.run(shard_config(few, tmp_path / "out", allow_bad=1))
+        shard.run(shard_config(few, tmp_path / "out", allow_bad="1"))
 
 
 def test_reasons_do_not_depend_on_how_the_folder_was_named(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (few / "blues" / "extra.wav").write_bytes(b"no audio")
-    shard.run(shard_config(few, tmp_path / "one", allow_bad=1))
+    shard.run(shard_config(few, tmp_path / "one", allow_bad="1"))
     monkeypatch.chdir(few.parent)
     groups = few / "artists.csv"
-    shard.run(shard_config(Path(few.name), tmp_path / "two", groups=groups, allow_bad=1))
+    shard.run(shard_config(Path(few.name), tmp_path / "two", groups=groups, allow_bad="1"))
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
-def test_a_source_that_changes_while_it_is_packed_is_named(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_lengths_are_those_of_what_is_decoded(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    read = pack.audio.read_int16
-    monkeypatch.setattr(pack.audio, "read_int16", lambda path, rate: np.tile(read(path, rate), 2))
-    with pytest.raises(UserError, match=r"blues\.00000\.wav: got 7 segments, expected 3 as its"):
-        shard.run(shard_config(few, tmp_path / "out"))
+    for path in few.glob("*/*.wav"):
+        wave, rate = soundfile.read(path)
+        soundfile.write(path.with_suffix(".mp3"), np.tile(wave, 2), rate)
+        path.unlink()
+    one = few / "blues" / "blues.00000.mp3"
+    one.write_bytes(without_header(one.read_bytes()))
+    out = tmp_path / "out"
+    shard.run(shard_config(few, out, dry_run=True))
+    assert "The lengths of 18 tracks are guessed" in capsys.readouterr().out
+    shard.run(shard_config(few, out))
+    tracks = manifest.read(out).tracks
+    assert {track.segments for track in tracks} == {7}  # of 0.5 s, every 0.25 s, in 2 s
+    shard.run(shard_config(few, out))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def without_header(content: bytes) -> bytes:
+    """An MP3 file without its first frame, which tells how long it is."""
+    first = content.index(b"\xff\xf3")
+    return content[content.index(b"\xff\xf3", first + 4) :]
 
 
 def test_what_a_kill_after_the_last_step_leaves_is_tidied(few: Path, tmp_path: Path) -> None:

@@ -86,12 +86,12 @@ def test_missing_foreign_and_damaged_parts_are_refused(copy: Path, tmp_path: Pat
         path.unlink()
     with pytest.raises(UserError, match=r"got waves at 16000 Hz, expected 8000 Hz"):
         shard.run(shard_config(copy, out, join=True, sample_rate=8000))
-    waves = out / "parts" / "part-0002-of-0002.pcm"
+    (waves,) = (out / "parts").glob("part-0002-of-0002.*.pcm")
     content = bytearray(waves.read_bytes())
     content[1000] ^= 4
     waves.write_bytes(content)
-    with pytest.raises(UserError, match=r"part-0002-of-0002\.pcm: track .*another checksum"):
-        shard.run(shard_config(copy, out, join=True, allow_bad=9))  # no bad file: a bad copy
+    with pytest.raises(UserError, match=r"part-0002-of-0002\..*\.pcm: track .*another checksum"):
+        shard.run(shard_config(copy, out, join=True, allow_bad="9"))  # no bad file: a bad copy
     run_part(copy, out, "1/2")
     (out / "parts" / "part-0001-of-0002.json").write_text("{")
     with pytest.raises(UserError, match=r"part-0001-of-0002\.json.*\n.*run this part again"):
@@ -113,10 +113,12 @@ def test_files_that_only_decoding_finds_bad_cost_the_other_parts_nothing(
     for number in (1, 2):
         run_part(copy, out, f"{number}/2")
     assert "unusable: blues_00001: silence" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"(?s)got 2.*blues_00001: silence.*blues_00002: no read"):
+    with pytest.raises(
+        UserError, match=r"(?s)got 2.*blues\.00001\.wav: silence.*blues\.00002\.wav: no read"
+    ):
         shard.run(shard_config(copy, out, join=True))
-    shard.run(shard_config(copy, out, join=True, allow_bad=2))
-    shard.run(shard_config(copy, tmp_path / "whole", allow_bad=2))
+    shard.run(shard_config(copy, out, join=True, allow_bad="2"))
+    shard.run(shard_config(copy, tmp_path / "whole", allow_bad="2"))
     assert digests(out) == digests(tmp_path / "whole")
     assert len(manifest.read(out).excluded) == 2
 
@@ -135,7 +137,8 @@ def test_run_this_part_again_heals_what_is_damaged(
     out = tmp_path / "out"
     for number in (1, 2):
         run_part(copy, out, f"{number}/2")
-    waves, listed = (out / "parts" / f"part-0001-of-0002.{kind}" for kind in ("pcm", "json"))
+    waves = next((out / "parts").glob("part-0001-of-0002.*.pcm"))
+    listed = out / "parts" / "part-0001-of-0002.json"
     content = bytearray(waves.read_bytes())
     content[7000] ^= 1
     waves.write_bytes(content)
@@ -156,7 +159,7 @@ def test_a_kill_after_joining_is_finished_by_the_same_command(
         run_part(tracks, out, f"{number}/2")
     (out / "parts" / "notes.txt").write_text("mine")
 
-    def killed(out: Path) -> None:
+    def killed(out: Path, **_: bool) -> None:
         for path in sorted((out / "parts").glob("part-*"))[left:]:
             path.unlink()
         raise KeyboardInterrupt

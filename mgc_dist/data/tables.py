@@ -1,0 +1,88 @@
+"""Tables that users bring: CSV, TSV and the like, with a header, or JSON lines."""
+
+import codecs
+import csv
+import io
+import json
+from pathlib import Path
+
+from mgc_dist.errors import UserError
+
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_JSON_LINES = (".jsonl", ".ndjson")
+
+Row = tuple[int, dict[str, str]]
+
+
+def read_text(table: Path, flag: str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with the mark that spreadsheets write.
+
+    Raises:
+        UserError: unreadable, or in another encoding.
+    """
+    try:
+        content = table.read_bytes()
+        encoding = next(
+            (name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8"
+        )
+        return content.decode(encoding)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{flag} {table}",
+            got=str(error),
+            expected="a readable table in UTF-8",
+            cure=f"iconv -f latin1 -t utf-8 '{table}' > utf8.csv  converts one in Latin-1",
+        ) from error
+
+
+def read_table(table: Path, flag: str) -> list[Row]:
+    """Line numbers and rows of a table with a header, or of JSON lines.
+
+    A header with tabs makes it a TSV; else its delimiter is the more frequent of `,` and `;`.
+
+    Raises:
+        UserError: unreadable, in another encoding, a column twice, or a row that does not fit
+            the header.
+    """
+    text = read_text(table, flag)
+    try:
+        return _json_rows(text) if table.suffix in _JSON_LINES else _rows(text)
+    except (ValueError, csv.Error) as error:
+        raise UserError(
+            f"{flag} {table}",
+            got=str(error),
+            expected="a readable CSV or TSV table, or JSON lines",
+            cure="save it again with a header line, quoting fields that hold the delimiter",
+        ) from error
+
+
+def _rows(text: str) -> list[Row]:
+    first = text.partition("\n")[0]
+    delimiter = "\t" if "\t" in first else max(",;", key=first.count)
+    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = [name.strip() for name in lines.fieldnames or ()]
+    if len(set(header)) < len(header):
+        raise ValueError(f"columns {', '.join(header)}, one of them twice")
+    rows = []
+    for row in lines:
+        if None in row or None in row.values():
+            raise ValueError(f"line {lines.line_num} has not as many fields as the header")
+        rows.append((lines.line_num, {key.strip(): value.strip() for key, value in row.items()}))
+    return rows
+
+
+def _json_rows(text: str) -> list[Row]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no JSON object")
+            found = {k: "" if v is None else str(v).strip() for k, v in row.items()}
+            rows.append((number, found))
+    columns = {column for _, row in rows for column in row}
+    return [(number, dict.fromkeys(sorted(columns), "") | row) for number, row in rows]
