@@ -11,8 +11,8 @@ def run(config: EvaluateConfig) -> None:
     """Walk the split with the run's best model; print and write what it shows.
 
     Raises:
-        UserError: no model or data there, the genres of the two differ, or a bias table or a
-            table of subgroups does not fit.
+        UserError: no model or data there, no genres in common, or a bias table, a map of genres
+            or a table of subgroups does not fit.
     """
     preflight.begin(run=None, device=config.device)
     # here, not above: they import torch, which takes seconds, and --help answers without

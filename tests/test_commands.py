@@ -243,9 +243,10 @@ def test_evaluate_refuses_other_genres_and_missing_models(
     run: Path, shards: Path, tmp_path: Path
 ) -> None:
     write_tracks(tmp_path / "two", genres=2, duration_s=1.0)
-    shard.run(shard_config(tmp_path / "two", tmp_path / "two-shards"))
+    (tmp_path / "two" / "classical").rename(tmp_path / "two" / "pop")
+    shard.run(shard_config(tmp_path / "two", tmp_path / "two-shards", groups=None))
     other = EvaluateConfig(run=run, data=tmp_path / "two-shards")
-    with pytest.raises(UserError, match=r"got blues, classical, expected blues, classical, co"):
+    with pytest.raises(UserError, match=r"got blues, pop, of which .* knows blues, expected at le"):
         run_ranks(1, evaluate.run, other)
     with pytest.raises(UserError, match="no such folder"):
         run_ranks(1, evaluate.run, EvaluateConfig(run=tmp_path / "nothing"))

@@ -34,7 +34,12 @@ class EvaluateConfig:
     split: SplitName = "test"
     """Split to measure."""
     data: Path | None = None
-    """Shards to measure on; the run's own by default. The genres must be the same."""
+    """Shards to measure on; the run's own by default. Genres that the model does not know are left
+    out, and probabilities are renormalised over those in common."""
+    genre_map: str | None = None
+    """Which genre of the data set is which of the model, where names differ: a CSV or TSV file of
+    two columns, or "Hip-Hop=hiphop,R&B=rnb". "Pop=" leaves a genre out. Others are matched by name,
+    and if need be by its letters and digits, in any case."""
     source: Annotated[SourceConfig, FLAT] = field(default_factory=SourceConfig)
     name: str | None = None
     """Name of the files that are written; the split's, with `-of-FOLDER` of --data."""
@@ -68,6 +73,13 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check(self)
         _check_name(self.name)
+        require(
+            "--genre-map",
+            self.genre_map is None or self.data is not None or self.name is not None,
+            "neither --data nor --name",
+            "one of them: the run's own figures stay",
+            "for example --name test-in-common",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

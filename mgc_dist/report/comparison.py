@@ -72,8 +72,12 @@ def draw_pair(path: Path, comparison: Report) -> None:
         ]
     label = f"difference in points (recall of a genre, accuracy of a subgroup), 95 % over {unit}"
     title = f"{Path(comparison['b']).name} against {Path(comparison['a']).name}"
-    title += f"\n{comparison['name']}, {comparison['count']} tracks"
+    title += f"\n{comparison['name']}, {comparison['count']} tracks{_restricted(comparison)}"
     canvas.save(figures.differences(rows, label, emphasised=len(leading)), path, title)
+
+
+def _restricted(comparison: Report) -> str:
+    return ", on genres in common" if comparison["in_common"] else ""
 
 
 def draw_seeds(path: Path, comparison: Report) -> None:
@@ -91,5 +95,5 @@ def draw_seeds(path: Path, comparison: Report) -> None:
         for name in names
         if name not in METRICS or METRICS[name].leads
     }
-    title = f"{comparison['name']}: runs over seeds, tracks as the unit"
+    title = f"{comparison['name']}: runs over seeds, tracks as the unit{_restricted(comparison)}"
     canvas.save(figures.seeds(panels), path, title)

@@ -257,7 +257,7 @@ class Dossier:
         path = self.run / "predictions" / f"{name}.logits.npy"
         folder, found = self.evaluated_on
         bounds = found.splits.get(str(figures.get("split")))
-        genres = list(found.genres)
+        genres = figures["genres"]
         try:
             table: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
             if bounds is None or table.shape != (bounds[1] - bounds[0], len(genres)):

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from mgc_dist.files import replace_text, replacing
 from mgc_dist.report import canvas, gallery
-from mgc_dist.scoring import intervals, subgroups
+from mgc_dist.scoring import intervals, shared_genres, subgroups
 from mgc_dist.scoring.metrics import Reliability, scores
 from mgc_dist.scoring.score import SplitScores, mean_probability
 from mgc_dist.scoring.subgroups import Subgroups
 from mgc_dist.scoring.written import (
     EvaluationFigures,
     GenreFigures,
+    GenresInCommon,
     Intervals,
     Prediction,
     ReliabilityBins,
@@ -39,6 +40,7 @@ class Subject:
         run: name of the run folder.
         dataset_id: of the shards.
         genres: in label order.
+        in_common: what the genres are, where they are not all that the model knows.
         track_ids: of the split's tracks, ascending as in `SplitScores`.
         groups: of the same tracks, None where unknown.
         temperature: that the logits of the result are divided by, None if by none.
@@ -52,6 +54,7 @@ class Subject:
     genres: tuple[str, ...]
     track_ids: tuple[str, ...]
     groups: tuple[str | None, ...]
+    in_common: GenresInCommon | None = None
     temperature: float | None = None
     aligned: NDArray[np.bool_] | None = None
     subgroups: Subgroups | None = None
@@ -78,6 +81,7 @@ def summary(
         "run": subject.run,
         "aggregate": result.aggregate,
         "genres": list(subject.genres),
+        "in_common": subject.in_common,
         "track": result.track.summary(),
         "segment": result.segment.summary(),
         "aggregates": {way: found.summary() for way, found in result.aggregates.items()},
@@ -104,6 +108,8 @@ def write(run: Path, subject: Subject, result: SplitScores, figures: EvaluationF
     folder = run / "evaluation"
     track = result.track
     told = f"{subject.run}, {subject.name}: {track.count} tracks, accuracy {track.accuracy:.3f}"
+    if words := shared_genres.shortly(figures):
+        told += f"\n{words}"
     _write_confusion_csv(folder / f"confusion-{subject.name}.csv", subject, track.confusion)
     for entry in gallery.EVALUATION:
         section = entry(figures)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from mgc_dist.report import figures
 from mgc_dist.report.figures import Bar
 from mgc_dist.report.section import Drawing, Section, Table
+from mgc_dist.scoring import shared_genres
 from mgc_dist.scoring.written import EvaluationFigures, GroupFigures
 
 
@@ -16,12 +17,14 @@ def confusion(evaluation: EvaluationFigures) -> Section | None:
     """What is taken for what."""
     counts, genres, split = evaluation["confusion"], evaluation["genres"], evaluation["split"]
     rows = tuple((genre, *map(str, row)) for genre, row in zip(genres, counts, strict=True))
+    sentence = shared_genres.told(evaluation)
+    told = f" All of it {sentence}." if sentence else ""
     drawing = Drawing(
         name="confusion",
         title="Confusion matrix",
         label=f"Confusion matrix of {len(genres)} genres over the tracks of the {split} split",
         figure=figures.confusion(counts, genres),
-        about=f"Tracks of the {split} split; shade is the share of the true genre.",
+        about=f"Tracks of the {split} split; shade is the share of the true genre." + told,
     )
     table = Table(label="confusion matrix", columns=("truth \\ predicted", *genres), rows=rows)
     return Section(

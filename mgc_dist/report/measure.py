@@ -22,8 +22,9 @@ from mgc_dist.models import folder
 from mgc_dist.models.main import WaveClassifier
 from mgc_dist.report import evaluation
 from mgc_dist.report.evaluation import Subject
-from mgc_dist.scoring import subgroups
+from mgc_dist.scoring import shared_genres, subgroups
 from mgc_dist.scoring.score import SplitScores, all_score
+from mgc_dist.scoring.shared_genres import SharedGenres
 from mgc_dist.scoring.written import EvaluationFigures
 
 
@@ -68,8 +69,8 @@ def evaluate(config: EvaluateConfig, meeting: Meeting) -> Evaluation:
         meeting: of the ranks.
 
     Raises:
-        UserError: no model or data there, the genres of the two differ, or a bias table or a
-            table of subgroups does not fit.
+        UserError: no model or data there, no genres in common, or a bias table, a map of genres
+            or a table of subgroups does not fit.
     """
     exported = folder.find_exported(config.run)
     classifier = folder.load_exported(exported)
@@ -79,14 +80,20 @@ def evaluate(config: EvaluateConfig, meeting: Meeting) -> Evaluation:
         if config.data is None:
             _refuse_repacked(config.run, shards)
         _refuse_other(config, classifier, folder.sample_rate_of(exported), shards.manifest)
-        return _measure(config, classifier, shards, meeting)
+        genres = shards.manifest.genres
+        shared = shared_genres.match(classifier.genres, genres, config.genre_map, shards.folder)
+        return _measure(config, classifier, shards, shared, meeting)
 
 
 def _measure(
-    config: EvaluateConfig, classifier: WaveClassifier, shards: ShardSet, meeting: Meeting
+    config: EvaluateConfig,
+    classifier: WaveClassifier,
+    shards: ShardSet,
+    shared: SharedGenres | None,
+    meeting: Meeting,
 ) -> Evaluation:
     """Walk the split, and write what it shows (a collective)."""
-    subject, notes = _subject(config, shards, classifier.temperature)
+    subject, notes = _subject(config, shards, shared, classifier.temperature)
     with ranks.join(config.device, meeting=meeting) as peers:
         first, stop = shards.rows_of(config.split)
         batches = -(-(stop - first) // (config.batch * peers.world))
@@ -99,6 +106,7 @@ def _measure(
                 batch=config.batch,
                 aggregate=config.aggregate,
                 progress=bar.over,
+                shared=shared,
             )
         figures: EvaluationFigures = {}
         peers.all_decide(lambda: figures.update(_write(config, subject, scores)))
@@ -123,16 +131,30 @@ def _write(config: EvaluateConfig, subject: Subject, scores: SplitScores) -> Eva
 
 
 def _subject(
-    config: EvaluateConfig, shards: ShardSet, temperature: float | None
+    config: EvaluateConfig,
+    shards: ShardSet,
+    shared: SharedGenres | None,
+    temperature: float | None,
 ) -> tuple[Subject, list[str]]:
     """What is measured, and what the reader should know about it."""
     first, stop = shards.rows_of(config.split)
     label, track = shards.labels[first:stop], shards.tracks[first:stop]
+    kept = shared.kept(label) if shared else np.ones(len(label), bool)
+    genres = [each.genre for each in shards.manifest.tracks if each.split == config.split]
+    in_common = shared.written(genres) if shared else None
+    if not kept.any():
+        raise UserError(
+            f"{config.split} split of {shards.folder}",
+            got="no track of a genre in common",
+            expected=f"tracks of {', '.join(shared.genres if shared else ())}",
+            cure="measure another one: --split train",
+        )
+    label, track = label[kept], track[kept]
     tracks = [shards.manifest.tracks[place] for place in np.unique(track)]
     table, notes = _bias_table(config, shards)
     aligned, found = None, None
     if table is not None:
-        bias = np.array(table.log_probability[first:stop])  # [rows, K]
+        bias = np.array(table.log_probability[first:stop])[kept]  # [rows, K]
         aligned = subgroups.aligned_tracks(bias, label, track)
         found = subgroups.Subgroups(
             source=f"bias model {table.name}, table {table.sha256[:12]}",
@@ -155,7 +177,8 @@ def _subject(
         name=config.result_name,
         run=config.run.resolve().name,
         dataset_id=shards.manifest.dataset_id,
-        genres=shards.manifest.genres,
+        genres=shared.genres if shared else shards.manifest.genres,
+        in_common=in_common,
         track_ids=tuple(each.id for each in tracks),
         groups=tuple(each.group for each in tracks),
         temperature=temperature,
@@ -229,13 +252,6 @@ def _refuse_repacked(run_folder: Path, shards: ShardSet) -> None:
 def _refuse_other(
     config: EvaluateConfig, classifier: WaveClassifier, wanted: int, manifest: Manifest
 ) -> None:
-    if classifier.genres != manifest.genres:
-        raise UserError(
-            f"genres of the shards for {config.run}",
-            got=", ".join(manifest.genres),
-            expected=", ".join(classifier.genres),
-            cure="give shards with the same genres: --data FOLDER",
-        )
     if classifier.segment_samples != manifest.segment_samples:
         raise UserError(
             f"segments of the shards for {config.run}",

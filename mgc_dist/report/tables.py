@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mgc_dist.scoring import shared_genres
 from mgc_dist.scoring.metrics import METRICS
 from mgc_dist.scoring.written import Bounds, EvaluationFigures, Intervals, SubgroupFigures
 
@@ -23,6 +24,8 @@ def evaluation(figures: EvaluationFigures) -> None:
     for way, each in [*ways, ("(segments)", figures["segment"])]:
         shown.add_row(way, str(each["count"]), *(_cell(each[name]) for name in METRICS))
     console.print(shown)
+    if sentence := shared_genres.told(figures):
+        console.print(f"All of it {sentence}.")
     found = figures["intervals"]
     for unit, bounds in by_unit(found):
         named = (f"{METRICS[name].head} {_range(each)}" for name, each in bounds.items())
@@ -81,6 +84,8 @@ def pair(comparison: dict[str, Any]) -> None:
     console = _console()
     title = f"A {comparison['a']}, B {comparison['b']}: {comparison['name']}"
     title += f", {comparison['count']} tracks"
+    if comparison["in_common"]:
+        console.print(f"All of it {comparison['in_common']}.")
     units = by_unit(comparison["intervals"])
     known = len(units) > 1
     heads = ("95 % over artists", "over tracks") if known else ("95 % by track",)
@@ -117,6 +122,8 @@ def pair(comparison: dict[str, Any]) -> None:
 def seeds(comparison: dict[str, Any]) -> None:
     """Print settings over seeds, and their gains over the baseline."""
     console = _console()
+    if comparison["in_common"]:
+        console.print(f"All of it {comparison['in_common']}.")
     shown = _table(
         f"{comparison['name']}, over seeds", ("settings", "n", "mean", "sd", "min", "max")
     )

@@ -10,6 +10,7 @@ from mgc_dist.report.figures import Line
 from mgc_dist.report.gallery import cell
 from mgc_dist.report.section import Drawing, Mistake, Section, Table, Tile
 from mgc_dist.report.tables import by_unit
+from mgc_dist.scoring import shared_genres
 from mgc_dist.scoring.metrics import METRICS
 from mgc_dist.scoring.written import EvaluationFigures, Prediction
 
@@ -22,6 +23,8 @@ def verdict(dossier: Dossier) -> Section:
     notes = []
     if dossier.main is not None:
         tiles = _of_evaluation(dossier.main[1])
+        if sentence := shared_genres.told(dossier.main[1]):
+            notes.append(f"All of it {sentence}.")
     elif dossier.best is not None:
         tiles = (
             Tile(value=cell(dossier.best.track_accuracy), name="validation track accuracy"),
@@ -101,7 +104,11 @@ def details(dossier: Dossier) -> Section | None:
             rows=tuple((unit, *(cell(of.get(key)) for key in keys)) for unit, of in kinds),
         )
     ]
-    others = [(other, of["track"]) for other, of in dossier.evaluations.items() if other != name]
+    others = [
+        (f"{other} {shared_genres.shortly(of)}".rstrip(), of["track"])
+        for other, of in dossier.evaluations.items()
+        if other != name
+    ]
     if others:
         few = ("count", "accuracy", "macro_f1")
         tables.append(

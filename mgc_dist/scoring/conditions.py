@@ -19,7 +19,7 @@ from mgc_dist.config.losses import LOSSES
 from mgc_dist.errors import UserError
 from mgc_dist.scoring import intervals
 from mgc_dist.scoring.metrics import confusion_of, figures_of
-from mgc_dist.scoring.results import Result, refuse_different
+from mgc_dist.scoring.results import Result, refuse_different, refuse_other_genres
 
 Report = dict[str, Any]
 Settings = dict[str, str]
@@ -116,7 +116,8 @@ def compare(runs: Sequence[Run], name: str) -> Report:
         name: of the evaluation.
 
     Raises:
-        UserError: two runs of a seed were not measured on the same tracks, or are the same.
+        UserError: two runs of a seed were not measured on the same tracks, or are the same; or
+            only some runs were measured on genres in common.
     """
     conditions = group(runs)
     plain = [label for label, seeds in conditions.items() if _loss(seeds) == "ce"]
@@ -124,6 +125,7 @@ def compare(runs: Sequence[Run], name: str) -> Report:
     for seeds in conditions.values():
         for seed, run in seeds.items():
             first = next(each[seed] for each in conditions.values() if seed in each)
+            refuse_other_genres(runs[0].result, run.result)
             refuse_different(first.result, run.result)
     base = conditions[baseline]
     values = {
@@ -133,6 +135,7 @@ def compare(runs: Sequence[Run], name: str) -> Report:
     return {
         "mode": "seeds",
         "name": name,
+        "in_common": runs[0].result.in_common,
         "baseline": baseline,
         "conditions": {
             label: {

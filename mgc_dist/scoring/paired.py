@@ -46,6 +46,7 @@ def compare(a: Result, b: Result, name: str, *, resamples: int, seed: int) -> Re
         "name": name,
         "dataset_id": a.dataset_id,
         "aggregate": a.aggregate,
+        "in_common": a.in_common,
         "count": len(a.label),
         **_figures(a, b),
         "mcnemar": {

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mgc_dist import cli
 from mgc_dist.errors import UserError
+from mgc_dist.scoring import shared_genres
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Result:
         dataset_id: of the shards that were measured.
         aggregate: how segments were made into tracks.
         genres: in label order.
+        in_common: what the genres are, where they are not all that the model knows; else "".
         tracks: ids, sorted.
         groups: of the tracks, None where unknown.
         label, guess: int64 [M].
@@ -30,6 +32,7 @@ class Result:
     dataset_id: str
     aggregate: str
     genres: tuple[str, ...]
+    in_common: str
     tracks: tuple[str, ...]
     groups: tuple[str | None, ...]
     label: NDArray[np.int64]
@@ -70,6 +73,7 @@ def read(run: Path, name: str) -> Result:
             dataset_id=str(content["dataset_id"]),
             aggregate=str(content["aggregate"]),
             genres=genres,
+            in_common=shared_genres.named(content),
             tracks=tuple(str(line["track"]) for line in lines),
             groups=tuple(line["group"] for line in lines),
             label=np.array([number[line["truth"]] for line in lines], np.int64),
@@ -85,12 +89,29 @@ def read(run: Path, name: str) -> Result:
         ) from error
 
 
+def refuse_other_genres(one: Result, other: Result) -> None:
+    """Check that both or none were measured on genres in common only, and on the same ones.
+
+    Raises:
+        UserError: it is not so: fewer genres are easier to tell apart.
+    """
+    if one.in_common != other.in_common:
+        whole = "on all genres of the model"
+        raise UserError(
+            f"evaluations of {one.run} and {other.run}",
+            got=f"{one.in_common or whole}, and {other.in_common or whole}",
+            expected="the same genres for both",
+            cure="evaluate both on the same shards, with the same --genre-map",
+        )
+
+
 def refuse_different(one: Result, other: Result) -> None:
     """Check that two runs were measured on the same tracks in the same way.
 
     Raises:
         UserError: another data set, other genres, tracks, truths, or another aggregate.
     """
+    refuse_other_genres(one, other)
     for what, first, second in (
         ("genres", ", ".join(one.genres), ", ".join(other.genres)),
         ("tracks", *_differing_tracks(one, other)),

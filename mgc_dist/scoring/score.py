@@ -20,6 +20,7 @@ from mgc_dist.data.reader import Batch, ShardSet
 from mgc_dist.scoring.calibration import best_temperature, is_at_bound
 from mgc_dist.scoring.intervals import clusters_of
 from mgc_dist.scoring.metrics import Scores, scores, track_labels, track_means
+from mgc_dist.scoring.shared_genres import SharedGenres
 from mgc_dist.scoring.walk import all_rows
 
 TEMPERATURE_FOLDS = 5
@@ -81,6 +82,7 @@ def all_score(
     aggregate: Aggregate = "mean-prob",
     progress: Callable[[Iterator[Batch]], Iterator[Batch]] = lambda batches: batches,
     features: Features | None = None,
+    shared: SharedGenres | None = None,
 ) -> SplitScores:
     """Walk a split and judge it; the same digits on every rank and at any world size.
 
@@ -93,9 +95,12 @@ def all_score(
         aggregate: how segments are made into tracks.
         progress: wraps the stream of batches, to show how far it is.
         features: given to `forward` in place of waves.
+        shared: genres in common, to which all is restricted; None where model and data set have
+            the same genres.
     """
     first, stop = shards.rows_of(split)
-    genres = len(shards.manifest.genres)
+    label, track = shards.labels[first:stop], shards.tracks[first:stop]
+    genres = len(shared.model if shared else shards.manifest.genres)
     logits = all_rows(
         forward,
         shards,
@@ -106,7 +111,11 @@ def all_score(
         progress=progress,
         features=features,
     )
-    return judge(logits, shards.labels[first:stop], shards.tracks[first:stop], split, aggregate)
+    if shared:
+        kept = shared.kept(label)
+        logits, track = logits[kept][:, shared.labels], track[kept]  # [rows, N]
+        label = shared.labels_of(label[kept])
+    return judge(logits, label, track, split, aggregate)
 
 
 def judge(

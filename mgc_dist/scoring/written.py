@@ -90,6 +90,16 @@ class WorstGenre(TypedDict):
     recall: float | None
 
 
+class GenresInCommon(TypedDict):
+    """Of an evaluation on genres in common: all genres of the model, names that differ (those of
+    the data set -> those of the model), and how many tracks of each other genre are left out.
+    """
+
+    of_model: list[str]
+    renamed: dict[str, str]
+    left_out: dict[str, int]
+
+
 class EvaluationFigures(TypedDict, total=False):
     """RUN/evaluation/NAME.json; of a validation, split, genres and confusion are known."""
 
@@ -99,6 +109,7 @@ class EvaluationFigures(TypedDict, total=False):
     run: str
     aggregate: str
     genres: list[str]
+    in_common: GenresInCommon | None
     track: Values
     segment: Values
     aggregates: dict[str, Values]
