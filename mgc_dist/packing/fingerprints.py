@@ -10,14 +10,13 @@ is composed alike shares tones, but a recording shares its noise too.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import scipy.fft
 import soxr
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-from scipy.signal import correlate
-from scipy.stats import theilslopes
 
 _SLOW_HZ, _FAST_HZ = 4000, 8000
 """Rates at which landmarks and signs are looked for, or up to twice as much."""
@@ -328,18 +327,39 @@ def _line(
             first = max(0, int(start + speed * place) - _SEARCHED)
             region = one[first : first + len(block) + 2 * _SEARCHED]
             if len(region) > len(block):
-                product = correlate(region, block, "valid", method="fft")
+                product = _correlated(region, block)
                 ends = np.arange(first, first + len(product))
                 power = (energy[ends + len(block)] - energy[ends]) * (block @ block)
                 likeness = product / np.sqrt(np.maximum(power, 1e-9))
                 found[number] = likeness.max(), first + likeness.argmax()
         sure = found[:, 0] > _LIKE
         if sure.sum() >= 3:
-            slope, offset, *_ = theilslopes(found[sure, 1], places[sure])
+            slope, offset = _theil_sen(found[sure, 1], places[sure])
             near = sure & (np.abs(found[:, 1] - offset - slope * places) < _OFF)
             if near.mean() > best[0]:
                 best = (float(near.mean()), (float(slope), float(offset) / _SLOW_HZ))
     return best[1] if best[0] >= _ON_LINE else None
+
+
+def _correlated(region: NDArray[np.float32], block: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Products of a block with each stretch of a region that is as long: float64."""
+    size = scipy.fft.next_fast_len(len(region), real=True)
+    spectrum = scipy.fft.rfft(region.astype(np.float64), size)
+    spectrum *= scipy.fft.rfft(block, size).conj()
+    products: NDArray[np.float64] = scipy.fft.irfft(spectrum, size)
+    return products[: len(region) - len(block) + 1]
+
+
+def _theil_sen(y: NDArray[Any], x: NDArray[Any]) -> tuple[float, float]:
+    """Slope and offset of the line through points of which some are wrong (Theil 1950, Sen 1968).
+
+    scipy.stats has it too; importing that takes as long as packing fifty tracks.
+    """
+    one, two = np.triu_indices(len(x), 1)
+    apart = x[one] != x[two]
+    slopes = (y[two] - y[one])[apart] / (x[two] - x[one])[apart]
+    slope = float(np.median(slopes)) if len(slopes) else 0.0
+    return slope, float(np.median(y) - slope * np.median(x))
 
 
 def _coherence(
@@ -370,5 +390,5 @@ def _coherence(
         near = np.roll(phases, most)[: 2 * most]
         peaks.append(float(near.max()))
         lags.append(int(near.argmax()) - most)
-    drift, offset, *_ = theilslopes(lags, places)
+    drift, offset = _theil_sen(np.array(lags), places)
     return float(np.median(peaks)), speed * (1 + float(drift)), start_s + float(offset) / rate
