@@ -533,7 +533,7 @@ def prepare(job: Job) -> None:
     from mgc_dist.data.reader import ShardSet
     from mgc_dist.data.tracks import Track
     from mgc_dist.packing.cut import Cut, make_plan
-    from mgc_dist.packing.pack import pack
+    from mgc_dist.packing.pack import alone, pack
 
     share = SHARE if job.on_gpu else 10 * SHARE
     tracks = [
@@ -552,15 +552,17 @@ def prepare(job: Job) -> None:
         segment_samples=SAMPLES, hop_samples=SAMPLES // 2, sample_rate=RATE, rows_per_shard=512
     )
     plan = make_plan(tracks, {track.id: 19 for track in tracks}, {}, cut)
-    pack(
-        plan,
-        job.folder / "shards",
-        {"split": "table"},
-        Noise(),
-        overwrite=False,
-        jobs=0,
-        progress=lambda done: done,
-    )
+    out = job.folder / "shards"
+    with alone(out):
+        pack(
+            plan,
+            out,
+            {"split": "table"},
+            Noise(),
+            overwrite=False,
+            jobs=0,
+            progress=lambda done: done,
+        )
     job.own.mkdir()
     for name, settings in (("main", SIZES[job.size].main), ("bias", SIZES[job.size].bias)):
         (job.own / f"{name}.json").write_text(json.dumps(settings))
