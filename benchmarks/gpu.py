@@ -585,6 +585,10 @@ class Noise:
         rng = np.random.default_rng(list(track.id.encode()))
         return rng.integers(-9000, 9000, 30 * RATE, np.int16), "0" * 32
 
+    def about(self, track: Any) -> dict[str, Any]:
+        """Nothing: there is no file."""
+        return {}
+
     def stamp(self, track: Any) -> str:
         """The same for the same track."""
         return str(track.id)

@@ -37,6 +37,8 @@ def run(config: ShardConfig) -> None:
         print(f"{config.out} already holds exactly this; nothing to do.")
     for one, other in card.twins_shown(made):
         print(f"not controlled: {one} and {other} are the same file in two splits")
+    for line in card.betrayed(made):
+        print(f"not controlled: {line}")
 
 
 def verify(config: VerifyConfig) -> None:

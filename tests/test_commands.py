@@ -209,6 +209,15 @@ def test_subgroups_of_the_users_table(run: Path, shards: Path, tmp_path: Path) -
         run_ranks(1, evaluate.run, EvaluateConfig(run=run, subgroups=tmp_path / "t.csv"))
 
 
+def test_subgroups_by_a_property_of_the_source_files(run: Path, shards: Path) -> None:
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run, subgroup_column="loudness_lufs"))
+    found = json.loads((run / "evaluation" / "test.json").read_text())["subgroups"]
+    assert found["source"] == "loudness_lufs of the source files"
+    assert sum(each["count"] for each in found["groups"].values()) == 6
+    with pytest.raises(UserError, match=r"expected one of track, genre, .*codec"):
+        run_ranks(1, evaluate.run, EvaluateConfig(run=run, subgroup_column="decade"))
+
+
 def test_what_evaluate_prints(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     plant(run)
     run_ranks(1, evaluate.run, EvaluateConfig(run=run))

@@ -50,9 +50,11 @@ class EvaluateConfig:
     """Bias table of the shards, for the subgroups bias-aligned and bias-conflicting; the run's own
     by default, where the run's own shards are measured."""
     subgroups: Path | None = None
-    """CSV or TSV table of `track` and a subgroup, in place of the bias model's."""
-    subgroup_column: str = "subgroup"
-    """Column of --subgroups to read."""
+    """Table (CSV, TSV, JSON lines, Parquet) of `track` and a subgroup, in place of the bias
+    model's."""
+    subgroup_column: str | None = None
+    """Column of --subgroups, `subgroup` by default; without --subgroups a property of the source
+    files, such as `codec` or `loudness_lufs`. Numbers are cut into thirds."""
     resamples: Annotated[int, RESAMPLES] = 2000
     """Bootstrap resamples of the intervals."""
     seed: int = 0

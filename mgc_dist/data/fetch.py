@@ -107,7 +107,7 @@ def _refuse_other(folder: Path, source: str, dataset: Manifest) -> None:
 def _is_whole(folder: Path, dataset: Manifest) -> bool:
     """Whether all is there, by size: sha256 was compared when it was copied."""
     sizes = {shard.name: shard.bytes for shard in dataset.shards}
-    files = [folder / manifest.NAME, folder / manifest.INDEX, *(folder / name for name in sizes)]
+    files = [folder / name for name in (manifest.NAME, *dataset.files)]
     return all(
         path.is_file() and sizes.get(path.name, path.stat().st_size) == path.stat().st_size
         for path in files
@@ -115,11 +115,10 @@ def _is_whole(folder: Path, dataset: Manifest) -> bool:
 
 
 def _copy(folder: Path, source: str, dataset: Manifest) -> None:
-    wanted: list[tuple[str, int | None, str]] = [(manifest.INDEX, None, dataset.index_sha256)]
-    wanted += [(shard.name, shard.bytes, shard.sha256) for shard in dataset.shards]
+    sizes = {shard.name: shard.bytes for shard in dataset.shards}
     missing = []
-    for name, size, digest in wanted:
-        path = folder / name
+    for name, digest in dataset.files.items():
+        path, size = folder / name, sizes.get(name)
         right_size = path.is_file() and size in (None, path.stat().st_size)
         if not right_size or sha256(path) != digest:
             missing.append((name, size, digest))

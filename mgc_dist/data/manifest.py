@@ -19,6 +19,8 @@ FORMAT = "mgc_dist shards"
 FORMAT_VERSION = 2
 NAME = "manifest.json"
 INDEX = "index.npy"
+TRACKS = "tracks.parquet"
+"""A row a track: what the manifest says of it, and how its source was recorded and encoded."""
 _SEAL = "manifest_sha256"
 E = TypeVar("E", "TrackEntry", "ShardEntry")
 _SETTINGS = ("segment_samples", "hop_samples", "sample_rate", "rows_per_shard")
@@ -73,6 +75,9 @@ class Manifest:
         excluded: id -> reason of the tracks that were left out.
         shards: the tar files in row order.
         index_sha256: hash of index.npy.
+        tracks_sha256: hash of tracks.parquet; "" for data sets from before there was one.
+        telling: properties of the sources that tell the genre by themselves, and the share of
+            tracks for which they do.
         versions: of the tool and its libraries, for the record only.
     """
 
@@ -84,6 +89,8 @@ class Manifest:
     excluded: dict[str, str]
     shards: tuple[ShardEntry, ...]
     index_sha256: str
+    tracks_sha256: str
+    telling: dict[str, float]
     versions: dict[str, str]
 
     @property
@@ -95,6 +102,12 @@ class Manifest:
     def segment_samples(self) -> int:
         """T."""
         return int(self.settings["segment_samples"])
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Name -> sha256 of each file but the manifest."""
+        whole = {INDEX: self.index_sha256} | {shard.name: shard.sha256 for shard in self.shards}
+        return whole | ({TRACKS: self.tracks_sha256} if self.tracks_sha256 else {})
 
     def start_s(self, track: TrackEntry, segment: int) -> float:
         """Seconds from the start of a track to that of a segment of it."""
@@ -211,9 +224,10 @@ def read(folder: Path) -> Manifest:
 
 def _from_json(content: dict[str, Any]) -> Manifest:
     """Every value has the type that packing gives it; foreign ones must not get further."""
+    content = {"tracks_sha256": "", "telling": {}} | content  # absent in older ones
     if set(content) != {field.name for field in fields(Manifest)}:
         raise ValueError(f"keys {sorted(content)}")
-    for name in ("dataset_id", "index_sha256"):
+    for name in ("dataset_id", "index_sha256", "tracks_sha256"):
         _require(isinstance(content[name], str), name, content[name])
     splits = {name: tuple(bounds) for name, bounds in content["splits"].items()}
     for name, bounds in splits.items():
@@ -222,6 +236,8 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     for name in _SETTINGS:
         value = content["settings"].get(name)
         _require(type(value) is int and value > 0, f"setting {name}", value)
+    for key, value in content["telling"].items():
+        _require(isinstance(value, float), f"telling {key}", value)
     for name in ("excluded", "versions"):
         for key, value in content[name].items():
             _require(isinstance(value, str), f"{name} {key}", value)

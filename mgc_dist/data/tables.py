@@ -1,12 +1,14 @@
-"""Tables that users bring: CSV, TSV and the like, with a header, or JSON lines."""
+"""Tables that users bring: CSV, TSV and the like with a header, JSON lines, or Parquet."""
 
 import codecs
 import csv
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mgc_dist.errors import UserError
+from mgc_dist.files import replacing
 
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -14,7 +16,9 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _JSON_LINES = (".jsonl", ".ndjson")
+_PARQUET = ".parquet"
 
+Value = str | int | float | None
 Row = tuple[int, dict[str, str]]
 
 
@@ -40,7 +44,7 @@ def read_text(table: Path, flag: str) -> str:
 
 
 def read_table(table: Path, flag: str) -> list[Row]:
-    """Line numbers and rows of a table with a header, or of JSON lines.
+    """Line numbers and rows of a table with a header, of JSON lines, or of Parquet.
 
     A header with tabs makes it a TSV; else its delimiter is the more frequent of `,` and `;`.
 
@@ -48,6 +52,9 @@ def read_table(table: Path, flag: str) -> list[Row]:
         UserError: unreadable, in another encoding, a column twice, or a row that does not fit
             the header.
     """
+    if table.suffix == _PARQUET:
+        found = enumerate(read_columns(table, flag), start=1)
+        return [(n, {k: _as_text(v) for k, v in row.items()}) for n, row in found]
     text = read_text(table, flag)
     try:
         return _json_rows(text) if table.suffix in _JSON_LINES else _rows(text)
@@ -55,7 +62,7 @@ def read_table(table: Path, flag: str) -> list[Row]:
         raise UserError(
             f"{flag} {table}",
             got=str(error),
-            expected="a readable CSV or TSV table, or JSON lines",
+            expected="a readable CSV or TSV table, JSON lines, or Parquet",
             cure="save it again with a header line, quoting fields that hold the delimiter",
         ) from error
 
@@ -82,7 +89,41 @@ def _json_rows(text: str) -> list[Row]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is no JSON object")
-            found = {k: "" if v is None else str(v).strip() for k, v in row.items()}
+            found = {k: _as_text(v) for k, v in row.items()}
             rows.append((number, found))
     columns = {column for _, row in rows for column in row}
     return [(number, dict.fromkeys(sorted(columns), "") | row) for number, row in rows]
+
+
+def _as_text(value: object) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def read_columns(table: Path, flag: str) -> list[dict[str, Value]]:
+    """The rows of a Parquet file, each value of its type.
+
+    Raises:
+        UserError: unreadable.
+    """
+    import pyarrow  # here, not above: training ranks, which come past here, need no pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[dict[str, Value]] = pyarrow.parquet.read_table(table).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{flag} {table}",
+            got=str(error),
+            expected="a readable Parquet file",
+            cure="write it again, or save it as CSV",
+        ) from error
+    return rows
+
+
+def write_columns(table: Path, rows: Sequence[Mapping[str, Value]]) -> None:
+    """Write rows of one form as a Parquet file, under a temporary name until it is whole."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with replacing(table) as file:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)

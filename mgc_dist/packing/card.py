@@ -204,7 +204,17 @@ def limits(manifest: Manifest) -> list[str]:
     unknown = sum(track.group is None for track in manifest.tracks)
     note = not_controlled(str(manifest.settings["split"]), unknown, len(manifest.tracks))
     pairs = [f"{one} and {other} are the same file" for one, other in twins_shown(manifest)]
-    return ([note] if note else []) + pairs
+    return ([note] if note else []) + pairs + betrayed(manifest)
+
+
+def betrayed(manifest: Manifest) -> list[str]:
+    """What tells the genre without music, a line each."""
+    chance = 1 / len(manifest.genres)
+    return [
+        f"{name} of the source files alone tells the genre of {share:.0%} of the tracks (chance "
+        f"{chance:.0%}): models may learn it; evaluate --subgroup-column {name} looks at it"
+        for name, share in manifest.telling.items()
+    ]
 
 
 _READING = """\
@@ -228,6 +238,8 @@ from datasets import load_dataset
 {split} = load_dataset("FOLDER", split="{split}")
 ```
 
+`tracks.parquet` has a row a track: codec, container, sample_rate, channels, kbit_rate, seconds,
+peak, clipped, mixing_loss_db and loudness_lufs of its source file, and all that follows.
 `manifest.json` lists tracks with the xxh3_128 of their sources, and shards with their sha256;
 `python -m mgc_dist.shard verify FOLDER` checks every byte.
 """

@@ -75,7 +75,6 @@ def damage(out: Path, dataset: Manifest, jobs: int) -> str:
             return f"no {path.name}"
         return "" if sha256(path) == digest else f"another {path.name}"
 
-    items = [(shard.name, shard.sha256) for shard in dataset.shards]
     with ThreadPoolExecutor(jobs or cores()) as threads:
-        faults = threads.map(fault, [(manifest.INDEX, dataset.index_sha256), *items])
+        faults = threads.map(fault, dataset.files.items())
         return next((text for text in faults if text), "")

@@ -29,6 +29,7 @@ from mgc_dist.data.ledger import Ledger
 from mgc_dist.data.manifest import Manifest, ShardEntry, TrackEntry
 from mgc_dist.errors import UserError
 from mgc_dist.files import locked, refuse_small_disk, replacing, sha256, sync, write_at
+from mgc_dist.packing import provenance
 from mgc_dist.packing.cut import SPREAD_VERSION, PackPlan
 from mgc_dist.packing.parts import Waves
 from mgc_dist.workers import cores, spread
@@ -36,7 +37,8 @@ from mgc_dist.workers import cores, spread
 LOCK = ".packing.lock"
 _LEDGER = "packing.jsonl.tmp"
 _OURS = re.compile(
-    r"(train|validation|test)-\d{6}\.tar(\.tmp)?|(index\.npy|manifest\.json|packing\.jsonl)(\.tmp)*"
+    r"(train|validation|test)-\d{6}\.tar(\.tmp)?"
+    r"|(index\.npy|tracks\.parquet|manifest\.json|packing\.jsonl)(\.tmp)*"
 )
 
 _LONGEST_FLOAT = 0.30000000000000004
@@ -92,7 +94,8 @@ def pack(
         _refuse_to_replace(out)
     with Ledger(out / _LEDGER, _name_of(plan, waves)) as ledger:
         packed = _write_all(plan, out, waves, ledger, jobs=jobs, progress=progress)
-    made = _publish(plan, out, settings, packed, jobs)
+    about = [waves.about(track) for track in plan.tracks]
+    made = _publish(plan, out, settings, packed, about, jobs)
     (out / _LEDGER).unlink()
     return made
 
@@ -284,12 +287,17 @@ def refuse_long_descriptions(plan: PackPlan) -> None:
 
 
 def _publish(
-    plan: PackPlan, out: Path, settings: Settings, packed: list[PackedTrack], jobs: int
+    plan: PackPlan,
+    out: Path,
+    settings: Settings,
+    packed: list[PackedTrack],
+    about: Sequence[provenance.About],
+    jobs: int,
 ) -> Manifest:
     index, payloads = _index(plan, packed)
     shards = _hashed(plan, out, jobs)
     (out / manifest.NAME).unlink(missing_ok=True)  # first: without it the rest is no data set
-    _remove_ours(out, (".tar", ".npy"))
+    _remove_ours(out, (".tar", ".npy", ".parquet"))
     with replacing(out / manifest.INDEX) as file:
         np.save(file, index, allow_pickle=False)
     settings = (
@@ -312,8 +320,10 @@ def _publish(
         excluded=plan.excluded,
         shards=shards,
         index_sha256=sha256(out / manifest.INDEX),
+        tracks_sha256=provenance.write(out / manifest.TRACKS, tracks, about),
+        telling=provenance.telling(tracks, about),
         versions={"mgc_dist": __version__}
-        | {name: version(name) for name in ("numpy", "soundfile", "soxr", "av")},
+        | {name: version(name) for name in ("numpy", "soundfile", "soxr", "av", "pyarrow")},
     )
     for shard in shards:
         (out / f"{shard.name}.tmp").replace(out / shard.name)

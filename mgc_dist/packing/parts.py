@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from io import FileIO
 from pathlib import Path
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from mgc_dist.data import audio
 from mgc_dist.data.ledger import Ledger
+from mgc_dist.data.tables import Value
 from mgc_dist.data.tracks import Track
 from mgc_dist.errors import UserError
 from mgc_dist.files import (
@@ -37,7 +38,7 @@ from mgc_dist.packing.cut import reason_of
 from mgc_dist.workers import spread
 
 FOLDER = "parts"
-_FORMAT = "mgc_dist part 2"
+_FORMAT = "mgc_dist part 3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class DecodedTrack:
         source_bytes: size of the source file.
         source_xxh3: xxh3_128 of the source file.
         checksum: xxh3_64 of the wave.
+        about: fields of `audio.Source`; empty for an unusable track.
         bad: why the track is unusable, "" if it is not.
     """
 
@@ -64,6 +66,7 @@ class DecodedTrack:
     source_bytes: int = 0
     source_xxh3: str = ""
     checksum: int = 0
+    about: dict[str, Value] = field(default_factory=dict)
     bad: str = ""
 
 
@@ -101,6 +104,10 @@ class Waves:
         """Length of a track's wave, or why there is none."""
         entry = self.tracks[track.id]
         return entry.bad or entry.samples
+
+    def about(self, track: Track) -> dict[str, Value]:
+        """What its file shows of how it was recorded and encoded: fields of `audio.Source`."""
+        return self.tracks[track.id].about
 
     def stamp(self, track: Track) -> str:
         """Checksums of source and wave."""
@@ -265,7 +272,7 @@ def _decode(
             return known
     size = path.stat().st_size if stamp else 0
     try:
-        wave = audio.read_int16(path, sample_rate)
+        wave, source = audio.decode(path, sample_rate)
     except audio.UnusableAudio as error:
         return DecodedTrack(id=id_, stamp=stamp, source_bytes=size, bad=reason_of(error))
     file = _spool(folder, name)
@@ -280,6 +287,7 @@ def _decode(
         source_bytes=size,
         source_xxh3=fingerprint(path),
         checksum=xxhash.xxh3_64_intdigest(wave.data),
+        about=asdict(source),
     )
 
 

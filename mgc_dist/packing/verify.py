@@ -64,6 +64,7 @@ def verify(
     known = {shard.name for shard in dataset.shards}
     extra = sorted(path.name for path in folder.glob("*.tar") if path.name not in known)
     faults = [f"{name}: not in the manifest" for name in extra]
+    faults += _table_faults(folder, dataset)
     check = partial(_check_shard, folder=folder, dataset=dataset)
     ends = np.cumsum([shard.rows for shard in dataset.shards]).tolist()
     starts = [0, *ends[:-1]]
@@ -88,6 +89,15 @@ def verify(
             expected="none",
             cure=f"copy the files again from their source, or pack again:\n{shown}{more}",
         )
+
+
+def _table_faults(folder: Path, dataset: Manifest) -> list[str]:
+    """What is wrong with tracks.parquet, where there is one."""
+    path, wanted = folder / manifest.TRACKS, dataset.tracks_sha256
+    digest = sha256(path) if path.is_file() else "none"
+    if digest == (wanted or "none"):
+        return []
+    return [f"{path.name}: got sha256 {digest}, expected {wanted or 'no such file'}"]
 
 
 def _check_shard(item: tuple[int, NDArray[np.void]], folder: Path, dataset: Manifest) -> Checked:

@@ -161,11 +161,9 @@ def _subject(
             of_track=subgroups.names_of(aligned),
             of_row=subgroups.names_of(subgroups.aligned_rows(bias, label)),
         )
-    if config.subgroups:
-        column = config.subgroup_column
-        names = subgroups.from_table(config.subgroups, column, [each.id for each in tracks])
-        source = f"column {column} of {config.subgroups.name}"
-        found = subgroups.Subgroups(source=source, of_track=names)
+    if config.subgroups or config.subgroup_column:
+        given = (config.subgroups, config.subgroup_column)
+        found = subgroups.asked_for(*given, [each.id for each in tracks], shards)
     if config.data:
         notes.append("--data: whether its tracks were trained on is for you to know")
     if temperature is None:

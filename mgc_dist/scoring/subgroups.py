@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mgc_dist.data.tables import read_table
+from mgc_dist.data.manifest import TRACKS
+from mgc_dist.data.reader import ShardSet
+from mgc_dist.data.tables import Value, read_columns, read_table
 from mgc_dist.errors import UserError
 from mgc_dist.scoring.intervals import wilson
 from mgc_dist.scoring.metrics import track_labels, track_means
@@ -19,6 +21,8 @@ from mgc_dist.scoring.written import GroupFigures, Share, WorstGroup
 
 ALIGNED = "bias-aligned"
 CONFLICTING = "bias-conflicting"
+_FEW = 6
+"""Numbers of so few different values are subgroups as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +69,64 @@ def names_of(aligned: NDArray[np.bool_]) -> list[str | None]:
     return [ALIGNED if yes else CONFLICTING for yes in aligned]
 
 
+def asked_for(
+    table: Path | None, column: str | None, ids: Sequence[str], shards: ShardSet
+) -> Subgroups:
+    """Subgroups of a user's table, or by a property of the source files.
+
+    Args:
+        table: `--subgroups`; None for the table of sources that packing has written.
+        column: `--subgroup-column`.
+        ids: of the tracks.
+        shards: the data set.
+
+    Raises:
+        UserError: no such table or column, or a track that it lacks.
+    """
+    if table:
+        column = column or "subgroup"
+        names = from_table(table, column, ids)
+        return Subgroups(source=f"column {column} of {table.name}", of_track=names)
+    path = shards.folder / TRACKS
+    if not shards.manifest.tracks_sha256:
+        raise UserError(
+            f"--subgroup-column {column}",
+            got=f"no {TRACKS} in {shards.folder}, which an older version has packed",
+            expected="that table, or one of yours",
+            cure="name yours with --subgroups FILE, or pack the data set again",
+        )
+    rows = {row["track"]: row for row in read_columns(path, "--subgroup-column")}
+    columns = list(next(iter(rows.values())))
+    if column not in columns:
+        raise UserError(
+            f"--subgroup-column {column}",
+            got="no such column",
+            expected=f"one of {', '.join(columns)}",
+            cure="name one of them, or a table of yours with --subgroups FILE",
+        )
+    names = in_thirds([rows[id_][column] for id_ in ids])
+    return Subgroups(source=f"{column} of the source files", of_track=names)
+
+
+def in_thirds(values: Sequence[Value]) -> list[str | None]:
+    """Values as names of subgroups: as they are, or numbers in thirds if there are many.
+
+    Args:
+        values: of the tracks; None for a track in no subgroup.
+    """
+    known = [value for value in values if isinstance(value, int | float)]
+    if len(known) < sum(value is not None for value in values) or len(set(known)) <= _FEW:
+        return [None if value is None else str(value) for value in values]
+    low, high = np.quantile(known, (1 / 3, 2 / 3), method="lower").tolist()
+    parts = (f"up to {low:g}", f"above {low:g} to {high:g}", f"above {high:g}")
+    return [
+        parts[int(value > low) + int(value > high)] if isinstance(value, int | float) else None
+        for value in values
+    ]
+
+
 def from_table(table: Path, column: str, ids: Sequence[str]) -> list[str | None]:
-    """The subgroup of each track from a CSV or TSV table with a column `track`.
+    """The subgroup of each track from a table with a column `track`.
 
     Args:
         table: holds a row for every one of the tracks; others are passed over.

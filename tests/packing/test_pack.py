@@ -49,7 +49,7 @@ def test_bytes_do_not_depend_on_processes_or_shard_size(few: Path, tmp_path: Pat
         shard.run(shard_config(few, tmp_path / name, **changes))
     one, two = digests(tmp_path / "one"), digests(tmp_path / "two")
     assert one == two
-    assert len(one) == 3 + 3  # shards; index, manifest, card
+    assert len(one) == 3 + 4  # shards; index, tracks, manifest, card
     wide = manifest.read(tmp_path / "wide")
     assert wide.dataset_id == manifest.read(tmp_path / "one").dataset_id
     assert [entry.rows for entry in wide.shards] == [18, 18, 18]
@@ -328,9 +328,9 @@ def packed(tracks: Path, out: Path, **changes: Any) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are decoded from now on, without suffix, one at each time."""
     names: list[str] = []
-    read = parts.audio.read_int16
+    read = parts.audio.decode
     monkeypatch.setattr(
-        parts.audio, "read_int16", lambda path, rate: names.append(path.stem) or read(path, rate)
+        parts.audio, "decode", lambda path, rate: names.append(path.stem) or read(path, rate)
     )
     return names
 

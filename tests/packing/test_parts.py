@@ -51,7 +51,7 @@ def test_parts_made_elsewhere_are_joined_where_they_are_brought_together(
 def test_a_killed_part_goes_on_and_a_finished_one_does_nothing(
     tracks: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, read, decoded = tmp_path / "out", parts.audio.read_int16, []
+    out, read, decoded = tmp_path / "out", parts.audio.decode, []
 
     def killed_at_fifth(path: Path, rate: int) -> np.ndarray:
         decoded.append(path)
@@ -59,7 +59,7 @@ def test_a_killed_part_goes_on_and_a_finished_one_does_nothing(
             raise KeyboardInterrupt
         return read(path, rate)
 
-    monkeypatch.setattr(parts.audio, "read_int16", killed_at_fifth)
+    monkeypatch.setattr(parts.audio, "decode", killed_at_fifth)
     with pytest.raises(KeyboardInterrupt):
         run_part(tracks, out, "1/2")
     with pytest.raises(UserError, match=r"--join in .*: got no finished part"):

@@ -70,3 +70,10 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     table.write_text("track,decade\n")
     with pytest.raises(UserError, match="got columns none"):
         subgroups.from_table(table, "decade", ["a"])
+
+
+def test_numbers_of_many_values_are_cut_into_thirds() -> None:
+    found = subgroups.in_thirds([float(n) for n in range(9)] + [None])
+    assert found == ["up to 2"] * 3 + ["above 2 to 5"] * 3 + ["above 5"] * 3 + [None]
+    assert subgroups.in_thirds([16_000, 44_100, 16_000]) == ["16000", "44100", "16000"]
+    assert subgroups.in_thirds(["mp3", None]) == ["mp3", None]
