@@ -24,7 +24,7 @@ def run(config: BiasConfig) -> None:
 
     with meet(cli.flags_of(config), wait_s=config.source.stage_timeout_s) as meeting:
         folder = fetch.at_hand(config.shards, config.source)
-        with ShardSet(folder) as shards:
+        with ShardSet(folder, config.source.fold) as shards:
             meeting.all_same("data", {"data set (--shards)": shards.manifest.dataset_id})
             with ranks.join(config.device, meeting=meeting) as peers:
                 made = command.make(config, shards, peers)
@@ -33,7 +33,8 @@ def run(config: BiasConfig) -> None:
                 if not made.is_new:
                     print(f"{made.folder} already holds exactly this table; nothing to do.")
                 paths = bias_report.bring(made.folder, shards, write_anew=made.is_new)
-                other = f" --bias-table {config.table}" if config.bias_table else ""
+                other = f" --bias-table {config.bias_table}" if config.bias_table else ""
+                other += "" if config.source.fold is None else f" --fold {config.source.fold}"
                 print(
                     f"{made.folder} is ready, its report in {paths[0]} and {paths[1].name}; next:"
                 )

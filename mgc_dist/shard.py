@@ -29,7 +29,9 @@ def run(config: ShardConfig) -> None:
     if packing.outcome == "packed":
         print(f"Packed {made.rows} segments into {len(made.shards)} shards in {config.out}.")
         task = f"{cli.launched('bias')} --shards {config.out}"
-        if made.splits["train"][0] == made.splits["train"][1]:
+        if "fold0" in made.splits:
+            task += " --fold 0"
+        elif made.splits["train"][0] == made.splits["train"][1]:
             task = f"{cli.launched('evaluate')} RUN --data {config.out}"
             task += "  (no training tracks: for evaluation only)"
         print(f"data set {made.dataset_id[:12]}; next: {task}")

@@ -172,7 +172,10 @@ def _plain() -> dict[str, dict[str, object]]:
         (lambda: config.ShardConfig(test_fraction=0.9, validation_fraction=0.2), "below 1"),
         (lambda: config.ShardConfig(segment_s=0.001), "--segment-s"),
         (lambda: config.ShardConfig(hop_s=0), "--hop-s"),
-        (lambda: config.ShardConfig(fold=5), "--fold"),
+        (
+            lambda: config.EvaluateConfig(run=Path("x"), source=config.SourceConfig(fold=1)),
+            "--fold",
+        ),
         (lambda: config.ShardConfig(part="0/4"), "--part"),
         (lambda: config.ShardConfig(part="5/4"), "--part"),
         (lambda: config.ShardConfig(part="one"), "--part"),

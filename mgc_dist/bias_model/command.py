@@ -66,7 +66,7 @@ def _all_make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> bool:
     shards.rows_of("train")  # heads are fitted on training rows: refused before the pass
     backbone = build_bias(config.backbone, sample_rate=manifest.sample_rate)
     key = StatesKey(
-        dataset_id=manifest.dataset_id,
+        dataset_id=shards.packed_id,
         bias_hash=fingerprint(backbone, "pass float32"),
         rows=manifest.rows,
         layers=backbone.layers,
@@ -77,11 +77,12 @@ def _all_make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> bool:
     if peers.all_decide(lambda: _is_made(config, manifest, key.bias_hash, layers)):
         return False
     overwrite = config.overwrite
-    if peers.all_decide(lambda: states.is_whole(config.table, key, overwrite=overwrite)):
+    if peers.all_decide(lambda: states.is_whole(config.states, key, overwrite=overwrite)):
         log.info("hidden states of this data set and bias model are there: no pass is needed")
     else:
         on_device = backbone.to(peers.device)
-        states.all_pass(config.table, key, on_device, shards, peers, batch=config.batch)
+        with ShardSet(shards.folder, is_whole=True) as every:  # one pass for all folds
+            states.all_pass(config.states, key, on_device, every, peers, batch=config.batch)
     peers.all_decide(lambda: _fit_and_write(config, shards, key, layers, folds))
     return True
 
@@ -119,7 +120,7 @@ def _deal(config: BiasConfig, manifest: Manifest) -> dict[str, int]:
 
 def _take(config: BiasConfig, held: ExitStack) -> None:
     """Have the folder alone until the table is made (rank 0)."""
-    folder = config.table
+    folder = config.states
     there = nearest(folder)
     if not os.access(there, os.W_OK):  # known before the pass, not after it
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
@@ -176,8 +177,9 @@ def _fit_and_write(
     manifest = shards.manifest
     keys = [group_key(track.id, track.group) for track in manifest.tracks]
     of_track = np.array([folds.get(key, -1) for key in keys], np.int64)
+    pooled = states.mean_of_layers(STORE.open(config.states, key), layers)
     fit = cross_fit(
-        states.mean_of_layers(STORE.open(config.table, key), layers),
+        np.roll(pooled, -shards.first_row, axis=0) if shards.first_row else pooled,
         shards.labels,
         of_track[shards.tracks],
         folds=config.folds,
@@ -200,4 +202,5 @@ def _fit_and_write(
         temperature=fit.temperature,
         table_sha256="",
     )
+    config.table.mkdir(exist_ok=True)
     table.write(config.table, header, fit.log_probability)

@@ -20,7 +20,6 @@ from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.console import progress
 from mgc_dist.data.reader import Batch, ShardSet
 from mgc_dist.data.rowstore import RowStore
-from mgc_dist.data.tracks import SPLITS
 from mgc_dist.errors import UserError
 from mgc_dist.scoring.rows import all_fill
 
@@ -141,7 +140,7 @@ def all_pass(
             shards,
             peers,
             batch=batch,
-            splits=SPLITS,
+            splits=tuple(shards.manifest.splits),
             work={"batch": batch, "device": peers.device.type},
             title="the bias pass",
             flag="--backbone",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from mgc_dist.config.knobs import FLAT, Range, check, require
-from mgc_dist.config.source import BATCH, FOREIGN_TABLES, Device, SourceConfig
+from mgc_dist.config.source import BATCH, Device, SourceConfig, is_foreign, table_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,17 @@ class BiasConfig:
     @property
     def table(self) -> Path:
         """Folder of the table, or a file from elsewhere."""
-        return self.bias_table or self.shards / "bias"
+        return table_of(self.shards, self.bias_table, self.source.fold)
+
+    @property
+    def states(self) -> Path:
+        """Folder of the hidden states, which serve all folds."""
+        return table_of(self.shards, self.bias_table, None)
 
     @property
     def is_foreign(self) -> bool:
         """Whether the table is a file from elsewhere, of which only the report is made."""
-        return self.table.suffix in FOREIGN_TABLES and not self.table.is_dir()
+        return is_foreign(self.table)
 
     def __post_init__(self) -> None:
         check(self)

@@ -96,17 +96,15 @@ class ShardConfig:
     """Folder for the shards, index.npy and manifest.json."""
     split: str = "auto"
     """`fault-filtered` (GTZAN's; Kereliuk et al. 2015), `stratified` (by genre, artists kept
-    together), `kfold` (fold I is test, I + 1 validation), `table` (a column split of the table,
-    or --split-file), or `auto`: table if there is one, fault-filtered if all its tracks are
-    there, else stratified."""
+    together), `kfold` (so too, for cross-validation: bias, train and evaluate take --fold I),
+    `table` (a column split of the table, or --split-file), or `auto`: table if there is one,
+    fault-filtered if all its tracks are there, else stratified."""
     split_file: Path | None = None
     """CSV or TSV table of `track` (or `path`) and `split`, or the predecessor's data_split.txt."""
     split_from: Path | None = None
     """Packed data set whose tracks and artists keep their splits; new ones are dealt."""
-    folds: Annotated[int, Range(minimum=3, cure="5 is usual")] = 5
+    folds: Annotated[int, Range(minimum=3, maximum=100, cure="5 is usual")] = 5
     """Folds of `kfold`."""
-    fold: Annotated[int, Range(minimum=0, cure="start with 0")] = 0
-    """Fold that is tested (`kfold`), 0 to folds - 1; the next one validates."""
     groups: Path | None = None
     """Table of `track` and `artist` (or `group`), or `gtzan` for the list of GTZAN's artists; a
     group is never in two splits."""
@@ -181,7 +179,6 @@ class ShardConfig:
             "3 is usual",
         )
         require("--hop-s", self.hop_samples >= 1, self.hop_s, "a sample or more", "1.5 is usual")
-        require("--fold", self.fold < self.folds, self.fold, "0 to --folds - 1", "start with 0")
         part = self.part_of
         require(
             "--part",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional
 
 from mgc_dist.config.knobs import FLAT, Range, check, require
-from mgc_dist.config.source import BATCH, Device, SourceConfig, SplitName
+from mgc_dist.config.source import BATCH, Device, SourceConfig, SplitName, table_of
 
 Aggregate = Literal["mean-prob", "mean-logit", "vote"]
 
@@ -75,6 +75,13 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check(self)
         _check_name(self.name)
+        require(
+            "--fold",
+            self.source.fold is None or self.data is not None,
+            self.source.fold,
+            "nothing without --data: the run's own fold is measured",
+            "leave it out",
+        )
         require(
             "--genre-map",
             self.genre_map is None or self.data is not None or self.name is not None,
@@ -190,6 +197,8 @@ class DoctorConfig:
     """Folder that `python -m mgc_dist.shard` has filled."""
     bias_table: Path | None = None
     """Bias table; SHARDS/bias by default."""
+    fold: Annotated[int | None, Range(minimum=0, cure="start with 0")] = None
+    """Of shards packed with --split kfold: the fold that is tested."""
     run: Path = Path("runs/train")
     """Run folder, or where one will be."""
     device: Device = "auto"
@@ -200,7 +209,7 @@ class DoctorConfig:
     @property
     def table(self) -> Path:
         """Folder or file of the bias table."""
-        return self.bias_table or self.shards / "bias"
+        return table_of(self.shards, self.bias_table, self.fold)
 
     def __post_init__(self) -> None:
         check(self)

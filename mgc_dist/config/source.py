@@ -1,9 +1,10 @@
 """Knobs that several commands share: where shards come from, and where the work runs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
-from mgc_dist.config.knobs import Range, check
+from mgc_dist.config.knobs import FOUND, Range, check
 
 Device = Literal["auto", "cpu", "cuda"]
 SplitName = Literal["train", "validation", "test"]
@@ -13,10 +14,24 @@ FOREIGN_TABLES = (".csv", ".tsv", ".npy")
 BATCH = Range(minimum=1, cure="32 is usual")
 
 
+def table_of(shards: Path, bias_table: Path | None, fold: int | None) -> Path:
+    """Folder of the bias table, a fold's own below it; or a file of one from elsewhere."""
+    table = bias_table or shards / "bias"
+    return table if fold is None or is_foreign(table) else table / f"fold{fold}"
+
+
+def is_foreign(table: Path) -> bool:
+    """Whether a bias table is a file from elsewhere."""
+    return table.suffix in FOREIGN_TABLES and not table.is_dir()
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where each node takes the shards from."""
+    """Which rows of the shards, and where each node takes them from."""
 
+    fold: Annotated[int | None, Range(minimum=0, cure="start with 0"), FOUND] = None
+    """Of shards packed with --split kfold: the fold that is tested; the one before it validates,
+    the others train. Its bias table is in a folder foldI of --bias-table."""
     shards_from: str | None = None
     """Where to copy the shards from, into their folder, once per node: a folder, https://..., or
     `pipe:COMMAND` with {} for the file's name, such as `pipe:aws s3 cp s3://bucket/gtzan/{} -`."""

@@ -20,7 +20,7 @@ from mgc_dist.config.knobs import (
     require,
 )
 from mgc_dist.config.losses import LossConfig
-from mgc_dist.config.source import BATCH, Device, SourceConfig
+from mgc_dist.config.source import BATCH, Device, SourceConfig, table_of
 
 Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
 Select = Literal["nll", "macro-f1", "last"]
@@ -62,7 +62,7 @@ class DataConfig:
     @property
     def table(self) -> Path:
         """Folder or file of the bias table."""
-        return self.bias_table or self.shards / "bias"
+        return table_of(self.shards, self.bias_table, self.source.fold)
 
     @property
     def caches(self) -> Path:

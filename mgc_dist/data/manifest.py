@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mgc_dist.data.tracks import SPLITS, Track, refuse_leaks
+from mgc_dist.data.tracks import Track, names_of_splits, refuse_leaks
 from mgc_dist.errors import UserError
 from mgc_dist.files import replace_text
 
@@ -35,7 +35,7 @@ class TrackEntry:
         id: its name.
         genre: name of its genre.
         group: its artist, None if unknown.
-        split: train, validation or test.
+        split: train, validation or test; or fold0, fold1, ...
         segments: S, those that are packed.
         windows: whole segments that the track holds; more than S under `--max-segments`.
         source: folder and name of its file.
@@ -277,7 +277,10 @@ def _strings(value: object) -> list[str]:
 
 
 def _check(path: Path, manifest: Manifest) -> None:
-    bounds = [manifest.splits.get(split) for split in SPLITS]
+    names = names_of_splits(manifest.splits)
+    if tuple(manifest.splits) != names:
+        raise _damaged(path, f"splits {', '.join(manifest.splits)}")
+    bounds = [manifest.splits.get(split) for split in names]
     ends = [0, *(pair[1] if pair else -1 for pair in bounds)]
     starts = [pair[0] if pair else -1 for pair in bounds]
     if starts != ends[:-1] or ends[-1] != manifest.rows or ends != sorted(ends):

@@ -24,11 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mgc_dist.data import manifest, record
+from mgc_dist.data import cross_validation, manifest, record
 from mgc_dist.data.features import Features
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.order import MicroBatch
-from mgc_dist.data.tracks import SPLITS
 from mgc_dist.errors import UserError
 from mgc_dist.files import sha256
 
@@ -63,15 +62,22 @@ class ShardSet:
 
     Args:
         folder: that `python -m mgc_dist.shard` filled.
+        fold: that is tested, of a data set with folds.
+        is_whole: whether to take all rows of a data set with folds as they were packed.
 
     Raises:
-        UserError: no data set there, or its index or a shard does not match its manifest.
+        UserError: no data set there, its index or a shard does not match its manifest, or it has
+            no such fold.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fold: int | None = None, *, is_whole: bool = False) -> None:
         self.folder = folder
-        self.manifest: Manifest = manifest.read(folder)
-        self.index = open_index(folder, self.manifest)
+        packed = manifest.read(folder)
+        self.packed_id = packed.dataset_id
+        self.manifest = packed if is_whole else cross_validation.of_fold(folder, packed, fold)
+        index = open_index(folder, packed)
+        self.index = cross_validation.turned(index, packed, self.manifest)
+        self.first_row = cross_validation.first_row(packed, self.manifest)
         self._record_bytes = record.record_bytes(self.manifest.segment_samples)
         audio_bytes = 2 * self.manifest.segment_samples
         self._tail_bytes = self._record_bytes - record.WAVE_OFFSET - audio_bytes
@@ -282,9 +288,10 @@ def _odd_fields(
     yield from _differing(index, "label", labels[index["track"]])
     count = np.array([track.segments for track in dataset.tracks])
     yield from _differing(index, "segment", np.minimum(index["segment"], count[index["track"]] - 1))
-    split_of = np.array([SPLITS.index(track.split) for track in dataset.tracks])[index["track"]]
-    bounds = [stop - first for first, stop in (dataset.splits[split] for split in SPLITS)]
-    for row in np.flatnonzero(split_of != np.repeat(np.arange(len(SPLITS)), bounds))[:1].tolist():
+    names = list(dataset.splits)
+    split_of = np.array([names.index(track.split) for track in dataset.tracks])[index["track"]]
+    bounds = [stop - first for first, stop in dataset.splits.values()]
+    for row in np.flatnonzero(split_of != np.repeat(np.arange(len(names)), bounds))[:1].tolist():
         yield row, "track", int(index["track"][row]), "of the split that the row belongs to"
     first_segment = np.cumsum(count) - count
     visits = np.bincount(first_segment[index["track"]] + index["segment"], minlength=dataset.rows)

@@ -24,6 +24,7 @@ SUFFIXES = (
 # fmt: on
 """Names of files that are taken for music, of the formats that FFmpeg's libraries decode."""
 SPLITS = ("train", "validation", "test")
+_FOLD = re.compile(r"fold(0|[1-9]\d?)")
 ID_BYTES = 80
 """A key (id, underscore, segment number) stays under 90 bytes: tar names end at 100."""
 
@@ -48,7 +49,8 @@ class Track:
         genre: name of its genre.
         path: the file.
         group: artist or other source that must not be in two splits; None if unknown.
-        split: train, validation or test; "" before splitting.
+        split: train, validation or test; fold0, fold1, ... of a data set for cross-validation; ""
+            before splitting.
     """
 
     id: str
@@ -101,13 +103,26 @@ def keyed(seed: int, text: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {text}".encode()).digest()[:8], "little")
 
 
+def folds_of(splits: Iterable[str]) -> int:
+    """How many folds the names of splits tell of; 0 where none is called fold0, fold1, ..."""
+    numbers = [int(match[1]) for match in map(_FOLD.fullmatch, splits) if match]
+    return max(numbers, default=-1) + 1
+
+
+def names_of_splits(splits: Iterable[str]) -> tuple[str, ...]:
+    """All splits of a data set that has these, in the order of their rows."""
+    folds = folds_of(splits)
+    return tuple(f"fold{number}" for number in range(folds)) or SPLITS
+
+
 def split_name(text: str, where: str) -> str:
-    """`val`, `dev`, `Training`, ... as train, validation or test.
+    """`val`, `dev`, `Training`, ... as train, validation or test; folds as they are.
 
     Raises:
         UserError: it is none of them.
     """
-    split = _SPLIT_NAMES.get(text.strip().lower())
+    name = text.strip().lower()
+    split = name if _FOLD.fullmatch(name) else _SPLIT_NAMES.get(name)
     if split is None:
         raise UserError(
             f"split in {where}",

@@ -1,7 +1,7 @@
 """What a data set is, for people: the card beside its shards, and the table of `shard info`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mgc_dist.data import record
 from mgc_dist.data.manifest import Manifest, TrackEntry, twins
-from mgc_dist.data.tracks import SPLITS, Track
+from mgc_dist.data.tracks import Track
 from mgc_dist.files import replace_text
 from mgc_dist.packing.cut import PackPlan
 from mgc_dist.packing.splits import rule_of
@@ -43,7 +43,7 @@ def show(folder: Path, manifest: Manifest) -> None:
     for name, *values in split_rows(manifest):
         splits.add_row(name, *values)
     console.print(splits)
-    console.print(_genre_table(_genres_of(manifest)))
+    console.print(_genre_table(_genre_columns(manifest.splits), _genres_of(manifest)))
     settings = ", ".join(f"{key} {value}" for key, value in manifest.settings.items())
     lines = [f"settings: {settings}", f"versions: {_versions(manifest)}"]
     lines += [f"left out: {line}" for line in left_out(manifest)]
@@ -51,9 +51,9 @@ def show(folder: Path, manifest: Manifest) -> None:
     console.print("\n".join(lines), soft_wrap=True)
 
 
-def _genre_table(rows: list[tuple[str, ...]]) -> Table:
+def _genre_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
     table = Table(title="tracks by genre, and the share of segments in the longest tenth of them")
-    for column in GENRE_COLUMNS:
+    for column in columns:
         table.add_column(column, justify="left" if column == "genre" else "right")
     for row in rows:
         table.add_row(*row)
@@ -80,12 +80,13 @@ def show_plan(plan: PackPlan, rule: str, listed: Sequence[Track]) -> None:
     cut = plan.cut
     by_genre = _genre_rows(
         plan.genres,
+        plan.split_rows,
         plan.tracks,
         plan.segments,
         hop_s=cut.hop_samples / cut.sample_rate,
         segment_s=cut.segment_samples / cut.sample_rate,
     )
-    console.print(_genre_table(by_genre))
+    console.print(_genre_table(_genre_columns(plan.split_rows), by_genre))
     size = sum(record.shard_bytes(rows, plan.cut.segment_samples) for _, rows in plan.shards())
     console.print(f"{len(plan.shards())} shards, {size / 1e6:.1f} MB")
     paths = {track.id: str(track.path) for track in listed}
@@ -128,9 +129,11 @@ SPLIT_COLUMNS = ("tracks", "artists", "segments", "hours", "shards", "MB")
 def split_rows(manifest: Manifest) -> list[tuple[str, ...]]:
     """The splits of a data set, each a name and the values of SPLIT_COLUMNS."""
     rows: list[tuple[str, ...]] = []
-    for split in SPLITS:
+    ends = np.cumsum([shard.rows for shard in manifest.shards]).tolist()
+    places = list(zip(ends, manifest.shards, strict=True))
+    for split, (first, stop) in manifest.splits.items():
         tracks = [track for track in manifest.tracks if track.split == split]
-        shards = [shard for shard in manifest.shards if shard.name.startswith(f"{split}-")]
+        shards = [shard for end, shard in places if first < end <= stop]
         groups = {track.group for track in tracks if track.group}
         rows.append(
             (
@@ -152,11 +155,13 @@ def _covered_s(manifest: Manifest, segments: int) -> float:
     return ((segments - 1) * step + manifest.segment_samples) / manifest.sample_rate
 
 
-GENRE_COLUMNS = ("label", "genre", *SPLITS, "segments", "hours", "longest tenth")
+def _genre_columns(splits: Iterable[str]) -> tuple[str, ...]:
+    return ("label", "genre", *splits, "segments", "hours", "longest tenth")
 
 
 def _genre_rows(
     genres: Sequence[str],
+    splits: Iterable[str],
     tracks: Sequence[Track] | Sequence[TrackEntry],
     segments: NDArray[np.int64],
     *,
@@ -165,12 +170,13 @@ def _genre_rows(
 ) -> list[tuple[str, ...]]:
     """Tracks of each genre by split, its segments and hours, and what its longest tenth holds."""
     rows = []
+    names = list(splits)
     for label, genre in enumerate(genres):
-        splits = Counter(track.split for track in tracks if track.genre == genre)
+        of_split = Counter(track.split for track in tracks if track.genre == genre)
         own = np.sort(segments[[track.genre == genre for track in tracks]])[::-1]
         hours = ((own - 1) * min(hop_s, segment_s) + segment_s).sum() / 3600
         longest = own[: max(1, round(len(own) / 10))].sum() / own.sum()
-        counts = (str(splits[split]) for split in SPLITS)
+        counts = (str(of_split[split]) for split in names)
         rows.append((str(label), genre, *counts, str(own.sum()), f"{hours:.2f}", f"{longest:.0%}"))
     return rows
 
@@ -178,6 +184,7 @@ def _genre_rows(
 def _genres_of(manifest: Manifest) -> list[tuple[str, ...]]:
     return _genre_rows(
         manifest.genres,
+        manifest.splits,
         manifest.tracks,
         np.array([track.segments for track in manifest.tracks]),
         hop_s=int(manifest.settings["hop_samples"]) / manifest.sample_rate,
@@ -249,7 +256,7 @@ def _text(manifest: Manifest) -> str:
     s, tracks = manifest.settings, len(manifest.tracks)
     seconds = manifest.segment_samples / manifest.sample_rate
     hop = int(s["hop_samples"]) / manifest.sample_rate
-    splits = [split for split in SPLITS if manifest.splits[split][0] < manifest.splits[split][1]]
+    splits = [split for split, (first, stop) in manifest.splits.items() if first < stop]
     globs = "\n".join(f"      - split: {split}\n        path: {split}-*.tar" for split in splits)
     settings = ", ".join(f"{key} {value}" for key, value in sorted(s.items()))
     apart = kept_apart(sum(track.group is not None for track in manifest.tracks))
@@ -279,7 +286,7 @@ dataset_info:
 
 Hours are hours of music; segments overlap. {apart[0].upper()}{apart[1:]}.
 
-{_markdown(GENRE_COLUMNS, _genres_of(manifest))}
+{_markdown(_genre_columns(manifest.splits), _genres_of(manifest))}
 
 The last column is the share of a genre's segments that the longest tenth of its tracks holds.
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mgc_dist.data import audio
 from mgc_dist.data.manifest import window_of
 from mgc_dist.data.order import bijection, key_of
-from mgc_dist.data.tracks import KNOWN_BAD, SPLITS, Track, refuse_leaks
+from mgc_dist.data.tracks import KNOWN_BAD, Track, names_of_splits, refuse_leaks
 from mgc_dist.errors import UserError
 from mgc_dist.files import replace_text
 from mgc_dist.workers import spread
@@ -75,7 +75,8 @@ class PackPlan:
     def split_rows(self) -> dict[str, int]:
         """Rows of each split."""
         splits = np.array([track.split for track in self.tracks])
-        return {split: int(self.segments[splits == split].sum()) for split in SPLITS}
+        names = names_of_splits(splits.tolist())
+        return {split: int(self.segments[splits == split].sum()) for split in names}
 
     def is_same(self, other: "PackPlan") -> bool:
         """Whether both write the same."""
@@ -256,9 +257,9 @@ def make_plan(
     """The plan for tracks that have a split.
 
     Raises:
-        UserError: a track or group is in two splits, there is only one genre, or training rows
-            have no validation or test rows beside them. Without training rows other splits
-            may be empty: one can evaluate on such a data set.
+        UserError: a track or group is in two splits, there is only one genre, training rows
+            have no validation or test rows beside them, or a fold has none. Without training
+            rows other splits may be empty: one can evaluate on such a data set.
     """
     kept = tuple(sorted((t for t in tracks if t.id not in excluded), key=lambda t: t.id))
     refuse_leaks(kept)
@@ -277,7 +278,7 @@ def make_plan(
             cure="give the folder that holds the genre folders",
         )
     for split, rows in plan.split_rows.items():
-        if rows == 0 and plan.split_rows["train"]:
+        if rows == 0 and plan.split_rows.get("train", 1):
             raise UserError(
                 f"{split} split", got="no tracks", expected="some", cure="use --split stratified"
             )

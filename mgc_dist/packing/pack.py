@@ -37,7 +37,7 @@ from mgc_dist.workers import cores, spread
 LOCK = ".packing.lock"
 _LEDGER = "packing.jsonl.tmp"
 _OURS = re.compile(
-    r"(train|validation|test)-\d{6}\.tar(\.tmp)?"
+    r"(train|validation|test|fold\d+)-\d{6}\.tar(\.tmp)?"
     r"|(index\.npy|tracks\.parquet|manifest\.json|packing\.jsonl)(\.tmp)*"
 )
 

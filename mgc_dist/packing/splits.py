@@ -26,8 +26,10 @@ from mgc_dist.data.tracks import (
     SPLITS,
     SUFFIXES,
     Track,
+    folds_of,
     group_key,
     keyed,
+    names_of_splits,
     split_name,
 )
 from mgc_dist.errors import UserError
@@ -214,6 +216,17 @@ def deal(
     if not entry.deal:
         return list(tracks)
     dealt = entry.deal(tracks, config)
+    names = names_of_splits(track.split for track in dealt)
+    theirs = names_of_splits(track.split for track in before.values())
+    if before and names != theirs:
+        raise UserError(
+            f"--split-from {config.split_from}",
+            got=f"splits {', '.join(theirs)}",
+            expected=", ".join(names),
+            cure=f"--split kfold --folds {len(theirs)}"
+            if folds_of(theirs)
+            else "--split stratified",
+        )
     of_group: dict[str | None, str] = {t.group: t.split for t in before.values() if t.group}
     dealt = [
         replace(
@@ -248,16 +261,11 @@ def split_stratified(
     ]
 
 
-def split_kfold(tracks: Sequence[Track], *, folds: int, fold: int, seed: int) -> list[Track]:
-    """Tracks with a split: fold `fold` is test, the next one validation, the others train.
-
-    Over fold = 0 .. folds - 1 every track is tested once.
-    """
-    of_fold = {fold: "test", (fold + 1) % folds: "validation"}
+def split_kfold(tracks: Sequence[Track], *, folds: int, seed: int) -> list[Track]:
+    """Tracks with a split: fold0, fold1, ... of each genre, groups kept together."""
     chosen = _cut(tracks, [number / folds for number in range(1, folds)], seed)
     return [
-        replace(track, split=of_fold.get(chosen[group_key(track.id, track.group)], "train"))
-        for track in tracks
+        replace(track, split=f"fold{chosen[group_key(track.id, track.group)]}") for track in tracks
     ]
 
 
@@ -299,13 +307,14 @@ def _refuse_empty(kept: Sequence[Track], what: str, expected: str, cure: str) ->
 
 
 def _refuse_gaps(labelled: Sequence[Track], needed: int) -> None:
+    names = names_of_splits(track.split for track in labelled)
     groups: dict[str, set[str]] = defaultdict(set)
     for track in labelled:
         groups[track.genre].add(group_key(track.id, track.group))
     have = Counter((track.split, track.genre) for track in labelled)
     for genre in sorted(groups):
-        total = sum(have[split, genre] for split in SPLITS)
-        missing = [split for split in SPLITS if not have[split, genre]]
+        total = sum(have[split, genre] for split in names)
+        missing = [split for split in names if not have[split, genre]]
         if missing or len(groups[genre]) < needed:
             what = f"no track for the {missing[0]} split" if missing else "too few artists"
             raise UserError(
@@ -404,11 +413,9 @@ RULES: dict[str, Rule] = {
         knobs=("seed", "validation_fraction", "test_fraction"),
     ),
     "kfold": Rule(
-        deal=lambda tracks, config: split_kfold(
-            tracks, folds=config.folds, fold=config.fold, seed=config.seed
-        ),
+        deal=lambda tracks, config: split_kfold(tracks, folds=config.folds, seed=config.seed),
         groups=lambda config: config.folds,
-        knobs=("seed", "folds", "fold"),
+        knobs=("seed", "folds"),
     ),
     "table": Rule(
         by_list=lambda tracks, config: split_table(tracks, config.split_file),

@@ -20,8 +20,10 @@ from mgc_dist.bias_model.table import Header
 from mgc_dist.cluster.lease import ATTEMPTS
 from mgc_dist.config import TrainConfig, identity
 from mgc_dist.data import manifest
+from mgc_dist.data.cross_validation import of_fold
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.reader import ShardSet
+from mgc_dist.data.tracks import folds_of
 from mgc_dist.errors import UserError
 from mgc_dist.events import E, Event, StartEvent, ValidationEvent, only
 from mgc_dist.files import fingerprint, json_lines
@@ -208,13 +210,19 @@ class Dossier:
         """The shards of the main evaluation, where they are still as they were."""
         return self._find(str(self.main[1].get("dataset_id"))) if self.main else None
 
+    def _fold_in(self, folder: Path) -> int | None:
+        """The fold of the training, where a folder of shards has folds."""
+        if self.config is None or not folds_of(manifest.read(folder).splits):
+            return None
+        return self.config.data.source.fold
+
     def _find(self, dataset_id: str) -> tuple[Path, Manifest] | None:
         own = self.config.data.shards if self.config else None
         for folder in (self._shards, own):
             if folder is None or not (folder / manifest.NAME).is_file():
                 continue
             try:
-                dataset = manifest.read(folder)
+                dataset = of_fold(folder, manifest.read(folder), self._fold_in(folder))
             except UserError as error:
                 log.warning("%s", error)
                 continue
@@ -262,7 +270,7 @@ class Dossier:
             table: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
             if bounds is None or table.shape != (bounds[1] - bounds[0], len(genres)):
                 raise ValueError(f"{table.shape} logits for rows {bounds}")
-            with ShardSet(folder) as shards:
+            with ShardSet(folder, self._fold_in(folder)) as shards:
                 return {
                     line["track"]: _decider(shards, table, bounds[0], line, genres)
                     for line in wanted

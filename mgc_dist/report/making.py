@@ -9,6 +9,8 @@ from mgc_dist import cli
 from mgc_dist.bias_model.table import Header
 from mgc_dist.config import TrainConfig
 from mgc_dist.config.knobs import flag
+from mgc_dist.config.source import table_of
+from mgc_dist.config.train import DataConfig
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.events import RefusedEvent, SaveFailedEvent, StepEvent, ValidationEvent, only
 from mgc_dist.packing import card
@@ -248,7 +250,7 @@ def commands(dossier: Dossier) -> Section:
     if dossier.trained_on:
         lines.append(_shard_command(shards, dossier.trained_on[1]))
     if config.objective.needs_bias and dossier.bias and dossier.bias[1]:
-        lines.append(_bias_command(shards, str(config.data.table), dossier.bias[1]))
+        lines.append(_bias_command(config.data, dossier.bias[1]))
     again = f"{dossier.run}-again"
     train = [*cli.launched("train").split(), "--config", str(dossier.run / "config.yaml")]
     lines.append(shlex.join([*train, "--run", again, "--resume", "never"]))
@@ -283,8 +285,11 @@ def _shard_command(shards: str, of: Manifest) -> str:
     return shlex.join(words)
 
 
-def _bias_command(shards: str, place: str, header: Header) -> str:
-    words = [*cli.launched("bias").split(), "--shards", shards, "--bias-table", place]
+def _bias_command(data: DataConfig, header: Header) -> str:
+    place = table_of(data.shards, data.bias_table, None)
+    words = [*cli.launched("bias").split(), "--shards", str(data.shards)]
+    words += ["--bias-table", str(place)]
+    words += [] if data.source.fold is None else ["--fold", str(data.source.fold)]
     words += ["--backbone", header.backbone, "--layer", *map(str, header.layers)]
     words += ["--folds", str(header.folds), "--head-c", f"{header.head_c:g}"]
     return shlex.join([*words, "--seed", str(header.seed)])

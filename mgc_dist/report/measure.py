@@ -75,7 +75,8 @@ def evaluate(config: EvaluateConfig, meeting: Meeting) -> Evaluation:
     exported = folder.find_exported(config.run)
     classifier = folder.load_exported(exported)
     at_hand = fetch.at_hand(config.data or _own_shards(config), config.source)
-    with ShardSet(at_hand) as shards:
+    fold = config.source.fold if config.data else _trained_with(config.run).data.source.fold
+    with ShardSet(at_hand, fold) as shards:
         meeting.all_same("data", {"data set (--data)": shards.manifest.dataset_id})
         if config.data is None:
             _refuse_repacked(config.run, shards)

@@ -99,7 +99,7 @@ def _data(config: DoctorConfig) -> tuple[Finding, str]:
         return Finding(question="data", verdict="note", sentence=sentence), "none"
     table, name = config.table, "no bias table"
     try:
-        with ShardSet(config.shards) as shards:
+        with ShardSet(config.shards, config.fold) as shards:
             own = shards.manifest
             if (table / tables.HEADER).is_file() or table.is_file():
                 name = f"bias table {tables.read(table, own, shards.keys).sha256[:12]}"

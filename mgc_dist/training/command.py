@@ -68,7 +68,7 @@ def train(
         RunFailed: the run could not go on.
     """
     data, folder = config.data, config.output.run
-    with ShardSet(fetch.at_hand(data.shards, data.source)) as shards:
+    with ShardSet(fetch.at_hand(data.shards, data.source), data.source.fold) as shards:
         bias = None
         if config.objective.needs_bias:
             bias = table.read(data.table, shards.manifest, shards.keys)

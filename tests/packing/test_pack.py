@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ import webdataset
 from conftest import shard_config, write_tracks
 
 from mgc_dist import files, shard
+from mgc_dist.config import VerifyConfig
 from mgc_dist.data import manifest
+from mgc_dist.data.cross_validation import of_fold
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.packing import existing, pack, parts, verify
@@ -525,14 +528,14 @@ def tracks_of(few: Path, tmp_path: Path) -> tuple[manifest.TrackEntry, ...]:
 
 
 def test_folds_and_tables_reach_the_manifest(few: Path, tmp_path: Path) -> None:
-    seen: list[str] = []
-    for fold in range(3):
-        out = tmp_path / f"fold{fold}"
-        shard.run(shard_config(few, out, split="kfold", folds=3, fold=fold))
-        found = manifest.read(out)
-        assert found.settings["fold"] == fold
-        seen += [t.id for t in found.tracks if t.split == "test"]
-    assert len(set(seen)) == len(seen) == 18
+    out = tmp_path / "folds"
+    shard.run(shard_config(few, out, split="kfold", folds=3))
+    packed = manifest.read(out)
+    assert packed.settings["folds"] == 3
+    assert list(packed.splits) == ["fold0", "fold1", "fold2"]
+    shard.verify(VerifyConfig(shards=out))
+    found = of_fold(out, packed, 0)
+    assert Counter(t.split for t in found.tracks) == {"train": 6, "validation": 6, "test": 6}
     lines = ["path,genre,group,split"]
     lines += [f"{t.source},{t.genre},{t.group},{t.split}" for t in found.tracks[:-1]]
     table = few / "list.csv"
