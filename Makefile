@@ -5,7 +5,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Tests wait for processes more than they compute: three at a time keep two cores busy.
 PYTEST := python -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test test-slow test-slurm test-gpu soak check bench speed gpu shortcut hear clean
+.PHONY: demo test test-slow test-slurm test-gpu soak exactness check bench speed gpu shortcut hear clean
 
 .venv/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,9 @@ test-gpu: .venv/installed  ## what only a GPU shows, on one of them, in three mi
 
 soak: .venv/installed  ## 60 random faults to two runs, and what they lost: nothing; 35 minutes
 	$(RUN) PYTHONPATH=tests:tests/faults OMP_NUM_THREADS=1 python tests/faults/soak.py
+
+exactness: .venv/installed  ## how far runs on other ranks are from one rank, dropout on: a table; 15 minutes
+	$(RUN) PYTHONPATH=tests:tests/faults:tests/training OMP_NUM_THREADS=1 python tests/training/exactness.py
 
 check: .venv/installed  ## style, types, and that rooms import only from below
 	$(RUN) ruff check .

@@ -2,8 +2,8 @@
 
 Position t of a run lies in epoch t // n, at place p = bijection(t mod n) of the training
 rows; a keyed bijection of [0, n) replaces the shuffled list. The global batch G is what the
-user sets: step s covers positions [sG, (s + 1)G) on any machine. With `world` ranks of micro
-batch m the step takes `accumulation` = ceil(G / (world m)) micro steps, and
+user sets: step s covers positions [sG, (s + 1)G) on any machine. A step has at most as many micro
+batches of m rows as hold G; `world` ranks take them in turn, in `accumulation` micro steps, and
 
     slot = (micro_step * world + rank) * m + k      holds position      s G + slot.
 
@@ -33,6 +33,8 @@ from mgc_dist.errors import UserError
 
 ORDER_VERSION = 1
 """Changes whenever the order does; golden vectors in the tests freeze it."""
+DRAW_VERSION = 2
+"""Changes whenever the random numbers of rows do. Version 0.1.0 drew masks by rank."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = 8
@@ -115,7 +117,10 @@ class Layout:
 
 
 def lay_out(*, global_batch: int, world: int, largest_micro_batch: int) -> Layout:
-    """The layout with the fewest micro steps, and among those the least padding.
+    """The layout with the fewest micro batches, and among those the least padding.
+
+    Dropout is drawn for micro batches, so their size does not depend on the number of ranks; only
+    where there are more ranks than micro batches, these get smaller.
 
     Args:
         global_batch: G.
@@ -132,12 +137,12 @@ def lay_out(*, global_batch: int, world: int, largest_micro_batch: int) -> Layou
             expected="at least one row a rank",
             cure=f"use --global-batch {world} or more, or fewer ranks",
         )
-    accumulation = math.ceil(global_batch / (world * largest_micro_batch))
+    micro_batches = max(math.ceil(global_batch / largest_micro_batch), world)
     return Layout(
         world=world,
         global_batch=global_batch,
-        micro_batch=math.ceil(global_batch / (world * accumulation)),
-        accumulation=accumulation,
+        micro_batch=math.ceil(global_batch / micro_batches),
+        accumulation=math.ceil(micro_batches / world),
     )
 
 
@@ -180,6 +185,19 @@ class Plan:
             here = inside & (epochs == epoch)
             places[here] = shuffle(positions[here] % self.rows, epoch)
         return places
+
+    def draws(self, positions: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A random number of (seed, position, row), for what is drawn row by row.
+
+        Args:
+            positions: int64 [...].
+            places: of them, int64 [...].
+        """
+        key = np.uint64(key_of(DRAW_VERSION, self.seed))
+        with np.errstate(over="ignore"):
+            mixed = _mix(positions.astype(np.uint64) * _GOLDEN + key)
+            mixed = _mix(places.astype(np.uint64) * _GOLDEN + mixed)
+        return mixed.astype(np.int64)
 
     def _shuffled(self, index: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         return bijection(index, self.rows, key_of(ORDER_VERSION, self.seed, epoch))
@@ -246,12 +264,16 @@ class MicroBatch:
     Attributes:
         step: optimizer step (batch number for a sweep).
         micro_step: 0 .. accumulation - 1.
+        number: of the micro batch in its step, over all ranks.
         place: int64 [B], place in the split; -1 is padding.
+        draw: int64 [B], a random number of each row's position, for masks; 0 in a sweep.
     """
 
     step: int
     micro_step: int
+    number: int
     place: NDArray[np.int64]
+    draw: NDArray[np.int64]
 
 
 def training_batches(
@@ -266,9 +288,13 @@ def training_batches(
         steps = np.arange(start, min(start + at_once, plan.steps))
         positions = steps[:, None, None] * plan.global_batch + slot  # [steps, accumulation, B]
         places = plan.places(np.where(slot < plan.global_batch, positions, -1))
-        for step, of_step in zip(steps.tolist(), places, strict=True):
-            for micro_step, place in enumerate(of_step):
-                yield MicroBatch(step=step, micro_step=micro_step, place=place)
+        draws = plan.draws(positions, places)
+        for step, of_step, drawn in zip(steps.tolist(), places, draws, strict=True):
+            for micro_step, (place, draw) in enumerate(zip(of_step, drawn, strict=True)):
+                number = micro_step * layout.world + rank
+                yield MicroBatch(
+                    step=step, micro_step=micro_step, number=number, place=place, draw=draw
+                )
 
 
 def sweep_batches(
@@ -291,4 +317,7 @@ def sweep_batches(
     for step in range(math.ceil(len(todo) / world)):
         turn = step * world + rank
         place = (todo[turn] * batch if turn < len(todo) else rows) + lane
-        yield MicroBatch(step=step, micro_step=0, place=np.where(place < rows, place, -1))
+        place = np.where(place < rows, place, -1)
+        yield MicroBatch(
+            step=step, micro_step=0, number=turn, place=place, draw=np.zeros_like(place)
+        )

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ class Batch:
         row: int64 [B], -1 for padding.
         label: int64 [B], 0 for padding.
         weight: float32 [B], 1 for a true row, 0 for padding.
+        draw: int64 [B], of the plan.
     """
 
     plan: MicroBatch
@@ -55,6 +57,7 @@ class Batch:
     row: Tensor
     label: Tensor
     weight: Tensor
+    draw: Tensor
 
 
 class ShardSet:
@@ -352,7 +355,7 @@ class Reader:
         self._shards, self._features, self._batches = shards, features, iter(batches)
         self._first, _ = shards.rows_of(split)
         self._read_ahead, self._threads = max(1, read_ahead), threads
-        self._buffers = _Buffers(pin)
+        self._pin, self._buffers = pin, _Buffers(pin)
         self._pending: deque[Future[Batch]] = deque()
         self._closed = False
 
@@ -392,9 +395,15 @@ class Reader:
             plan=micro,
             input=taken,
             row=torch.from_numpy(row),
-            label=torch.from_numpy(label),
-            weight=torch.from_numpy((row >= 0).astype(np.float32)),
+            label=self._small(label),
+            weight=self._small((row >= 0).astype(np.float32)),
+            draw=self._small(np.ascontiguousarray(micro.draw)),
         )
+
+    def _small(self, values: NDArray[Any]) -> Tensor:
+        """A copy to a device waits for the host unless it comes from page-locked memory."""
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory() if self._pin else tensor
 
     def _read_rows(self, row: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         """What the model takes of each row, and its label."""

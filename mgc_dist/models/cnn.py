@@ -20,6 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mgc_dist.errors import UserError
 from mgc_dist.models import hub
+from mgc_dist.models.masks import RowMasks
 from mgc_dist.models.mel import MelSpectrogram
 
 BANDS, HOP = 40, 256
@@ -128,6 +129,7 @@ class LogMelCnnKind:
     needs_our_code = True
     fuses_attention = False
     cut = None
+    masks: RowMasks | None = None
 
     def __init__(self, net: PreTrainedModel) -> None:
         self.net = net

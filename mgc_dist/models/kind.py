@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from mgc_dist.models import hub
 from mgc_dist.models.cnn import CnnConfig, LogMelCnnKind
+from mgc_dist.models.masks import RowMasks
 from mgc_dist.models.wav2vec2 import Wav2Vec2Kind
 
 _NO_EFFECT = (
@@ -67,9 +68,11 @@ class Kind(Protocol):
         normalises: whether its input has zero mean and unit variance; None where its feature
             extractor says so.
         needs_our_code: whether transformers alone cannot load it.
+        masks: its SpecAugment, drawn by row; None if it has none.
     """
 
     net: PreTrainedModel
+    masks: RowMasks | None
     normalises: bool | None
     needs_our_code: bool
 

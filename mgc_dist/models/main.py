@@ -76,15 +76,23 @@ class WaveClassifier(nn.Module):
         self._below_head = inputs[0]  # [B, D]
 
     def forward(
-        self, wave: Tensor, *, with_gain: bool = False, only_below: bool = False
+        self,
+        wave: Tensor,
+        draw: Tensor | None = None,
+        *,
+        with_gain: bool = False,
+        only_below: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """int16 [B, T] -> logits [B, K]; with the gain, g = softplus(w h + c), float32 [B].
 
         h is what the last layer gets, [B, D] (Clark et al., EMNLP 2019). The gain trains w and c
         only: no gradient flows from it into h, where Clark's code lets it. In place of waves it
         takes what lies at the boundary, of any floating type [B, F, D]: nothing below is computed.
-        `only_below` gives just that, [B, F, D].
+        `only_below` gives just that, [B, F, D]. In training, `draw`, int64 [B], decides the masks
+        of SpecAugment of each row.
         """
+        if self.kind.masks is not None:
+            self.kind.masks.draw = draw
         if wave.is_floating_point():
             assert self.boundary is not None
             assert self.kind.cut is not None

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mgc_dist.errors import UserError
 from mgc_dist.models import hub
+from mgc_dist.models.masks import RowMasks
 
 
 class Wav2Vec2Kind:
@@ -31,6 +32,7 @@ class Wav2Vec2Kind:
     def __init__(self, net: PreTrainedModel) -> None:
         self.net = net
         self.cut = Wav2Vec2Cut(net)
+        self.masks: RowMasks | None = RowMasks(net)
 
     @property
     def fuses_attention(self) -> bool:

@@ -100,14 +100,17 @@ class Engine:
             assert zero_stage < 3
             self._engine.compile()
 
-    def __call__(self, wave: Tensor) -> Tensor:
-        """int16 [B, T] on the device, or features [B, F, D] -> logits [B, K]."""
-        logits: Tensor = self._engine(wave)
+    def __call__(self, wave: Tensor, draw: Tensor | None = None) -> Tensor:
+        """int16 [B, T] on the device, or features [B, F, D] -> logits [B, K].
+
+        In training, `draw`, int64 [B] on the device, decides the masks of each row.
+        """
+        logits: Tensor = self._engine(wave, draw)
         return logits
 
-    def with_gain(self, wave: Tensor) -> tuple[Tensor, Tensor]:
+    def with_gain(self, wave: Tensor, draw: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As above -> logits [B, K], gain of the bias float32 [B]."""
-        logits, gain = self._engine(wave, with_gain=True)
+        logits, gain = self._engine(wave, draw, with_gain=True)
         return logits, gain
 
     def features(self, wave: Tensor) -> Tensor:

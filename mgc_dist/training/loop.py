@@ -116,19 +116,24 @@ def _reader(run: Run, first: int) -> Reader:
 
 
 def begin_step(run: Run, step: int) -> None:
-    """Seed dropout and masks, and set the learning rates, of an optimizer step."""
-    seed_everything(run.config.output.seed, step, run.ranks.rank)
+    """Set the learning rates of an optimizer step."""
     run.engine.set_lr(rate_factor(run, step))
 
 
 def forward(run: Run, batch: Batch, meter: Meter) -> tuple[MicroLoss, Tensor | None]:
-    """What a micro batch loses, and the gain of the bias, float32 [B], where it is learned."""
+    """What a micro batch loses, and the gain of the bias, float32 [B], where it is learned.
+
+    Dropout is drawn by the number of the micro batch in its step, masks by row: who computes it
+    does not matter.
+    """
+    seed_everything(run.config.output.seed, batch.plan.step, batch.plan.number)
+    device, gain = run.ranks.device, None
     with meter.own_work():
-        taken, gain = batch.input.to(run.ranks.device, non_blocking=True), None
+        taken, draw = (each.to(device, non_blocking=True) for each in (batch.input, batch.draw))
         if run.config.objective.learns_gain:
-            logits, gain = run.engine.with_gain(taken)
+            logits, gain = run.engine.with_gain(taken, draw)
         else:
-            logits = run.engine(taken)  # [B, K]
+            logits = run.engine(taken, draw)  # [B, K]
     return run.objective.micro_loss(batch, logits, gain), gain
 
 

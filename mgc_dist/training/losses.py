@@ -99,7 +99,9 @@ class Objective:
         true = batch.weight.to(device, non_blocking=True)
         bias = None
         if self.table:
-            bias = self.table.lookup(batch.row).to(device, non_blocking=True)  # [B, K]
+            bias = self.table.lookup(batch.row)  # [B, K]
+            bias = bias.pin_memory() if device.type == "cuda" else bias
+            bias = bias.to(device, non_blocking=True)
         losses = row_losses(self._config, logits, label, bias, beta=self.beta(step), gain=gain)
         weight = true * row_weights(self._config, label, bias)  # [B]
         share = masked_sum(losses, weight) / (self.divisor(step) or 1.0)

@@ -30,21 +30,19 @@ KNOWN = {
     "meters.py:_settle": "ours: the loss and the stop flag of the step before",
 }
 """In float32 and under autocast, at stages 1 and 2."""
-MASKS = "modeling_wav2vec2.py:_mask_hidden_states"
-"""SpecAugment of transformers: its masks come from the host, and are counted on the GPU."""
 _WHERE = tuple(
     str(Path(str(module.__file__)).parent) for module in (mgc_dist, deepspeed, transformers)
 )
 
 
-def watch(file: Path, strict: bool, rank: int) -> None:
+def watch(file: Path, rank: int) -> None:
     """Write down the waits of some steps of this rank, and refuse unknown ones in some others."""
-    _Waits(file, strict).install()
+    _Waits(file).install()
 
 
 class _Waits:
-    def __init__(self, file: Path, strict: bool) -> None:
-        self._file, self._strict, self._mode = file, strict, "default"
+    def __init__(self, file: Path) -> None:
+        self._file, self._mode = file, "default"
         self._places: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
 
@@ -64,7 +62,7 @@ class _Waits:
 
     def _enter(self, step: int) -> None:
         self._mode = "warn" if step in RECORDED else "default"
-        if step in STRICT and self._strict:
+        if step in STRICT:
             self._mode = "error"
         if step == STRICT.stop:
             found = {"places": self._places, "calls": self._calls}

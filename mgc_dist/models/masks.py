@@ -1,0 +1,105 @@
+"""SpecAugment drawn by row: the same masks on any number of ranks, on the device, without a wait.
+
+transformers draws masks for a whole batch on the host, so they depend on which rows share a batch,
+and each forward pass of a GPU waits for them. Here a row's masks follow from a number of its own,
+the draw, by integer arithmetic that is the same on every device. How many spans of which length a
+row gets is as in transformers (`_compute_mask_indices`), but that each row rounds by itself.
+
+Source: Park et al., "SpecAugment", Interspeech 2019; Baevski et al., "wav2vec 2.0", appendix B.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the constants of splitmix64 as signed numbers
+_MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
+_SHIFTS = (30, 27, 31)
+_TIME, _FEATURE = 1, 2
+"""Streams of numbers of a row."""
+
+
+class RowMasks:
+    """The masks of a model of wav2vec2's family, in place of its own.
+
+    Args:
+        net: an audio classifier of transformers.
+
+    Attributes:
+        draw: int64 [B], a number for each row of the coming forward pass in training; None lets
+            torch's generator draw them.
+    """
+
+    def __init__(self, net: PreTrainedModel) -> None:
+        self._base, self._config = net.base_model, net.config
+        self.draw: Tensor | None = None
+        self._base._mask_hidden_states = self._masked
+
+    def _masked(
+        self,
+        hidden_states: Tensor,
+        mask_time_indices: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What transformers calls: [B, F, D] -> [B, F, D] with some frames and features masked."""
+        config, base = self._config, self._base
+        if not (base.training and config.apply_spec_augment):
+            return hidden_states
+        rows, frames, width = hidden_states.shape
+        draw = self.draw
+        if draw is None:
+            draw = torch.randint(1 << 62, (rows,), device=hidden_states.device)
+        if config.mask_time_prob > 0:
+            mask = spans(
+                _mixed(draw, _TIME),
+                frames,
+                share=config.mask_time_prob,
+                length=config.mask_time_length,
+                least=config.mask_time_min_masks,
+            )
+            filler = base.masked_spec_embed.to(hidden_states.dtype)
+            hidden_states = torch.where(mask[:, :, None], filler, hidden_states)
+        if config.mask_feature_prob > 0:
+            mask = spans(
+                _mixed(draw, _FEATURE),
+                width,
+                share=config.mask_feature_prob,
+                length=config.mask_feature_length,
+                least=config.mask_feature_min_masks,
+            )
+            hidden_states = hidden_states.masked_fill(mask[:, None, :], 0)
+        return hidden_states
+
+
+def spans(draw: Tensor, size: int, *, share: float, length: int, least: int) -> Tensor:
+    """Where masked spans lie: bool [B, size].
+
+    Args:
+        draw: int64 [B].
+        size: of the axis, at least `length`.
+        share: of the axis that spans would cover if they did not overlap.
+        length: of a span.
+        least: number of spans at least.
+    """
+    starts = size - length + 1
+    place = torch.arange(starts + 1, device=draw.device)
+    numbers = _mixed(draw[:, None], place)  # [B, starts + 1]; the last one rounds
+    fraction = (numbers[:, -1] >> 11 & (1 << 53) - 1).double() * 2.0**-53  # [0, 1)
+    count = (share * size / length + fraction).floor().long()
+    count = count.clamp(min=least).clamp(max=min(size // length, starts))  # [B]
+    order = numbers[:, :-1].argsort(dim=1)  # [B, starts], a permutation
+    begins = torch.zeros_like(order).scatter(1, order, (place[:-1] < count[:, None]).long())
+    total = nn.functional.pad(begins.cumsum(dim=1), (length, length - 1))  # [B, size + length]
+    total[:, starts + length :] = total[:, starts + length - 1 : starts + length]
+    return total[:, length:] > total[:, :-length]  # a begin among the last `length` places
+
+
+def _mixed(draw: Tensor, number: Tensor | int) -> Tensor:
+    """A random number for each draw and number: int64.
+
+    Source: the finaliser of splitmix64 (Steele et al., OOPSLA 2014); integers wrap around.
+    """
+    x = draw * _GOLDEN + number + _GOLDEN
+    for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * multiplier
+    return x
