@@ -64,7 +64,9 @@ def _all_make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> bool:
     """False if the table is there already."""
     manifest = shards.manifest
     shards.rows_of("train")  # heads are fitted on training rows: refused before the pass
-    backbone = build_bias(config.backbone, sample_rate=manifest.sample_rate)
+    backbone = build_bias(
+        config.backbone, sample_rate=manifest.sample_rate, revision=config.revision
+    )
     key = StatesKey(
         dataset_id=shards.packed_id,
         bias_hash=fingerprint(backbone, "pass float32"),

@@ -25,6 +25,8 @@ class BiasConfig:
     source: Annotated[SourceConfig, FLAT] = field(default_factory=SourceConfig)
     backbone: str = "facebook/wav2vec2-base"
     """Hub name or folder of a transformers model, or `logmel` (40 log-mel bands, no weights)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
     layer: tuple[int, ...] = (-1,)
     """Hidden layer that the heads see: 0 is the input of the encoder, -1 its last layer; of
     several (`--layer 6 7 8`) the mean."""

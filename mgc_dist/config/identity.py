@@ -4,6 +4,7 @@ Most of it are knobs whose `Effect` says so; the run adds what it found: the dat
 `shards`, the table's hash under `bias_table`, and what has no knob, under a name of `_WORDS`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,15 @@ _WORDS = {
     "frozen_weights": "frozen weights of --model",
     "shapes": "shapes of --model",
     "weights_precision": "--precision of the weights",
+    "model": "configuration of --model",
+    "revision": "revision of --model",
+    "device": "kind of device",
+    "libraries": "libraries",
 }
+SAID = ("device", "libraries", "revision")
+"""Parts that change digits by rounding, or nothing: a difference is written down, not refused."""
+NEWER = (*SAID, "precision", "micro_batch", "model")
+"""Parts that version 0.1.0 did not write down, or wrote as a path: they are not compared then."""
 _OLD_KNOBS = (
     *("seed", "window_shards", "global_batch", "model", "freeze", "spec_augment", "cache"),
     *("lr", "head_lr", "weight_decay", "warmup_fraction", "final_lr_fraction", "clip_norm"),
@@ -30,6 +39,7 @@ _OLD_LOSS = "--loss"
 """Version 0.1.0 wrote all knobs of the loss in one text, and words for people as keys."""
 OLD_MODEL = "launch/presets/wav2vec2-demo.json"
 """Where version 0.1.0 had the file of `wav2vec2-demo`; a run wrote its whole path."""
+_HASH = re.compile(r" [0-9a-f]{32}$")
 _OLD = {old: name for name, old in _WORDS.items()} | {flag(name): name for name in _OLD_KNOBS}
 
 
@@ -60,11 +70,12 @@ def read(written: Mapping[str, Any], config_type: type[Any] = TrainConfig) -> Id
             found |= {name: _value(text) for name, text in pairs}
         else:
             found[_OLD.get(key, key)] = value
-    if str(found.get("model")).endswith(OLD_MODEL):
-        found["model"] = "wav2vec2-demo"
+    if not _HASH.search(str(found.get("model"))):
+        found.pop("model", None)
     if "loss" not in found:  # no whole identity
         return found
     known = set(_OLD.values()) if _OLD_LOSS in written else set()
+    known |= set(NEWER)
     return {name: value for name, value in own(config_type()).items() if name not in known} | found
 
 

@@ -14,6 +14,7 @@ from mgc_dist.config.knobs import (
     FLAT,
     FOUND,
     LEARNED,
+    Effect,
     Range,
     change_names,
     check,
@@ -80,6 +81,8 @@ class ModelConfig:
     model: Annotated[str, LEARNED] = "facebook/wav2vec2-large-960h-lv60-self"
     """Hub name or folder of a transformers waveform model, a config .json (random weights), or
     `logmel-cnn`: a small CNN on log-mel bands, for tests and benchmarks."""
+    revision: Annotated[str | None, FOUND] = None
+    """Branch, tag or commit of a hub model; the run keeps the commit that it stood for."""
     freeze: Annotated[str, FIXED] = "feature_encoder"
     """`none`, `feature_encoder`, `layers:N` (the CNN and the lower N layers) or `backbone`."""
     spec_augment: Annotated[bool, FIXED] = True
@@ -136,11 +139,12 @@ class EngineConfig:
 
     zero_stage: Annotated[Literal[0, 1, 2, 3], COMPARED] = 2
     """What ZeRO shards: 1 optimizer states, 2 gradients too, 3 parameters too."""
-    micro_batch: Annotated[int, Range(minimum=1, cure="8 is usual")] = 8
-    """Largest batch of one rank that fits its memory; accumulation follows from it."""
+    micro_batch: Annotated[int, Range(minimum=1, cure="8 is usual"), FOUND] = 8
+    """Largest batch of one rank that fits its memory; accumulation follows from it. Dropout is
+    drawn for micro batches: another size is another draw."""
     eval_batch: Annotated[int, BATCH] = 32
     """Segments in a batch of validation, which keeps nothing for a backward pass."""
-    precision: Annotated[Precision, COMPARED] = "auto"
+    precision: Annotated[Precision, Effect(identity=False)] = "auto"
     """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it. `bf16-weights`
     leaves fp32 ones to the optimizer: less memory, coarser gradients."""
     device: Device = "auto"

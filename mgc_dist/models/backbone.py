@@ -64,12 +64,13 @@ class HiddenMean(nn.Module):
         return torch.stack([h.float().mean(dim=1) for h in hidden], dim=1)  # [B, L, D]
 
 
-def build_bias(name: str, *, sample_rate: int) -> LogMel | HiddenMean:
+def build_bias(name: str, *, sample_rate: int, revision: str | None = None) -> LogMel | HiddenMean:
     """A frozen backbone in eval mode that maps int16 [B, T] to float32 [B, L, D].
 
     Args:
         name: `logmel`, hub name or folder.
         sample_rate: of the segments in Hz.
+        revision: of a hub model.
 
     Raises:
         UserError: the model cannot be found, or has no encoder over raw audio.
@@ -78,12 +79,12 @@ def build_bias(name: str, *, sample_rate: int) -> LogMel | HiddenMean:
     if name == "logmel":
         return LogMel(sample_rate).eval().requires_grad_(False)
     seed_everything(0)  # what a checkpoint lacks (masked_spec_embed) must not vary
-    net, missing = hub.load(AutoModel, name)
+    net, missing = hub.load(AutoModel, name, revision)
     hub.refuse_no_encoder(f"--backbone {name}", net)
     lost = sorted(key for key in missing if not key.endswith("masked_spec_embed"))
     if lost:
         raise hub.incomplete(name, lost)
-    extractor = hub.feature_extractor(name, sample_rate)
+    extractor = hub.feature_extractor(name, sample_rate, revision)
     module = HiddenMean(net, do_normalize=extractor.do_normalize)
     return module.eval().requires_grad_(False)
 

@@ -41,12 +41,15 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load(kind: type, name: str, **settings: object) -> tuple[PreTrainedModel, set[str]]:
+def load(
+    kind: type, name: str, revision: str | None = None, **settings: object
+) -> tuple[PreTrainedModel, set[str]]:
     """A model in float32, and the names of weights that its checkpoint lacks.
 
     Args:
         kind: a class with `from_pretrained`.
         name: hub name or folder.
+        revision: branch, tag or commit of a hub model.
         settings: of the model's configuration.
 
     Raises:
@@ -59,6 +62,7 @@ def load(kind: type, name: str, **settings: object) -> tuple[PreTrainedModel, se
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             trust_remote_code=False,
+            revision=revision or "main",
             **settings,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -67,12 +71,15 @@ def load(kind: type, name: str, **settings: object) -> tuple[PreTrainedModel, se
     return net, missing
 
 
-def feature_extractor(name: str, sample_rate: int) -> Wav2Vec2FeatureExtractor:
+def feature_extractor(
+    name: str, sample_rate: int, revision: str | None = None
+) -> Wav2Vec2FeatureExtractor:
     """The feature extractor of a model; one that normalises where it has none of its own.
 
     Args:
         name: hub name, folder or config .json.
         sample_rate: of the shards in Hz.
+        revision: branch, tag or commit of a hub model.
 
     Raises:
         UserError: it cannot be found, or wants another sample rate.
@@ -81,7 +88,9 @@ def feature_extractor(name: str, sample_rate: int) -> Wav2Vec2FeatureExtractor:
     has_own = Path(name, "preprocessor_config.json").is_file()
     if has_own or not (Path(name).exists() or name.endswith(".json")):
         try:
-            extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+            extractor = AutoFeatureExtractor.from_pretrained(
+                name, trust_remote_code=False, revision=revision or "main"
+            )
         except (OSError, ValueError) as error:
             raise not_found(name, error) from error
     if extractor.sampling_rate != sample_rate:

@@ -169,6 +169,7 @@ def build_main(
     learns_gain: bool = False,
     cache: str = "none",
     spec_augment: bool = True,
+    revision: str | None = None,
 ) -> WaveClassifier:
     """The main model, with a new head.
 
@@ -185,6 +186,7 @@ def build_main(
         learns_gain: for the learned mixins.
         cache: `none`, `cnn` or `trunk`: which frozen output it takes in place of waves.
         spec_augment: False switches SpecAugment off.
+        revision: branch, tag or commit of a hub model.
 
     Raises:
         UserError: the model cannot be found, does not fit, or has BatchNorm; or the cache would
@@ -195,7 +197,7 @@ def build_main(
     labels = _labels(genres, spec_augment)
     seed_everything(seed)
     config = _new_config(name, sample_rate, labels)
-    net = _from_config(name, config) if config else _from_checkpoint(name, labels)
+    net = _from_config(name, config) if config else _from_checkpoint(name, labels, revision)
     net.config.segment_samples = segment_samples  # ours: what `predict` cuts files into
     kind = kind_of(net)
     frozen = _make_ready(
@@ -203,7 +205,7 @@ def build_main(
     )
     normalises = kind.normalises
     if normalises is None:
-        normalises = hub.feature_extractor(name, sample_rate).do_normalize
+        normalises = hub.feature_extractor(name, sample_rate, revision).do_normalize
     return WaveClassifier(
         net,
         do_normalize=normalises,
@@ -223,6 +225,7 @@ def describe_main(
     segment_samples: int,
     cache: str = "none",
     spec_augment: bool = True,
+    revision: str | None = None,
 ) -> WaveClassifier:
     """The main model of `build_main` without its weights: on torch's meta device, in a second.
 
@@ -235,20 +238,14 @@ def describe_main(
         segment_samples: T.
         cache: as for `build_main`.
         spec_augment: as for `build_main`.
+        revision: as for `build_main`.
 
     Raises:
         UserError: the model's configuration cannot be found, or does not fit; or the cache would
             not be exact.
     """
-    hub.quiet()
     name = hub.located(name)
-    labels = _labels(genres, spec_augment)
-    config = _new_config(name, 16_000, labels)
-    if config is None:
-        try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **labels)
-        except (OSError, ValueError) as error:
-            raise hub.not_found(name, error) from error
+    config = configuration(name, genres, spec_augment=spec_augment, revision=revision)
     with torch.device("meta"):
         net = _from_config(name, config).to("meta")
     kind = kind_of(net)
@@ -257,6 +254,50 @@ def describe_main(
     )
     at = open_boundary(kind, cache, freeze)
     return WaveClassifier(net, do_normalize=True, frozen=frozen, boundary=at)
+
+
+def configuration(
+    name: str, genres: Sequence[str], *, spec_augment: bool = True, revision: str | None = None
+) -> PretrainedConfig:
+    """The configuration of the main model, without its weights; as for `build_main`.
+
+    Raises:
+        UserError: it cannot be found, or does not fit.
+    """
+    hub.quiet()
+    name, labels = hub.located(name), _labels(genres, spec_augment)
+    config = _new_config(name, 16_000, labels)
+    if config is None:
+        try:
+            config = AutoConfig.from_pretrained(
+                name, trust_remote_code=False, revision=revision or "main", **labels
+            )
+        except (OSError, ValueError) as error:
+            raise hub.not_found(name, error) from error
+    return config
+
+
+def configuration_hash(config: PretrainedConfig) -> str:
+    """Hash of what a configuration says of the model, not of where it lies or who wrote it."""
+    said = config.to_dict()
+    content = {name: value for name, value in said.items() if name not in _OF_THE_FILE}
+    text = json.dumps(content, sort_keys=True, default=str)
+    return f"{config.model_type} {xxhash.xxh3_128_hexdigest(text.encode())}"
+
+
+_OF_THE_FILE = (
+    *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype"),
+    *("segment_samples", TEMPERATURE, "sample_rate"),
+)
+
+
+def draws_dropout(config: PretrainedConfig) -> bool:
+    """Whether a model draws random numbers for whole batches in training."""
+    return any(
+        isinstance(value, float) and value > 0
+        for name, value in config.to_dict().items()
+        if name.endswith("dropout")
+    )
 
 
 def _labels(genres: Sequence[str], spec_augment: bool) -> dict[str, Any]:
@@ -335,8 +376,8 @@ def frozen_fingerprint(model: WaveClassifier) -> str:
     return digest.hexdigest() if frozen else "none"
 
 
-def _from_checkpoint(name: str, labels: dict[str, object]) -> PreTrainedModel:
-    net, missing = hub.load(AutoModelForAudioClassification, name, **labels)
+def _from_checkpoint(name: str, labels: dict[str, object], revision: str | None) -> PreTrainedModel:
+    net, missing = hub.load(AutoModelForAudioClassification, name, revision, **labels)
     lost = sorted(
         key
         for key in missing

@@ -75,7 +75,11 @@ def train(
         plan = setup.plan_of(config, shards)
         own = setup.identity_of(config, shards, bias, plan)
         meeting.all_same("data", {identity.words(name): str(each) for name, each in own.items()})
+        device = ranks.device_of(config.engine.device, meeting.seat.local_rank)
+        meeting.all_same("devices", {"device (--device)": device.type})
         with ranks.join(config.engine.device, config.engine.group_timeout_s, meeting) as peers:
+            own |= {"precision": setup.precision_of(config, peers)}
+            meeting.all_same("precision", {"--precision": own["precision"]})
             if config.output.dry_run:
                 outcome = _forecast(config, shards, plan, peers)
                 return TrainResult(outcome=outcome, folder=folder, is_first=peers.is_first)

@@ -190,6 +190,7 @@ def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) 
         segment_samples=segment_samples,
         cache=config.data.cache,
         spec_augment=config.main.spec_augment,
+        revision=config.main.revision,
     )
 
 

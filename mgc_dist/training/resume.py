@@ -215,7 +215,10 @@ def refuse_change(
     changes: Changes = {}
     for key, value in identity.read(ours, config_type).items():
         before = recorded.get(key, "not written down")
-        if before == value:
+        if before == value or (key not in recorded and key in identity.NEWER):
+            continue
+        if key in identity.SAID:
+            changes[key] = (value, before)
             continue
         if names.get(key) not in allowed:
             way = f"allow it with --change {names[key]}, " if key in names else ""

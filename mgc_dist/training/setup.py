@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,20 @@ from mgc_dist.data.order import ORDER_VERSION, Layout, Plan, lay_out
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.journal import Journal
 from mgc_dist.models.flops import SegmentFlops, count
-from mgc_dist.models.main import WaveClassifier, build_main, frozen_fingerprint
+from mgc_dist.models.main import (
+    WaveClassifier,
+    build_main,
+    configuration,
+    configuration_hash,
+    draws_dropout,
+    frozen_fingerprint,
+)
 from mgc_dist.training import cache
 from mgc_dist.training.engine import Engine
 from mgc_dist.training.losses import Objective
+
+_LIBRARIES = ("torch", "transformers", "deepspeed")
+"""Libraries whose versions may change digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +104,7 @@ def build(
         largest_micro_batch=config.engine.micro_batch,
     )
     model = _main_model(config, shards.manifest).to(ranks.device)
-    bf16, cached = _takes_bf16(config, ranks), None
+    bf16, cached = takes_bf16(config, ranks), None
     if model.boundary is not None:
         dtype = config.data.cache_dtype
         cached = cache.describe(model, shards, device=ranks.device, bf16=bf16, dtype=dtype)
@@ -103,6 +114,9 @@ def build(
         "shapes": _shapes(model),
         "cache": cached.description if cached else "none",
         "weights_precision": "bf16" if bf16_weights else "fp32",
+        "micro_batch": layout.micro_batch if draws_dropout(model.net.config) else "any",
+        "device": ranks.device.type,
+        "libraries": ", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
     }
     flops = count(model, shards.manifest.segment_samples)  # before ZeRO-3 leaves nothing in place
     if model.boundary is not None:
@@ -163,7 +177,13 @@ def identity_of(
     config: TrainConfig, shards: ShardSet, table: BiasTable | None, plan: Plan
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to go on here: knobs, and what they have found."""
-    model, window = config.main.model, plan.window_shards
+    window = plan.window_shards
+    model = configuration(
+        config.main.model,
+        shards.manifest.genres,
+        spec_augment=config.main.spec_augment,
+        revision=config.main.revision,
+    )
     found = {
         "shards": shards.manifest.dataset_id,
         "genres": ", ".join(shards.manifest.genres),
@@ -173,7 +193,8 @@ def identity_of(
         **identity.own(config),
         "window_shards": f"{window} of {plan.shard_rows[0]} rows" if window else 0,
         "epochs": plan.total,
-        "model": str(Path(model).resolve()) if Path(model).exists() else model,
+        "model": configuration_hash(model),
+        "revision": getattr(model, "_commit_hash", None) or "none",
         "bias_table": table.sha256 if table else "none",
     }
 
@@ -191,10 +212,18 @@ def _main_model(config: TrainConfig, manifest: Manifest) -> WaveClassifier:
         learns_gain=config.objective.learns_gain,
         cache=config.data.cache,
         spec_augment=config.main.spec_augment,
+        revision=config.main.revision,
     )
 
 
-def _takes_bf16(config: TrainConfig, ranks: Ranks) -> bool:
+def precision_of(config: TrainConfig, ranks: Ranks) -> str:
+    """What `--precision` comes to on this rank."""
+    asked = config.engine.precision
+    return asked if asked == "bf16-weights" else ("bf16" if takes_bf16(config, ranks) else "fp32")
+
+
+def takes_bf16(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether this rank computes under autocast to bfloat16."""
     precision, on_gpu = config.engine.precision, ranks.device.type == "cuda"
     return precision == "bf16" or (
         precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
