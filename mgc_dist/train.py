@@ -1,5 +1,7 @@
 """`deepspeed launch/train.py`: the main model on ranks that stream the shards."""
 
+import os
+from dataclasses import replace
 from typing import NoReturn
 
 from mgc_dist import cli
@@ -28,6 +30,8 @@ def run(config: TrainConfig) -> int:
     from mgc_dist.report.figures import PICTURES
     from mgc_dist.training import command
 
+    tries = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    config = replace(config, output=config.output.of_try(tries))
     wait_s = config.engine.group_timeout_s
     source = config.data.source
     if source.shards_from or source.stage_dir:  # nodes may be done long after one another

@@ -1,7 +1,7 @@
 """Knobs of train, in sections."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -126,6 +126,9 @@ class OptimConfig:
     """Share of the run in which the rates rise linearly; after it they follow a cosine."""
     final_lr_fraction: Annotated[float, LEARNED] = 0.02
     """Rate at the end of the run as a share of the peak."""
+    extension: Annotated[Literal["replan", "hold"], Effect(identity=False, change=None)] = "replan"
+    """Learning rates after `--change epochs`: `replan`, as if the run had been planned so long from
+    the start; `hold`, as they are there."""
     clip_norm: Annotated[float, Range(above=0, cure="1.0 is usual"), LEARNED] = 1.0
     """Largest norm of the gradient."""
 
@@ -213,7 +216,8 @@ class RunConfig:
     """A flag, without its dashes, in which a resumed run may differ from how it was started, such
     as `lr` (`loss` stands for all knobs of the loss); may be given several times."""
     fresh: bool = False
-    """Begin again in a used run folder; what is there is moved into RUN/aside-N."""
+    """Begin again in a used run folder; what is there is moved into RUN/aside-N. Like a checkpoint
+    named with --resume, it counts for the first try of a Slurm job; requeued ones go on."""
     row_ledger: bool = False
     """Write down which rows each step consumed (RUN/rows), to prove that none was lost."""
     dry_run: bool = False
@@ -232,11 +236,23 @@ class RunConfig:
         )
         require(
             "--fresh",
-            not self.fresh or self.resume == "never",
+            not self.fresh or self.resume in ("never", "auto"),
             f"--resume {self.resume}",
             "one of the two",
             "--resume goes on, --fresh begins again",
         )
+
+    def of_try(self, number: int) -> "RunConfig":
+        """What is asked of a try: later ones of a job go on from what the first has begun.
+
+        Args:
+            number: 0 for the first; Slurm counts how often a job was requeued.
+        """
+        if number:
+            named = self.resume not in ("never", "auto", "latest")
+            resume = "auto" if self.fresh or named else self.resume
+            return replace(self, fresh=False, resume=resume)
+        return replace(self, resume="never") if self.fresh else self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ time: shards come in a keyed order of their own, W of them make a window, and th
 runs inside each window. It is still a pure function of the position.
 
 The state of a run is `samples_seen`, the number of positions consumed; resuming from it is
-O(1) and needs nothing else, whatever the world size becomes.
+O(1) and needs nothing else, whatever the world size becomes. Where a run goes on with more
+epochs or another G, its steps are counted anew from there: a plan may begin at any position.
 """
 
 import math
@@ -157,6 +158,7 @@ class Plan:
         seed: of the order.
         window_shards: W, shards that are read from at a time; 0 for all.
         shard_rows: rows of each training shard, in row order; needed with a window only.
+        first_position, first_step: from where steps of G positions are counted.
     """
 
     rows: int
@@ -165,11 +167,17 @@ class Plan:
     seed: int
     window_shards: int = 0
     shard_rows: tuple[int, ...] = ()
+    first_position: int = 0
+    first_step: int = 0
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return math.ceil(self.total / self.global_batch)
+        """Optimizer steps of the run, those before this plan began among them."""
+        return self.first_step + math.ceil((self.total - self.first_position) / self.global_batch)
+
+    def start_of(self, step: int) -> int:
+        """First position of an optimizer step, counted from 0."""
+        return self.first_position + (step - self.first_step) * self.global_batch
 
     def places(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Place in [0, n) of each position; -1 for a position outside the run.
@@ -224,18 +232,18 @@ class Plan:
 
     def seen_after(self, step: int) -> int:
         """samples_seen after optimizer step `step` (counted from 0)."""
-        return min((step + 1) * self.global_batch, self.total)
+        return min(self.start_of(step + 1), self.total)
 
     def true_rows(self, step: int) -> int:
         """D: rows of a step that are not padding, over all ranks; no collective is needed."""
-        return self.seen_after(step) - step * self.global_batch
+        return self.seen_after(step) - self.start_of(step)
 
     def due(self, every: float, step: int) -> bool:
         """Whether an event that is due every `every` positions fires after this step.
 
         It fires after the first step with samples_seen >= k * every, and after the last step.
         """
-        before, after = step * self.global_batch, self.seen_after(step)
+        before, after = self.start_of(step), self.seen_after(step)
         return after // every > before // every or after == self.total
 
     def step_of(self, samples_seen: int) -> int:
@@ -244,17 +252,17 @@ class Plan:
         Raises:
             UserError: samples_seen is not the end of a step of this plan.
         """
-        step, rest = divmod(samples_seen, self.global_batch)
+        step, rest = divmod(samples_seen - self.first_position, self.global_batch)
         if samples_seen == self.total:
             return self.steps
-        if rest or samples_seen > self.total:
+        if rest or step < 0 or samples_seen > self.total:
             raise UserError(
                 "samples_seen of the checkpoint",
                 got=samples_seen,
-                expected=f"a multiple of the global batch {self.global_batch} up to {self.total}",
-                cure="resume with the global batch and epochs that the run was started with",
+                expected=f"the end of a step of {self.global_batch} rows, up to {self.total}",
+                cure="give more --epochs, with --change epochs",
             )
-        return step
+        return self.first_step + step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +294,8 @@ def training_batches(
     at_once = max(1, _POSITIONS_AT_ONCE // slot.size)
     for start in range(first_step, plan.steps, at_once):
         steps = np.arange(start, min(start + at_once, plan.steps))
-        positions = steps[:, None, None] * plan.global_batch + slot  # [steps, accumulation, B]
+        starts = np.array([plan.start_of(step) for step in steps.tolist()])
+        positions = starts[:, None, None] + slot  # [steps, accumulation, B]
         places = plan.places(np.where(slot < plan.global_batch, positions, -1))
         draws = plan.draws(positions, places)
         for step, of_step, drawn in zip(steps.tolist(), places, draws, strict=True):

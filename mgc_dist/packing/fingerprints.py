@@ -40,9 +40,9 @@ _ONE_UP = 128 * 128 * 32 * 32
 _SPEEDS = tuple(round(1 + step / 200, 3) for step in range(-5, 6))
 _BANDS, _SPAN = 33, 4
 """Bands of the signs, and frames over which the change of their energy is taken."""
-_SHORTEST_S, _DIFFERING = 4.0, 0.36
-"""Seconds that both must have, and the share of signs that may differ; half do by chance,
-0.31 at most of copies at another speed."""
+_SHORTEST_S, _DIFFERING, _TRIED = 4.0, 0.36, 2
+"""Seconds that both must have, and the share of signs that may differ; half do by chance, 0.31 at
+most of copies at another speed. So many places of a pair are looked at more closely."""
 _WAVE, _WAVES, _SEARCHED = 2000, 8, 600
 """Eight blocks of half a second are looked for, 0.15 s to each side of where they should be."""
 _LIKE, _OFF, _ON_LINE = 0.6, 8.0, 0.25
@@ -117,9 +117,11 @@ def find(
     signs = lru_cache(maxsize=1024)(lambda track: _signs(read(track), sample_rate))
     found = []
     for first, second, starts in _nominated(prints):
-        if guess := _place(signs(first), signs(second), starts):
+        for guess in _placed(signs(first), signs(second), starts):
             pair = _judged(first, second, read(first), read(second), sample_rate, guess)
-            found += [pair] if pair.agreement >= _COHERENT else []
+            if pair.agreement >= _COHERENT:
+                found.append(pair)
+                break
     return found
 
 
@@ -261,17 +263,21 @@ def _signs(wave: Wave, sample_rate: int) -> tuple[NDArray[np.uint32], ...]:
     return tuple(found)
 
 
-def _place(
+def _placed(
     mine: tuple[NDArray[np.uint32], ...], theirs: tuple[NDArray[np.uint32], ...], starts: list[int]
-) -> tuple[float, float] | None:
-    """Speed of the second track and its start in the first in seconds, where most signs agree."""
-    best: tuple[float, float, float] = (_DIFFERING, 1.0, 0.0)
+) -> list[tuple[float, float]]:
+    """Speeds of the second track and its starts in the first in seconds, where most signs agree.
+
+    Two places at most, the best one first: of music that repeats itself, the signs of another bar
+    may agree better than those of the same one, but its phases do not.
+    """
+    best: dict[int, tuple[float, float, float]] = {}
     plain = mine[_SPEEDS.index(1.0)]
     moved = np.arange(-_TOGETHER, _TOGETHER + 1, 2)[:, None]
     for speed, signs in zip(_SPEEDS, theirs, strict=True):
         signs = signs[::2]  # neighbours say nearly the same
         played = np.rint(2 * speed * np.arange(len(signs))).astype(np.int64)
-        for start in starts:
+        for number, start in enumerate(starts):
             place = start + moved + played  # [13, F / 2]
             both = (place >= 0) & (place < len(plain))
             differing = np.bitwise_count(plain[np.where(both, place, 0)] ^ signs)
@@ -279,8 +285,9 @@ def _place(
             share = (differing * both).sum(axis=1) / np.maximum(32 * shared, 1)
             share[2 * shared * _HOP_S < _SHORTEST_S] = 1.0
             at = int(share.argmin())
-            best = min(best, (float(share[at]), speed, float(start + moved[at, 0]) * _HOP_S))
-    return best[1:] if best[0] < _DIFFERING else None
+            here = (float(share[at]), speed, float(start + moved[at, 0]) * _HOP_S)
+            best[number] = min(best.get(number, here), here)
+    return [each[1:] for each in sorted(best.values())[:_TRIED] if each[0] < _DIFFERING]
 
 
 def _judged(

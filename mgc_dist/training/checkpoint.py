@@ -34,6 +34,7 @@ FORMAT_VERSION = 2
 HEADROOM = 1.2
 """Free space that a save asks for, as a multiple of what it will write."""
 _STEP = re.compile(r"step-(\d{8})")
+_ORIGIN = "came-from.txt"
 
 
 class SaveFailed(Exception):
@@ -113,6 +114,29 @@ def all_commit(
     return root / f"step-{step:08d}"
 
 
+def set_out_from(run: Path, folder: Path) -> None:
+    """Write down, before the first step, that a run goes on from a checkpoint that was named.
+
+    Newer checkpoints, which the run will not have come from, are set aside. One from another run
+    is named in a file, which counts until the first checkpoint of this run: without both, a kill
+    before it would bring back the way that was left (rank 0).
+    """
+    root = run / FOLDER
+    root.mkdir(parents=True, exist_ok=True)
+    is_own = folder.resolve().parent == root.resolve()
+    _set_aside_newer(root, folder.name if is_own else "")
+    (root / _ORIGIN).unlink(missing_ok=True)
+    if not is_own:
+        replace_text(root / _ORIGIN, str(folder.resolve()))
+    sync(root)
+
+
+def _origin(root: Path) -> list[Path]:
+    """The checkpoint of another run that this one goes on from, if it has none of its own."""
+    path = root / _ORIGIN
+    return [Path(path.read_text(encoding="utf-8"))] if path.is_file() else []
+
+
 def all_newest(run: Path, ranks: Ranks) -> Path | None:
     """The newest whole checkpoint; damaged ones are named and passed over (a collective).
 
@@ -120,7 +144,7 @@ def all_newest(run: Path, ranks: Ranks) -> Path | None:
         UserError: there are checkpoints, but none is whole; with exit code 65.
     """
     root = run / FOLDER
-    found = ranks.all_decide(lambda: _newest_first(root))
+    found = ranks.all_decide(lambda: _newest_first(root) or _origin(root))
     reasons = []
     for folder in found:
         reason = all_damage(folder, ranks)
@@ -300,7 +324,7 @@ def _publish(root: Path, tag: str, step: int, keep: int) -> None:
     (root / tag).rename(final)
     sync(root)
     replace_text(root / "latest", final.name)
-    _set_aside_newer(root, final)
+    _set_aside_newer(root, final.name)
     for old in (*sorted(_steps(root))[:-keep], *root.glob("del-*")):
         doomed = root / old.name.replace("step-", "del-")
         old.rename(doomed)  # a half-deleted one must not look like a checkpoint
@@ -311,10 +335,10 @@ def _steps(root: Path) -> list[Path]:
     return [path for path in root.glob("step-*") if _STEP.fullmatch(path.name)]
 
 
-def _set_aside_newer(root: Path, final: Path) -> None:
-    """A run that was resumed from an older checkpoint leaves the newer ones behind."""
+def _set_aside_newer(root: Path, name: str) -> None:
+    """A run that goes on from an older checkpoint, or from none, leaves the newer ones behind."""
     for path in _steps(root):
-        if path.name > final.name:
+        if path.name > name:
             log.warning("setting aside %s, which this run has not come from", path.name)
             aside = root / f"aside-{path.name}"
             shutil.rmtree(aside, ignore_errors=True)

@@ -142,6 +142,7 @@ def _from_where_it_is(run: Run, held: Lease, watch: Watch) -> TrainResult:
     """Train from where the run folder is, and write down how it ended."""
     peers, journal = run.ranks, run.journal
     state, changes = restore(run)  # what is refused up to here leaves the run folder as it was
+    run = setup.from_position(run, state.first_position, state.first_step, state.held_rate)
     peers.all_decide(lambda: run_folder.open_run(run, held, state, changes))
     logbook.say_arithmetic(run, state)
     logbook.warn_of_bias(run)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mgc_dist.cluster.ranks import Ranks
+from mgc_dist.config import OptimConfig
 from mgc_dist.data.order import Layout
 from mgc_dist.models.main import WaveClassifier
 from mgc_dist.training.engine_state import EngineState, safe_names
@@ -263,6 +264,13 @@ def lr_factor(samples_seen: int, total: int, *, warmup: float, final: float) -> 
         return done / warmup
     angle = math.pi * (done - warmup) / (1 - warmup)
     return final + (1 - final) * 0.5 * (1 + math.cos(angle))
+
+
+def factor_at(config: OptimConfig, samples_seen: int, total: int) -> float:
+    """Factor of the peak learning rates by the schedule of a configuration."""
+    return lr_factor(
+        samples_seen, total, warmup=config.warmup_fraction, final=config.final_lr_fraction
+    )
 
 
 def _import_deepspeed(ranks: Ranks) -> ModuleType:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mgc_dist.bias_model import summary
 from mgc_dist.events import StartEvent, StepEvent
 from mgc_dist.models.flops import peak_tflop_per_s
-from mgc_dist.training.engine import lr_factor
+from mgc_dist.training.engine import factor_at
 from mgc_dist.training.meters import Laggards, Meter, Tally
 from mgc_dist.training.resume import State
 from mgc_dist.training.setup import Run
@@ -73,12 +73,9 @@ def begin(run: Run, state: State, attempt: str) -> None:
 
 def rate_factor(run: Run, step: int) -> float:
     """Factor of the peak learning rates at an optimizer step, counted from 0."""
-    return lr_factor(
-        run.plan.seen_after(step),
-        run.plan.total,
-        warmup=run.config.optim.warmup_fraction,
-        final=run.config.optim.final_lr_fraction,
-    )
+    if run.held_rate is not None:
+        return run.held_rate
+    return factor_at(run.config.optim, run.plan.seen_after(step), run.plan.total)
 
 
 class Logbook:

@@ -76,7 +76,7 @@ class Objective:
             return float(self._plan.true_rows(step))
         if self._of_step[0] != step:
             assert self.table is not None
-            start = step * self._plan.global_batch
+            start = self._plan.start_of(step)
             places = self._plan.places(np.arange(start, self._plan.seen_after(step)))
             row = torch.from_numpy(places + self._first_row)
             label = torch.from_numpy(self._labels[row.numpy()])

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mgc_dist.errors import EXIT_NO_CHECKPOINT, UserError
 from mgc_dist.events import CheckpointEvent, ValidationEvent, only
 from mgc_dist.journal import read_events
 from mgc_dist.training import checkpoint
+from mgc_dist.training.engine import factor_at
 from mgc_dist.training.setup import Run
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ class State:
         best_samples_seen: when it was reached; a tie goes to the later one.
         refused_in_a_row: steps up to now whose gradient was not finite.
         owes_validation: a validation of these weights is due and has not been made.
+        first_position, first_step: of the plan.
+        held_rate: factor of the peak learning rates, of a run that was made longer; None where
+            it follows the schedule.
     """
 
     samples_seen: int = 0
@@ -47,6 +51,9 @@ class State:
     best_samples_seen: int = 0
     refused_in_a_row: int = 0
     owes_validation: bool = False
+    first_position: int = 0
+    first_step: int = 0
+    held_rate: float | None = None
 
     @classmethod
     def restored(cls, values: dict[str, Any]) -> "State":
@@ -85,6 +92,7 @@ def restore(run: Run) -> tuple[State, Changes]:
         reshape = must_reshape(folder, world=peers.world, zero_stage=run.engine.zero_stage)
         state = State.restored(run.engine.state.all_load(folder, reshape=reshape))
         refuse_position(changes, run.plan, state.samples_seen)
+        _go_on_from(run, state, changes, int(facts["step"]))
         _keep_best(run, state)
         log.info("resuming from %s", folder)
         if reshape:
@@ -101,6 +109,18 @@ def restore(run: Run) -> tuple[State, Changes]:
             cure=f"{config.run / 'train.log'} says what happened; then raise --max-tries once",
         )
     return state, changes
+
+
+def _go_on_from(run: Run, state: State, changes: Changes, step: int) -> None:
+    """Count steps from where the run is, if it gets more epochs or another global batch."""
+    if not {"epochs", "global_batch"} & changes.keys():
+        return
+    state.first_position, state.first_step = state.samples_seen, step
+    if "epochs" in changes:
+        before = int(changes["epochs"][1])
+        holds = run.config.optim.extension == "hold"
+        held = state.held_rate or factor_at(run.config.optim, state.samples_seen, before)
+        state.held_rate = held if holds else None
 
 
 def _keep_best(run: Run, state: State) -> None:
@@ -236,10 +256,10 @@ def refuse_position(changes: Changes, plan: Plan, samples_seen: int) -> None:
     """Refuse an allowed change where the position in the order would have no meaning any more.
 
     Raises:
-        UserError: samples_seen is no end of a step of the new plan; or the order changes in the
-            middle of an epoch, in which some rows would come twice and others not at all.
+        UserError: the new plan ends before samples_seen; or the order changes in the middle of
+            an epoch, in which some rows would come twice and others not at all.
     """
-    plan.step_of(samples_seen)
+    replace(plan, first_position=min(samples_seen, plan.total)).step_of(samples_seen)
     for name in _OF_THE_ORDER:
         if name in changes and samples_seen % plan.rows:
             raise UserError(

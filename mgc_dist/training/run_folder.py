@@ -82,8 +82,11 @@ def refuse_unseen(held: Lease, ranks: Ranks) -> None:
 def open_run(run: Run, held: Lease, state: State, changes: Changes) -> None:
     """Write down what runs here (rank 0)."""
     folder = run.folder
-    if run.config.output.fresh:
+    output = run.config.output
+    if output.fresh:
         resume.set_aside(folder)
+    if output.resume not in ("never", "auto", "latest"):
+        checkpoint.set_out_from(folder, Path(output.resume))
     lease.record_start(folder, held.attempt, state.samples_seen, run.ranks.world)
     for marker in (DONE, REQUEUE):
         (folder / marker).unlink(missing_ok=True)

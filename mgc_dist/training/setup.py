@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Run:
         ranks, journal, stop: peers, metrics.jsonl, and what asks for a stop.
         cached: what the cache of the frozen part is of; None without a cache.
         features: read in place of waves; None without a cache, and before it is there.
+        held_rate: factor of the peak learning rates; None where they follow the schedule.
     """
 
     config: TrainConfig
@@ -69,6 +70,7 @@ class Run:
     stop: Stop
     cached: FeaturesKey | None = None
     features: Features | None = None
+    held_rate: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -158,6 +160,13 @@ def _engine(
             bf16_weights=config.engine.precision == "bf16-weights",
             compile_model=config.engine.compile,
         )
+
+
+def from_position(run: Run, first_position: int, first_step: int, held_rate: float | None) -> Run:
+    """A run whose plan counts steps from a position on."""
+    plan = replace(run.plan, first_position=first_position, first_step=first_step)
+    objective = Objective(run.config.objective, plan, run.shards, run.objective.table)
+    return replace(run, plan=plan, objective=objective, held_rate=held_rate)
 
 
 def plan_of(config: TrainConfig, shards: ShardSet) -> Plan:

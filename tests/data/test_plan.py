@@ -1,6 +1,7 @@
 """The order: a bijection, every row once per epoch at any layout, resumable from one integer."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_events_fire_after_the_first_step_that_reaches_them() -> None:
 def test_step_of_refuses_another_global_batch() -> None:
     plan = Plan(rows=100, total=250, global_batch=30, seed=0)
     assert (plan.step_of(0), plan.step_of(90), plan.step_of(250)) == (0, 3, 9)
-    with pytest.raises(UserError, match="multiple of the global batch 30"):
+    with pytest.raises(UserError, match="end of a step of 30 rows"):
         plan.step_of(100)
 
 
@@ -245,6 +246,30 @@ def test_chains_of_layouts_give_the_same_rows_in_the_same_step(
             assert sorted(places) == sorted(expected[step])
             samples_seen = plan.seen_after(step)
     assert samples_seen == plan.total
+
+
+@given(layouts, st.integers(0, 150), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_a_plan_may_begin_at_any_position(
+    layout: tuple[int, int, int], begin: int, steps: int
+) -> None:
+    """The rest of the positions, each once, in the order of a plan that never stopped."""
+    world, micro, batch = layout
+    whole = Plan(rows=97, total=250, global_batch=max(batch, world), seed=3)
+    plan = replace(whole, first_position=begin, first_step=steps)
+    laid = lay_out(global_batch=plan.global_batch, world=world, largest_micro_batch=micro)
+    assert (plan.step_of(begin), plan.seen_after(steps - 1)) == (steps, begin)
+    taken: dict[int, list[int]] = {}
+    for rank in range(world):
+        for each in training_batches(plan, laid, rank, steps):
+            taken.setdefault(each.step, []).extend(each.place[each.place >= 0].tolist())
+    expected = whole.places(np.arange(begin, whole.total)).tolist()
+    for step in range(steps, plan.steps):
+        first, stop = plan.start_of(step) - begin, plan.seen_after(step) - begin
+        assert sorted(taken[step]) == sorted(expected[first:stop])
+        assert plan.true_rows(step) == len(taken[step])
+        assert plan.step_of(stop + begin) == step + 1
+    assert plan.seen_after(plan.steps - 1) == whole.total
 
 
 @pytest.mark.parametrize("start", [0, 1, 4095, 4096, 5000])
