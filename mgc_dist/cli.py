@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -39,6 +40,16 @@ COMMANDS = {
     "slurm": "write the batch files for Slurm into a folder",
 }
 """The commands, in the order of use, and what they do; each is a module of this package."""
+
+
+class _Words(yaml.BaseLoader):
+    """Scalars stay text, but for a null without quotes: `'null'` and `''` are words."""
+
+
+_Words.add_implicit_resolver("null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Words.add_constructor("null", lambda loader, node: None)
+
+_BREAKS = re.compile("[\x85\u2028\u2029]")
 
 _HELP = """{about}
 
@@ -136,11 +147,11 @@ def launched(command: str) -> str:
 
 
 def dump(command: str, config: object) -> str:
-    """YAML text that `--config` reads back to an equal configuration."""
+    """YAML text that `--config`, with the words that have no flag, reads back to an equal one."""
 
     def section(of: object) -> dict[str, object]:
         found: dict[str, object] = {}
-        for name, hint in knobs.hints(type(of)).items():
+        for name, hint in _in_files(type(of)).items():
             value = getattr(of, name)
             found |= section(value) if knobs.mark(hint, knobs.Flat) else {name: plain(value)}
         return found
@@ -152,7 +163,11 @@ def dump(command: str, config: object) -> str:
             return [plain(item) for item in value]
         return value if isinstance(value, (bool, int, float, NoneType)) else str(value)
 
-    return yaml.safe_dump({command: plain(config)}, sort_keys=False, allow_unicode=True)
+    content = {command: plain(config)}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    if _BREAKS.search(text):  # PyYAML writes them as they are and reads them as spaces
+        text = yaml.safe_dump(content, sort_keys=False)
+    return text
 
 
 def flags_of(config: object) -> dict[str, str]:
@@ -172,8 +187,8 @@ def flags_of_file(file: Path, command: str, config_type: type[Any]) -> list[str]
         UserError: unreadable file, unknown section or key, or a value of the wrong form.
     """
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Words)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(
             f"configuration file {file}",
             got=" ".join(str(error).split()),
@@ -235,7 +250,7 @@ def _file(name: str) -> Path:
 
 
 def _flags(file: Path, section: dict[str, Any], config_type: type[Any]) -> list[str]:
-    hints = dict(knobs.hints(config_type))
+    hints = _in_files(config_type)
     for name, hint in tuple(hints.items()):
         if knobs.mark(hint, knobs.Flat):
             hints |= knobs.hints(knobs.bare(hints.pop(name)))
@@ -256,19 +271,29 @@ def _flags(file: Path, section: dict[str, Any], config_type: type[Any]) -> list[
     return flags
 
 
+def _in_files(config_type: type[Any]) -> dict[str, Any]:
+    """Hints of what a file may hold: what is given without a flag is typed each time."""
+    hints = knobs.hints(config_type)
+    return {name: hint for name, hint in hints.items() if not _has(hint, tyro.conf.Positional)}
+
+
+def _has(hint: object, mark: object) -> bool:
+    return mark in getattr(hint, "__metadata__", ())
+
+
 def _flag(file: Path, key: str, value: object, hint: object) -> list[str]:
     name, kind = knobs.flag(key), knobs.bare(hint)
     if isinstance(value, list):
-        if tyro.conf.UseAppendAction in getattr(hint, "__metadata__", ()):
+        if _has(hint, tyro.conf.UseAppendAction):
             return [word for item in value for word in (name, str(item))]
         return [name, *map(str, value)]
+    if value is None and NoneType not in typing.get_args(kind):
+        raise UserError(f"{file}: {key}", got="nothing", expected="a value", cure="correct it")
     text = str(value)
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{file}: {key}", got=text, expected="true or false", cure="correct it")
         return [name if text.lower() == "true" else f"--no-{name[2:]}"]
-    if NoneType in typing.get_args(kind) and text.lower() in ("null", "~", ""):
-        text = "None"
     return [f"{name}={text}"]
 
 
