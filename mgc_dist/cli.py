@@ -12,6 +12,8 @@ import importlib.resources
 import os
 import re
 import sys
+import tempfile
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,7 +77,7 @@ def main(command: str, config_type: type[C], body: Callable[[C], int | None]) ->
         code = EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         code = 130
-    except (UserError, RunFailed, OSError) as error:
+    except Exception as error:
         if debug:
             raise
         _tell(command, error)
@@ -89,9 +91,28 @@ def main(command: str, config_type: type[C], body: Callable[[C], int | None]) ->
 
 def _tell(command: str, error: Exception) -> None:
     """Print an error once: on rank 0, unless the others may have met another one."""
-    own = isinstance(error, PeerLost | OSError) or getattr(error, "this_rank_only", False)
+    is_told = isinstance(error, UserError | RunFailed) and not isinstance(error, PeerLost)
+    own = not is_told or getattr(error, "this_rank_only", False)
     if own or os.environ.get("RANK", "0") == "0":
-        print(f"mgc_dist {command}: error: {error}", file=sys.stderr)
+        print(f"mgc_dist {command}: error: {_said(error)}", file=sys.stderr)
+
+
+def _said(error: Exception) -> str:
+    """What an error says; the traceback of one that nobody has foreseen goes into a file."""
+    if isinstance(error, UserError | RunFailed | OSError):
+        return str(error)
+    trace = "".join(traceback.format_exception(error))
+    try:
+        handle, name = tempfile.mkstemp(prefix="mgc_dist-", suffix=".txt", text=True)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(trace)
+    except OSError:  # no room even for that
+        return trace
+    what = " ".join(str(error).split())[:300]
+    return (
+        f"{type(error).__name__}: {what}\n  this was not foreseen, and may be a defect: please "
+        f"report it with the file {name}"
+    )
 
 
 def leave(code: int) -> NoReturn:

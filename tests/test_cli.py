@@ -232,3 +232,31 @@ def test_a_rank_among_others_ends_without_the_libraries_exit(world: int) -> None
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 3, done.stderr
     assert done.stdout == "all done" + ("exit handlers ran\n" if world == 1 else "")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_nobody_has_foreseen_becomes_a_message_and_a_file(world: int, tmp_path: Path) -> None:
+    lines = (
+        "import dataclasses",
+        "from mgc_dist import cli",
+        "@dataclasses.dataclass(frozen=True)",
+        "class Config:",
+        "    'nothing'",
+        "def body(config):",
+        "    return {}['lost']",
+        "cli.main('train', Config, body)",
+    )
+    words = [sys.executable, "-c", "\n".join(lines)]
+    environment = os.environ | {"WORLD_SIZE": str(world), "RANK": str(world - 1)}
+    environment |= {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    (file,) = tmp_path.glob("mgc_dist-*.txt")
+    assert done.stderr == (
+        "mgc_dist train: error: KeyError: 'lost'\n  this was not foreseen, and may be a defect: "
+        f"please report it with the file {file}\n"
+    )
+    assert "Traceback" in file.read_text()
+    assert "KeyError: 'lost'" in file.read_text()
+    done = subprocess.run([*words, "--debug"], capture_output=True, text=True, env=environment)
+    assert "Traceback" in done.stderr

@@ -444,7 +444,7 @@ def test_a_kill_while_publishing_leaves_the_old_set_or_none_and_is_repeated(
             raise KeyboardInterrupt
 
     def replacing(self: Path, target: Path) -> Path:
-        if self.parent == out and self.name != "packing.jsonl.tmp.tmp":
+        if self.parent == out and not self.name.startswith("packing.jsonl.tmp"):
             counted(next(calls))
         return rename(self, target)
 
