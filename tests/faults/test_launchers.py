@@ -90,4 +90,6 @@ def test_the_launcher_is_ended(
     again = start(settings, tmp_path)
     assert again.wait() == [0, 0], again.said
     said = Job(folder=tmp_path, pids=[], codes=[code])
+    assert said.said.count("Traceback") <= 1, "none but that of DeepSpeed's launcher"
+    assert f'File "{ROOT}/launch/' not in said.said
     assert_survived(said, run, long, codes=[code], message="saved; --resume auto goes on")
