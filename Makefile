@@ -5,7 +5,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Tests wait for processes more than they compute: three at a time keep two cores busy.
 PYTEST := python -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test test-slow test-slurm test-gpu soak exactness check bench speed gpu shortcut hear clean
+.PHONY: demo test test-slow test-slurm test-gpu soak hunt exactness check bench speed gpu shortcut hear clean
 
 .venv/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,10 @@ soak: .venv/installed  ## 60 random faults to two runs, and what they lost: noth
 
 exactness: .venv/installed  ## how far runs on other ranks are from one rank, dropout on: a table; 15 minutes
 	$(RUN) PYTHONPATH=tests:tests/faults:tests/training OMP_NUM_THREADS=1 python tests/training/exactness.py
+
+HUNT_SEED ?= 0
+hunt: .venv/installed  ## 50 random faults to every command of the whole way, 1 to 3 ranks; 15 minutes
+	$(RUN) PYTHONPATH=tests:tests/faults OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python tests/faults/hunt.py --seed $(HUNT_SEED)
 
 check: .venv/installed  ## style, types, and that rooms import only from below
 	$(RUN) ruff check .
@@ -71,5 +75,5 @@ hear: .venv/installed  ## 87 kinds of audio files against ffmpeg's decoder; repe
 	$(RUN) python benchmarks/hearing.py --json benchmarks/results/hearing.json
 	$(RUN) python benchmarks/repetitions.py --json benchmarks/results/repetitions.json $(if $(MUSIC),--real $(MUSIC))
 
-clean:  ## remove what `make demo`, `soak` and `shortcut` made, not the virtual environment
-	rm -rf data/demo shards/demo runs/demo-poe runs/demo-ce runs/demo-times.json runs/soak runs/shortcut
+clean:  ## remove what `make demo`, `soak`, `hunt` and `shortcut` made, not the virtual environment
+	rm -rf data/demo shards/demo runs/demo-poe runs/demo-ce runs/demo-times.json runs/soak runs/hunt runs/shortcut

@@ -10,7 +10,10 @@ import dataclasses
 import difflib
 import importlib.resources
 import os
+import re
 import sys
+import tempfile
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +43,16 @@ COMMANDS = {
 }
 """The commands, in the order of use, and what they do; each is a module of this package."""
 
+
+class _Words(yaml.BaseLoader):
+    """Scalars stay text, but for a null without quotes: `'null'` and `''` are words."""
+
+
+_Words.add_implicit_resolver("null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Words.add_constructor("null", lambda loader, node: None)
+
+_BREAKS = re.compile("[\x85\u2028\u2029]")
+
 _HELP = """{about}
 
 Before the flags below: --preset NAME reads a preset of the package ({presets}), --config FILE
@@ -64,7 +77,7 @@ def main(command: str, config_type: type[C], body: Callable[[C], int | None]) ->
         code = EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         code = 130
-    except (UserError, RunFailed, OSError) as error:
+    except Exception as error:
         if debug:
             raise
         _tell(command, error)
@@ -78,9 +91,28 @@ def main(command: str, config_type: type[C], body: Callable[[C], int | None]) ->
 
 def _tell(command: str, error: Exception) -> None:
     """Print an error once: on rank 0, unless the others may have met another one."""
-    own = isinstance(error, PeerLost | OSError) or getattr(error, "this_rank_only", False)
+    is_told = isinstance(error, UserError | RunFailed) and not isinstance(error, PeerLost)
+    own = not is_told or getattr(error, "this_rank_only", False)
     if own or os.environ.get("RANK", "0") == "0":
-        print(f"mgc_dist {command}: error: {error}", file=sys.stderr)
+        print(f"mgc_dist {command}: error: {_said(error)}", file=sys.stderr)
+
+
+def _said(error: Exception) -> str:
+    """What an error says; the traceback of one that nobody has foreseen goes into a file."""
+    if isinstance(error, UserError | RunFailed | OSError):
+        return str(error)
+    trace = "".join(traceback.format_exception(error))
+    try:
+        handle, name = tempfile.mkstemp(prefix="mgc_dist-", suffix=".txt", text=True)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(trace)
+    except OSError:  # no room even for that
+        return trace
+    what = " ".join(str(error).split())[:300]
+    return (
+        f"{type(error).__name__}: {what}\n  this was not foreseen, and may be a defect: please "
+        f"report it with the file {name}"
+    )
 
 
 def leave(code: int) -> NoReturn:
@@ -136,11 +168,11 @@ def launched(command: str) -> str:
 
 
 def dump(command: str, config: object) -> str:
-    """YAML text that `--config` reads back to an equal configuration."""
+    """YAML text that `--config`, with the words that have no flag, reads back to an equal one."""
 
     def section(of: object) -> dict[str, object]:
         found: dict[str, object] = {}
-        for name, hint in knobs.hints(type(of)).items():
+        for name, hint in _in_files(type(of)).items():
             value = getattr(of, name)
             found |= section(value) if knobs.mark(hint, knobs.Flat) else {name: plain(value)}
         return found
@@ -152,7 +184,11 @@ def dump(command: str, config: object) -> str:
             return [plain(item) for item in value]
         return value if isinstance(value, (bool, int, float, NoneType)) else str(value)
 
-    return yaml.safe_dump({command: plain(config)}, sort_keys=False, allow_unicode=True)
+    content = {command: plain(config)}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    if _BREAKS.search(text):  # PyYAML writes them as they are and reads them as spaces
+        text = yaml.safe_dump(content, sort_keys=False)
+    return text
 
 
 def flags_of(config: object) -> dict[str, str]:
@@ -172,8 +208,8 @@ def flags_of_file(file: Path, command: str, config_type: type[Any]) -> list[str]
         UserError: unreadable file, unknown section or key, or a value of the wrong form.
     """
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Words)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(
             f"configuration file {file}",
             got=" ".join(str(error).split()),
@@ -235,7 +271,7 @@ def _file(name: str) -> Path:
 
 
 def _flags(file: Path, section: dict[str, Any], config_type: type[Any]) -> list[str]:
-    hints = dict(knobs.hints(config_type))
+    hints = _in_files(config_type)
     for name, hint in tuple(hints.items()):
         if knobs.mark(hint, knobs.Flat):
             hints |= knobs.hints(knobs.bare(hints.pop(name)))
@@ -256,19 +292,29 @@ def _flags(file: Path, section: dict[str, Any], config_type: type[Any]) -> list[
     return flags
 
 
+def _in_files(config_type: type[Any]) -> dict[str, Any]:
+    """Hints of what a file may hold: what is given without a flag is typed each time."""
+    hints = knobs.hints(config_type)
+    return {name: hint for name, hint in hints.items() if not _has(hint, tyro.conf.Positional)}
+
+
+def _has(hint: object, mark: object) -> bool:
+    return mark in getattr(hint, "__metadata__", ())
+
+
 def _flag(file: Path, key: str, value: object, hint: object) -> list[str]:
     name, kind = knobs.flag(key), knobs.bare(hint)
     if isinstance(value, list):
-        if tyro.conf.UseAppendAction in getattr(hint, "__metadata__", ()):
+        if _has(hint, tyro.conf.UseAppendAction):
             return [word for item in value for word in (name, str(item))]
         return [name, *map(str, value)]
+    if value is None and NoneType not in typing.get_args(kind):
+        raise UserError(f"{file}: {key}", got="nothing", expected="a value", cure="correct it")
     text = str(value)
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{file}: {key}", got=text, expected="true or false", cure="correct it")
         return [name if text.lower() == "true" else f"--no-{name[2:]}"]
-    if NoneType in typing.get_args(kind) and text.lower() in ("null", "~", ""):
-        text = "None"
     return [f"{name}={text}"]
 
 

@@ -37,7 +37,11 @@ def start_logging(rank: int, file: Path | None = None) -> None:
     plain = logging.Formatter(f"%(asctime)s {where}%(message)s", "%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = []
     if sys.stderr.isatty() and rank == 0:
-        handlers.append(RichHandler(console=_console, show_path=False, show_level=False))
+        handlers.append(
+            RichHandler(
+                console=_console, show_path=False, show_level=False, log_time_format="%H:%M:%S"
+            )
+        )
     else:
         handlers.append(logging.StreamHandler())
         handlers[0].setFormatter(plain)
@@ -70,7 +74,7 @@ def progress(
     else:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),

@@ -1,6 +1,7 @@
 """What ends a command: errors that a person is meant to read, and the exit codes of all.
 
 0   done; or stopped on request and saved (the run folder then holds REQUEUE)
+1   what nobody has foreseen: a defect, with its traceback in a file
 2   usage or input that the user can put right: starting again as it is would not help
 65  there are checkpoints, and none of them is whole; or all that were saved are gone
 70  losses or gradients were not finite, too often in a row

@@ -1,10 +1,13 @@
 """Files that are complete or invisible: written aside, flushed, renamed; locks; hashes."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,12 +118,44 @@ def sync(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write into that takes `path`'s place when the block ends without an error."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = _aside(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # at once: it may be what fills the disk
+        raise
+
+
+def _aside(path: Path) -> Path:
+    """A temporary name that no other thread has; what killed ones of this host left is removed."""
+    ours = f"{path.name}.{socket.gethostname()}-"
+    for left in path.parent.glob(f"{glob.escape(ours)}*.tmp"):
+        if not Path("/proc", left.name.removeprefix(ours).removesuffix(".tmp")).exists():
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f"{ours}{threading.get_native_id()}.tmp")
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill that takes `path`'s place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _aside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # at once: it may be what fills the disk
+        raise
+    old = path.with_name(path.name + ".old")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mgc_dist import events
 from mgc_dist.board import Board, Draw
+from mgc_dist.errors import UserError
 from mgc_dist.events import Event
 from mgc_dist.files import json_lines, replace_text, write_at
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 BOARD = "tensorboard"
 STATUS = "status.json"
+ENVIRONMENT = "env.json"
 
 
 class Journal:
@@ -124,6 +126,26 @@ def read_status(run: Path) -> dict[str, object]:
     """What status.json says; {} if there is none."""
     path = run / STATUS
     return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """What env.json says of a training: `identity`, `dataset_id`, versions.
+
+    Raises:
+        UserError: it cannot be read, or lacks one of the first two.
+    """
+    path = run / ENVIRONMENT
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        dict(content["identity"]), str(content["dataset_id"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"file {path}",
+            got=f"{type(error).__name__}: {error}",
+            expected="what the training has written",
+            cure="bring the whole run folder from where it was trained, or train again",
+        ) from error
+    return dict(content)
 
 
 def read_events(run: Path) -> list[Event]:

@@ -1,6 +1,7 @@
 """evaluate, predict, export on a trained run: files, figures, refusals."""
 
 import csv
+import errno
 import io
 import json
 import re
@@ -25,6 +26,7 @@ from mgc_dist import cli, evaluate, export, predict, shard
 from mgc_dist.config import EvaluateConfig, ExportConfig, PredictConfig, TrainConfig
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
+from mgc_dist.files import locked
 from mgc_dist.packing.music import compose
 from mgc_dist.scoring.score import fit_temperature
 
@@ -508,3 +510,40 @@ def test_export_loads_in_pipeline_with_the_same_probabilities(
         export.run(ExportConfig(run=run, out=out))
     with pytest.raises(UserError, match="no such folder"):
         export.run(ExportConfig(run=tmp_path / "none", out=tmp_path / "new"))
+
+
+def test_an_export_on_a_full_disk_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path, **words: bool) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    copy = shutil.copyfile
+    monkeypatch.setattr("mgc_dist.models.export.shutil.copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        export.run(ExportConfig(run=run, out=tmp_path / "exported"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    monkeypatch.setattr("mgc_dist.models.export.shutil.copyfile", copy)
+    export.run(ExportConfig(run=run, out=tmp_path / "exported"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"identity": 1, "dataset_id": 2}', "{"])
+def test_a_broken_env_json_is_named(content: str, run: Path, tmp_path: Path) -> None:
+    (run / "env.json").write_text(content)
+    for command in (
+        lambda: run_ranks(1, evaluate.run, EvaluateConfig(run=run)),
+        lambda: export.run(ExportConfig(run=run, out=tmp_path / "exported")),
+    ):
+        with pytest.raises(UserError, match=r"env\.json: got .*\n  bring the whole run folder"):
+            command()
+
+
+def test_two_evaluations_do_not_write_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgc_dist.report.measure.LOCK_WAIT_S", 0.1)
+    with (
+        locked(run / "evaluation.lock", wait_s=0, purpose="as another evaluation"),
+        pytest.raises(UserError, match=r"writing an evaluation of .*: got another process"),
+    ):
+        run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    run_ranks(1, evaluate.run, EvaluateConfig(run=run))
+    assert not (run / "evaluation.lock").exists()

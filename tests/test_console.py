@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mgc_dist import console
 from mgc_dist.errors import UserError
+from mgc_dist.training.logbook import step_line
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +77,21 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(
     with console.progress("packing", 3, unit="tracks") as bar:
         list(bar.over("abc"))
     assert re.search(r"packing.*3/3.*tracks/s.*0:00:00", screen.getvalue().replace("\n", " "))
+
+
+def test_a_step_is_one_line_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=80, no_color=True)
+    monkeypatch.setattr(console, "_console", terminal)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    console.start_logging(0)
+    log = logging.getLogger("mgc_dist.test")
+    log.info("%s", step_line(1, 275, 2.3029, 0.215, 77.2, 113))
+    log.info("%s", step_line(99_999, 99_999, 12.3029, 1.2e-5, 10458.3, 3600 * 9))
+    with console.progress("training", 99_999, unit="steps") as bar:
+        bar._started -= 1000
+        bar.at(99_000, "loss 12.3029")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    lines = [line for line in re.split(r"[\r\n]", shown) if line.strip()]
+    assert sum("step " in line for line in lines) == 2
+    assert all("step " in line or line.startswith("training ") for line in lines), lines

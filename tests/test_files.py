@@ -29,6 +29,54 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json"]
 
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "x[1].json"
+    with files.replacing(path) as one:
+        one.write(b"one")
+        writer = multiprocessing.get_context("fork").Process(
+            target=files.replace_text, args=(path, "other")
+        )
+        writer.start()
+        writer.join()
+        assert path.read_bytes() == b"other"
+    assert path.read_bytes() == b"one"
+    assert [each.name for each in tmp_path.iterdir()] == ["x[1].json"]
+
+
+def killed_midway(path: Path) -> None:
+    with files.replacing(path) as file:
+        file.write(b"half")
+        os._exit(0)
+
+
+def test_what_a_kill_leaves_is_removed_by_the_next_writer(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    writer = multiprocessing.get_context("fork").Process(target=killed_midway, args=(path,))
+    writer.start()
+    writer.join()
+    assert [each.suffix for each in tmp_path.iterdir()] == [".tmp"]
+    files.replace_text(path, "whole")
+    assert [each.name for each in tmp_path.iterdir()] == ["x.json"]
+
+
+def fill_half(folder: Path) -> None:
+    with files.replacing_folder(folder) as aside:
+        (aside / "b").touch()
+        raise RuntimeError("half-way")
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    with files.replacing_folder(folder) as aside:
+        (aside / "a").touch()
+    with pytest.raises(RuntimeError, match="half-way"):
+        fill_half(folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "x"]
+    with files.replacing_folder(folder) as aside:
+        (aside / "c").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["c", "x"]
+
+
 def test_sha256_of_the_standards_example(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-4's example
     assert files.sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")

@@ -234,7 +234,8 @@ def _cores() -> Iterator[Finding]:
 
 def _locks() -> Iterator[Finding]:
     """Has a killed build left a lock that torch waits for without limit, and without a word?"""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    usual = os.path.expanduser("~/.cache/torch_extensions")  # Path.home() fails without a home
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", usual))
     stale = []
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
         try:

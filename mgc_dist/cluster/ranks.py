@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mgc_dist.cluster.meeting import Meeting, meet
-from mgc_dist.errors import EXIT_IO, PeerLost, RunFailed, UserError
+from mgc_dist.errors import EXIT_IO, PeerLost, RunFailed, UserError, exit_code_of
 from mgc_dist.workers import keep_memory
 
 T = TypeVar("T")
@@ -92,9 +92,11 @@ class Ranks:
 
         Raises:
             UserError, RunFailed: rank 0's (an OSError as a UserError with exit code 74), on
-                every rank, so that none is left waiting.
+                every rank, so that none is left waiting. An error that nobody has foreseen stays
+                itself on rank 0.
         """
         box: list[T | UserError | RunFailed | None] = [None]
+        unforeseen: Exception | None = None
         if self.is_first:
             try:
                 box[0] = decide()
@@ -108,8 +110,14 @@ class Ranks:
                     cure="check the path, its permissions and the free space",
                     exit_code=EXIT_IO,
                 )
+            except Exception as error:
+                unforeseen = error
+                said = f"{type(error).__name__}: {error}"
+                box[0] = RunFailed(f"rank 0 has failed: {said}", exit_code_of(error))
         if self.world > 1:
             dist.broadcast_object_list(box, device=self.device)
+        if unforeseen:
+            raise unforeseen
         if isinstance(box[0], UserError | RunFailed):
             raise box[0]
         return cast(T, box[0])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from mgc_dist.config.knobs import FLAT, Range, check, require
-from mgc_dist.config.source import BATCH, Device, SourceConfig, is_foreign, table_of
+from mgc_dist.config.source import BATCH, SEED, Device, SourceConfig, is_foreign, table_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class BiasConfig:
     layer: tuple[int, ...] = (-1,)
     """Hidden layer that the heads see: 0 is the input of the encoder, -1 its last layer; of
     several (`--layer 6 7 8`) the mean."""
-    folds: Annotated[int, Range(minimum=2, cure="5 is usual")] = 5
+    folds: Annotated[int, Range(minimum=2, maximum=1_000, cure="5 is usual")] = 5
     """Folds of the cross-fitting; no row's logits come from a head that saw its track or group."""
-    head_c: Annotated[float, Range(above=0, cure="1.0 is usual")] = 1.0
+    head_c: Annotated[float, Range(minimum=1e-9, maximum=1e9, cure="1.0 is usual")] = 1.0
     """Inverse strength of the heads' L2 penalty (scikit-learn's C)."""
     batch: Annotated[int, BATCH] = 32
     """Segments in a batch of the pass."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the folds."""
     device: Device = "auto"
     """Where the pass runs."""

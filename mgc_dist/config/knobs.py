@@ -24,7 +24,7 @@ class Range:
 
     Attributes:
         minimum, maximum: the value may be these.
-        above, below: it may come near these; `below=math.inf` refuses infinity.
+        above, below: it may come near these.
         cure: what to do, or what is usual.
     """
 
@@ -35,8 +35,8 @@ class Range:
     cure: str
 
     def holds(self, value: float) -> bool:
-        """Whether the value is one of the range; nan never is."""
-        return not math.isnan(value) and all(
+        """Whether the value is one of the range; nan and infinity never are."""
+        return math.isfinite(value) and all(
             (
                 self.minimum is None or value >= self.minimum,
                 self.maximum is None or value <= self.maximum,
@@ -46,13 +46,9 @@ class Range:
         )
 
     def __str__(self) -> str:
-        if self.maximum is not None:
-            return f"{self.minimum} to {self.maximum}"
-        if self.above is not None:
-            return "a positive number" if self.above == 0 else f"above {self.above}"
-        if self.below is not None and math.isfinite(self.below):
-            return f"{self.minimum} to below {self.below}"
-        return "0 or more" if self.minimum == 0 else f"at least {self.minimum}"
+        least = f"above {self.above}" if self.minimum is None else str(self.minimum)
+        most = f"below {self.below}" if self.maximum is None else str(self.maximum)
+        return f"{least} to {most}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,7 +207,7 @@ else:
     LossName = Literal[tuple(LOSSES)]
 
 _KNOB = Effect(change="loss")
-_WEIGHT = Range(minimum=0, below=math.inf, cure="the default is a good start")
+_WEIGHT = Range(minimum=0, maximum=1_000, cure="the default is a good start")
 _CHOICES = ", ".join(f"`{name}` ({loss.short})" for name, loss in LOSSES.items())
 
 

@@ -1,6 +1,5 @@
 """Knobs of synth and shard: audio to shards."""
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,13 @@ from typing import Annotated, Literal
 from tyro.conf import Positional
 
 from mgc_dist.config.knobs import Range, check, require
+from mgc_dist.config.source import SEED
 
-JOBS = Range(minimum=0, cure="0 means one a core")
+JOBS = Range(minimum=0, maximum=1_024, cure="0 means one a core")
 _TRACKS = Range(minimum=1, maximum=20_000, cure="names have five digits")
+_LEAST = Range(minimum=0, maximum=1_000_000, cure="3 leaves out those too small to split")
+_MOST = Range(minimum=1, maximum=1_000_000, cure="leave it out to keep all")
+_FRACTION = Range(above=0, below=1, cure="0.15 is usual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +31,12 @@ class SynthConfig:
     tracks_per_genre: Annotated[int | None, _TRACKS] = None
     """Tracks of each of the ten genres: 100, or 48 training tracks with --shortcut."""
     tracks_per_artist: Annotated[
-        int, Range(minimum=1, cure="choose 1 for a different artist on every track")
+        int, Range(minimum=1, maximum=20_000, cure="1 is a different artist on every track")
     ] = 4
     """Consecutive tracks of a genre that share an artist."""
-    duration_s: Annotated[float | None, Range(minimum=1, cure="choose a longer one")] = None
+    duration_s: Annotated[float | None, Range(minimum=1, maximum=3_600, cure="30 is usual")] = None
     """Length of a track in seconds: 30, or 4 with --shortcut."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Same seed and settings, same bytes."""
     jobs: Annotated[int, JOBS] = 0
     """Processes; 0 means one a core. The output does not depend on it."""
@@ -90,7 +93,7 @@ class ShardConfig:
     """Columns of the table that have other names, such as `path=file genre=style`."""
     genres: str | None = None
     """Genres to take, with commas between them; others are left out."""
-    min_tracks: Annotated[int, Range(minimum=0, cure="3 leaves out those too small to split")] = 0
+    min_tracks: Annotated[int, _LEAST] = 0
     """Genres with fewer usable tracks are left out."""
     out: Path = Path("shards")
     """Folder for the shards, index.npy and manifest.json."""
@@ -113,23 +116,23 @@ class ShardConfig:
     two splits it is refused."""
     same_group: bool = False
     """Keep tracks that hold the same recording, and their artists, in one split."""
-    validation_fraction: Annotated[float, Range(above=0, cure="0.15 is usual")] = 0.15
+    validation_fraction: Annotated[float, _FRACTION] = 0.15
     """Share of each genre's tracks for validation (`stratified`)."""
-    test_fraction: Annotated[float, Range(above=0, cure="0.15 is usual")] = 0.15
+    test_fraction: Annotated[float, _FRACTION] = 0.15
     """Share of each genre's tracks for test (`stratified`)."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of `stratified` and `kfold`."""
-    segment_s: Annotated[float, Range(above=0, below=math.inf, cure="3 is usual")] = 3.0
+    segment_s: Annotated[float, Range(above=0, maximum=600, cure="3 is usual")] = 3.0
     """Length of a segment in seconds."""
-    hop_s: Annotated[float, Range(above=0, below=math.inf, cure="1.5 is usual")] = 1.5
+    hop_s: Annotated[float, Range(above=0, maximum=3_600, cure="1.5 is usual")] = 1.5
     """Seconds from the start of a segment to the start of the next."""
-    max_segments: Annotated[int | None, Range(minimum=1, cure="leave it out to keep all")] = None
+    max_segments: Annotated[int | None, _MOST] = None
     """Segments of a track at most, spread over it, so that long tracks do not rule training."""
     sample_rate: Annotated[
         int, Range(minimum=4_000, maximum=192_000, cure="wav2vec2 models want 16000")
     ] = 16_000
     """Sample rate of the shards in Hz; wav2vec2 wants 16000."""
-    rows_per_shard: Annotated[int, Range(minimum=1, cure="512 is usual")] = 512
+    rows_per_shard: Annotated[int, Range(minimum=1, maximum=1_000_000, cure="512 is usual")] = 512
     """Segments in a shard; 512 of 3 s are 50 MB."""
     allow_bad: str = "0"
     """Unusable files that may be left out: a number, or a share such as `1%`. The manifest lists
@@ -166,7 +169,7 @@ class ShardConfig:
     @property
     def part_of(self) -> tuple[int, int] | None:
         """(I, N) of `--part I/N`, I from 1."""
-        match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.part or "")
+        match = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", self.part or "")
         return (int(match[1]), int(match[2])) if match else None
 
     def __post_init__(self) -> None:
@@ -199,7 +202,7 @@ class ShardConfig:
         )
         require(
             "--allow-bad",
-            re.fullmatch(r"\d+|\d{1,2}(\.\d+)?%", self.allow_bad) is not None,
+            re.fullmatch(r"[0-9]{1,9}|[0-9]{1,2}(\.[0-9]{1,9})?%", self.allow_bad) is not None,
             self.allow_bad,
             "a number, or a percentage below 100",
             "for example 12, or 1%",

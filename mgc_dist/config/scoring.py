@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 from tyro.conf import Positional
 
 from mgc_dist.config.knobs import FLAT, Range, check, require
-from mgc_dist.config.source import BATCH, Device, SourceConfig, SplitName, table_of
+from mgc_dist.config.source import (
+    BATCH,
+    SEED,
+    WEEK_S,
+    Device,
+    SourceConfig,
+    SplitName,
+    table_of,
+)
 
 Aggregate = Literal["mean-prob", "mean-logit", "vote"]
 
@@ -57,7 +65,7 @@ class EvaluateConfig:
     files, such as `codec` or `loudness_lufs`. Numbers are cut into thirds."""
     resamples: Annotated[int, RESAMPLES] = 2000
     """Bootstrap resamples of the intervals."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the resamples."""
     batch: Annotated[int, BATCH] = 32
     """Segments in a batch."""
@@ -107,7 +115,7 @@ class CompareConfig:
     """Folder to write; B/comparison/A for two runs, else `comparison` beside the first run."""
     resamples: Annotated[int, RESAMPLES] = 2000
     """Bootstrap resamples of the intervals."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the resamples."""
 
     @property
@@ -144,7 +152,7 @@ class PredictConfig:
     """Run folder, or a folder that `export` wrote."""
     files: Positional[tuple[Path, ...]]
     """Audio files, folders of them, or `-` for a list of paths on standard input."""
-    top: Annotated[int, Range(minimum=1, cure="3 is usual")] = 3
+    top: Annotated[int, Range(minimum=1, maximum=1_000_000, cure="3 is usual")] = 3
     """Genres to print for a file."""
     json: bool = False
     """Print JSON: all probabilities of the file and of each segment."""
@@ -156,9 +164,9 @@ class PredictConfig:
     plot: Path | None = None
     """Picture of the probabilities over time (.png, .svg or .pdf); of several files, each gets
     its name: OUT-NAME.png."""
-    hop_s: Annotated[float, Range(minimum=0.01, cure="1.5 is usual")] = 1.5
+    hop_s: Annotated[float, Range(minimum=0.01, maximum=3_600, cure="1.5 is usual")] = 1.5
     """Seconds from the start of a segment to the start of the next."""
-    batch: Annotated[int, Range(minimum=1, cure="16 is usual")] = 16
+    batch: Annotated[int, Range(minimum=1, maximum=65_536, cure="16 is usual")] = 16
     """Segments in a batch."""
     device: Device = "auto"
     """Where the model runs."""
@@ -197,13 +205,13 @@ class DoctorConfig:
     """Folder that `python -m mgc_dist.shard` has filled."""
     bias_table: Path | None = None
     """Bias table; SHARDS/bias by default."""
-    fold: Annotated[int | None, Range(minimum=0, cure="start with 0")] = None
+    fold: Annotated[int | None, Range(minimum=0, maximum=99, cure="start with 0")] = None
     """Of shards packed with --split kfold: the fold that is tested."""
     run: Path = Path("runs/train")
     """Run folder, or where one will be."""
     device: Device = "auto"
     """Where the ranks will compute."""
-    wait_s: Annotated[float, Range(above=0, cure="120 is usual")] = 120.0
+    wait_s: Annotated[float, Range(minimum=1, maximum=WEEK_S, cure="120 is usual")] = 120.0
     """How long ranks wait for each other."""
 
     @property

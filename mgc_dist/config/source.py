@@ -11,7 +11,10 @@ SplitName = Literal["train", "validation", "test"]
 
 FOREIGN_TABLES = (".csv", ".tsv", ".npy")
 """Suffixes of bias tables from elsewhere; ours are folders."""
-BATCH = Range(minimum=1, cure="32 is usual")
+BATCH = Range(minimum=1, maximum=65_536, cure="32 is usual")
+SEED = Range(minimum=0, maximum=2**32 - 1, cure="0 is the default")
+WEEK_S = 7 * 24 * 3600
+"""The longest wait."""
 
 
 def table_of(shards: Path, bias_table: Path | None, fold: int | None) -> Path:
@@ -29,7 +32,7 @@ def is_foreign(table: Path) -> bool:
 class SourceConfig:
     """Which rows of the shards, and where each node takes them from."""
 
-    fold: Annotated[int | None, Range(minimum=0, cure="start with 0"), FOUND] = None
+    fold: Annotated[int | None, Range(minimum=0, maximum=99, cure="start with 0"), FOUND] = None
     """Of shards packed with --split kfold: the fold that is tested; the one before it validates,
     the others train. Its bias table is in a folder foldI of --bias-table."""
     shards_from: str | None = None
@@ -38,7 +41,9 @@ class SourceConfig:
     stage_dir: str | None = None
     """Folder of each node, such as /scratch/$USER or '$TMPDIR', where its ranks copy the shards to,
     once, with their sha256 compared, and read them from."""
-    stage_timeout_s: Annotated[float, Range(minimum=0, cure="3600 is usual")] = 3600.0
+    stage_timeout_s: Annotated[float, Range(minimum=1, maximum=WEEK_S, cure="3600 is usual")] = (
+        3600.0
+    )
     """How long a rank waits for another one on its node that copies the shards."""
 
     def __post_init__(self) -> None:

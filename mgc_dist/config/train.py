@@ -21,17 +21,16 @@ from mgc_dist.config.knobs import (
     require,
 )
 from mgc_dist.config.losses import LossConfig
-from mgc_dist.config.source import BATCH, Device, SourceConfig, table_of
+from mgc_dist.config.source import BATCH, SEED, WEEK_S, Device, SourceConfig, table_of
 
 Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
 Select = Literal["nll", "macro-f1", "last"]
 Cache = Literal["none", "cnn", "trunk"]
 CacheDtype = Literal["auto", "fp32", "bf16"]
 
-_READERS = Range(minimum=1, cure="the default is good")
-_RATE = Range(minimum=0, cure="1e-5 to 1e-3 is usual")
-_EVERY = Range(above=0, cure="1 is the smallest usual value")
-_NONE = Range(minimum=0, cure="0 is the default")
+_READERS = Range(minimum=1, maximum=128, cure="the default is good")
+_RATE = Range(minimum=0, maximum=10, cure="1e-5 to 1e-3 is usual")
+_EVERY = Range(above=0, maximum=1_000_000, cure="1 is the smallest usual value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ class DataConfig:
     """Batches that the reader threads keep ready."""
     reader_threads: Annotated[int, _READERS] = 1
     """Threads that read; one gives 20,000 segments/s from memory, slow storage wants more."""
-    window_shards: Annotated[int, Range(minimum=0, cure="0 is all"), LEARNED] = 0
+    window_shards: Annotated[int, Range(minimum=0, maximum=1_000_000, cure="0 is all"), LEARNED] = 0
     """Shards that are read from at a time, for spinning disks and network storage; 0 means all."""
     cache: Annotated[Cache, FOUND] = "none"
     """Read what the frozen part of the model gives in place of waves, made once and kept: `cnn` the
@@ -94,7 +93,7 @@ class ModelConfig:
     @property
     def frozen_layers(self) -> int | None:
         """N of `layers:N`, else None."""
-        match = re.fullmatch(r"layers:(\d+)", self.freeze)
+        match = re.fullmatch(r"layers:([0-9]{1,4})", self.freeze)
         return int(match[1]) if match else None
 
     def __post_init__(self) -> None:
@@ -112,24 +111,30 @@ class ModelConfig:
 class OptimConfig:
     """Batches, learning rates and their schedule."""
 
-    epochs: Annotated[float, Range(above=0, cure="10 is usual"), LEARNED] = 10.0
+    epochs: Annotated[float, Range(above=0, maximum=100_000, cure="10 is usual"), LEARNED] = 10.0
     """Passes over the training rows."""
-    global_batch: Annotated[int, Range(minimum=1, cure="64 is usual"), LEARNED] = 64
+    global_batch: Annotated[
+        int, Range(minimum=1, maximum=1_000_000, cure="64 is usual"), LEARNED
+    ] = 64
     """Rows of an optimizer step over all ranks; it does not change with the machine."""
     lr: Annotated[float, _RATE, LEARNED] = 3e-5
     """Peak learning rate of the backbone."""
     head_lr: Annotated[float, _RATE, LEARNED] = 1e-3
     """Peak learning rate of the classification head."""
-    weight_decay: Annotated[float, LEARNED] = 0.01
+    weight_decay: Annotated[
+        float, Range(minimum=0, maximum=1_000, cure="0.01 is usual"), LEARNED
+    ] = 0.01
     """AdamW's decoupled weight decay."""
     warmup_fraction: Annotated[float, Range(minimum=0, below=1, cure="0.1 is usual"), LEARNED] = 0.1
     """Share of the run in which the rates rise linearly; after it they follow a cosine."""
-    final_lr_fraction: Annotated[float, LEARNED] = 0.02
+    final_lr_fraction: Annotated[
+        float, Range(minimum=0, maximum=1, cure="0.02 is usual"), LEARNED
+    ] = 0.02
     """Rate at the end of the run as a share of the peak."""
     extension: Annotated[Literal["replan", "hold"], Effect(identity=False, change=None)] = "replan"
     """Learning rates after `--change epochs`: `replan`, as if the run had been planned so long from
     the start; `hold`, as they are there."""
-    clip_norm: Annotated[float, Range(above=0, cure="1.0 is usual"), LEARNED] = 1.0
+    clip_norm: Annotated[float, Range(above=0, maximum=1e9, cure="1.0 is usual"), LEARNED] = 1.0
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
@@ -142,7 +147,7 @@ class EngineConfig:
 
     zero_stage: Annotated[Literal[0, 1, 2, 3], COMPARED] = 2
     """What ZeRO shards: 1 optimizer states, 2 gradients too, 3 parameters too."""
-    micro_batch: Annotated[int, Range(minimum=1, cure="8 is usual"), FOUND] = 8
+    micro_batch: Annotated[int, Range(minimum=1, maximum=65_536, cure="8 is usual"), FOUND] = 8
     """Largest batch of one rank that fits its memory; accumulation follows from it. Dropout is
     drawn for micro batches: another size is another draw."""
     eval_batch: Annotated[int, BATCH] = 32
@@ -152,13 +157,15 @@ class EngineConfig:
     leaves fp32 ones to the optimizer: less memory, coarser gradients."""
     device: Device = "auto"
     """Where the ranks compute."""
-    bucket_elements: int = 50_000_000
+    bucket_elements: Annotated[int, Range(minimum=1_000, maximum=2**31, cure="5e7 is usual")] = (
+        50_000_000
+    )
     """Elements of a ZeRO communication bucket: memory against the number of collectives."""
     compile: Annotated[bool, COMPARED] = False
     """Compile the model (torch.compile): slower to start, faster steps on a GPU; not at stage 3."""
-    hang_timeout_s: Annotated[float, Range(minimum=1, cure="600 is usual")] = 600.0
+    hang_timeout_s: Annotated[float, Range(minimum=1, maximum=WEEK_S, cure="600 is usual")] = 600.0
     """A rank without progress for so long writes its stacks to the log and ends with code 75."""
-    max_refused_steps: Annotated[int, Range(minimum=1, cure="10 is usual")] = 10
+    max_refused_steps: Annotated[int, Range(minimum=1, maximum=1_000_000, cure="10 is usual")] = 10
     """Steps in a row with a loss or gradient that is not finite, after which the run ends (70)."""
 
     @property
@@ -195,7 +202,7 @@ class RunConfig:
     """Run folder: checkpoints, best model, metrics, logs. Never overwritten."""
     resume: str = "never"
     """`never`, `auto` (the newest checkpoint if there is one), `latest`, or a checkpoint folder."""
-    seed: Annotated[int, DRAWN] = 0
+    seed: Annotated[int, SEED, DRAWN] = 0
     """Seed of the order, the new weights, dropout and masking."""
     validate_every_epochs: Annotated[float, _EVERY, COMPARED] = 1.0
     """Epochs between validations; the last step is always validated."""
@@ -208,7 +215,7 @@ class RunConfig:
     """Newest checkpoints that are kept."""
     log_every_steps: Annotated[int, _EVERY] = 10
     """Optimizer steps between log lines and metrics."""
-    time_limit_s: Annotated[float, _NONE] = 0.0
+    time_limit_s: Annotated[float, Range(minimum=0, maximum=1e8, cure="0 is the default")] = 0.0
     """Save and stop before the run has taken so long; 0 means no limit."""
     max_tries: Annotated[int, _EVERY] = 3
     """Tries in a row without a new checkpoint after which the run refuses to start again."""
@@ -222,7 +229,7 @@ class RunConfig:
     """Write down which rows each step consumed (RUN/rows), to prove that none was lost."""
     dry_run: bool = False
     """Print batches, steps, parameters, memory and disk, and stop; needs no GPU."""
-    ranks: Annotated[int, _NONE] = 0
+    ranks: Annotated[int, Range(minimum=0, maximum=65_536, cure="0 is the default")] = 0
     """Ranks that `--dry-run` plans for; 0 means as many as were started."""
 
     def __post_init__(self) -> None:

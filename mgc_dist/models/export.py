@@ -1,6 +1,5 @@
 """The best model of a run as a folder for transformers, with a card that says what it is."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 from mgc_dist import cli
 from mgc_dist.config import TrainConfig
 from mgc_dist.errors import UserError
+from mgc_dist.files import replace_text, replacing_folder
+from mgc_dist.journal import read_environment
 from mgc_dist.models import exported, folder
 
 CARD = """---
@@ -92,13 +93,8 @@ def export(run: Path, out: Path) -> Export:
             cure=f"`predict` and `evaluate` take {source} as it is",
         )
     trained = cli.parse("train", TrainConfig, ["--config", str(run / "config.yaml")])
-    environment = json.loads((run / "env.json").read_text())
+    environment = read_environment(run)
     sample_rate, temperature = folder.sample_rate_of(source), classifier.temperature
-    if temperature is None:
-        shutil.copytree(source, out, dirs_exist_ok=True)
-    else:
-        folder.save_calibrated(classifier, out, sample_rate)
-    shutil.copyfile(Path(exported.__file__), out / "genre.py")
     card = CARD.format(
         name=out.name,
         seconds=classifier.segment_samples / sample_rate,
@@ -112,5 +108,11 @@ def export(run: Path, out: Path) -> Export:
         model=trained.main.model,
         dataset_id=environment["dataset_id"],
     )
-    (out / "README.md").write_text(card, encoding="utf-8")
+    with replacing_folder(out) as aside:
+        if temperature is None:
+            shutil.copytree(source, aside, dirs_exist_ok=True)
+        else:
+            folder.save_calibrated(classifier, aside, sample_rate)
+        shutil.copyfile(Path(exported.__file__), aside / "genre.py")
+        replace_text(aside / "README.md", card)
     return Export(folder=out, temperature=temperature)

@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers import (
 
 from mgc_dist import cli
 from mgc_dist.errors import UserError
+from mgc_dist.files import replacing_folder
 from mgc_dist.models import hub
 from mgc_dist.models.main import TEMPERATURE, WaveClassifier
 
@@ -85,27 +85,18 @@ def save_exported(
         fresh = AutoModelForAudioClassification.from_config(config)
     of_net = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
     fresh.load_state_dict(of_net, strict=True, assign=True)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        fresh.save_pretrained(temporary)
-    except (SafetensorError, RuntimeError) as error:  # a full disk is no OSError there
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(errno.EIO, str(error), str(temporary)) from error
-    Wav2Vec2FeatureExtractor(
+    extractor = Wav2Vec2FeatureExtractor(
         feature_size=1,
         sampling_rate=sample_rate,
         do_normalize=model.do_normalize,
         return_attention_mask=getattr(model.net.config, "feat_extract_norm", "") == "layer",
-    ).save_pretrained(temporary)
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(folder)
+    )
+    with replacing_folder(folder) as temporary:
+        try:
+            fresh.save_pretrained(temporary)
+        except (SafetensorError, RuntimeError) as error:  # a full disk is no OSError there
+            raise OSError(errno.EIO, str(error), str(folder)) from error
+        extractor.save_pretrained(temporary)
 
 
 def save_calibrated(model: WaveClassifier, folder: Path, sample_rate: int) -> None:

@@ -6,6 +6,7 @@ With its neighbours the only modules that know transformers.
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import transformers
@@ -15,6 +16,9 @@ from transformers import AutoFeatureExtractor, PreTrainedModel, Wav2Vec2FeatureE
 
 from mgc_dist.config.identity import OLD_MODEL
 from mgc_dist.errors import UserError
+
+_UNREADABLE = (OSError, ValueError, LookupError, EOFError, SafetensorError, UnpicklingError)
+"""What transformers and torch raise for files that are missing, cut or no weights."""
 
 
 def located(name: str) -> str:
@@ -65,7 +69,9 @@ def load(
             revision=revision or "main",
             **settings,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (*_UNREADABLE, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise  # memory may be short
         raise not_found(name, error) from error
     missing = set(info["missing_keys"]) | {item[0] for item in info["mismatched_keys"]}
     return net, missing
@@ -151,6 +157,13 @@ def not_found(name: str, error: Exception) -> UserError:
             got="a model with custom code (`auto_map` in its config.json)",
             expected="a model whose code is in transformers: custom code is not supported yet",
             cure="choose wav2vec2, hubert, wavlm, data2vec-audio or the like",
+        )
+    if isinstance(error, UnpicklingError | LookupError | EOFError):
+        return UserError(
+            f"model {name}",
+            got=f"weights that would run code, or are none ({type(error).__name__})",
+            expected="tensors: model.safetensors, or a .bin of nothing else",
+            cure="download it again; do not use it if it came from a stranger",
         )
     lines = [line for line in str(error).splitlines() if line.strip()]
     return UserError(

@@ -27,7 +27,7 @@ from mgc_dist.data.tracks import folds_of
 from mgc_dist.errors import UserError
 from mgc_dist.events import E, Event, StartEvent, ValidationEvent, only
 from mgc_dist.files import fingerprint, json_lines
-from mgc_dist.journal import read_events, read_status
+from mgc_dist.journal import ENVIRONMENT, read_events, read_status
 from mgc_dist.models.folder import WEIGHTS, find_exported
 from mgc_dist.scoring.written import BiasReport, EvaluationFigures, Prediction
 
@@ -99,7 +99,7 @@ class Dossier:
     @cached_property
     def environment(self) -> Json:
         """env.json: versions, world, device, identity."""
-        return _json(self.run / "env.json") or {}
+        return _json(self.run / ENVIRONMENT) or {}
 
     @cached_property
     def engine(self) -> Json:

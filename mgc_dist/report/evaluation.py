@@ -4,6 +4,7 @@ One JSON file holds every figure; nothing in it depends on where or on how many 
 """
 
 import csv
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -150,10 +151,11 @@ def write_predictions(path: Path, subject: Subject, result: SplitScores) -> None
 
 def _write_confusion_csv(path: Path, subject: Subject, confusion: NDArray[np.int64]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("truth", *subject.genres))
-        writer.writerows((g, *row) for g, row in zip(subject.genres, confusion, strict=True))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("truth", *subject.genres))
+    writer.writerows((g, *row) for g, row in zip(subject.genres, confusion, strict=True))
+    replace_text(path, text.getvalue())
 
 
 def _intervals(subject: Subject, result: SplitScores, resamples: int, seed: int) -> Intervals:

@@ -1,6 +1,5 @@
 """The body of `evaluate`: a run's best model on a split, and its figures in the run folder."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from mgc_dist.data import fetch
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
-from mgc_dist.files import fingerprint
+from mgc_dist.files import fingerprint, locked
+from mgc_dist.journal import read_environment
 from mgc_dist.models import folder
 from mgc_dist.models.main import WaveClassifier
 from mgc_dist.report import evaluation
@@ -26,6 +26,9 @@ from mgc_dist.scoring import shared_genres, subgroups
 from mgc_dist.scoring.score import SplitScores, all_score
 from mgc_dist.scoring.shared_genres import SharedGenres
 from mgc_dist.scoring.written import EvaluationFigures
+
+LOCK_WAIT_S = 600.0
+"""How long an evaluation waits for another one of the run that writes; minutes are many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +130,9 @@ def _write(config: EvaluateConfig, subject: Subject, scores: SplitScores) -> Eva
     figures = evaluation.summary(subject, scores, resamples=config.resamples, seed=config.seed)
     weights = folder.find_exported(config.run) / folder.WEIGHTS
     figures["weights"] = fingerprint(weights)  # the model may go on to be trained
-    evaluation.write(config.run, subject, scores, figures)
+    purpose = f"writing an evaluation of {config.run}"
+    with locked(config.run / "evaluation.lock", wait_s=LOCK_WAIT_S, purpose=purpose):
+        evaluation.write(config.run, subject, scores, figures)
     return figures
 
 
@@ -203,7 +208,7 @@ def _bias_table(config: EvaluateConfig, shards: ShardSet) -> tuple[BiasTable | N
         if not trained.objective.needs_bias:  # the run has never read it
             return None, [f"no bias subgroups: {error}"]
         raise
-    trained_with = identity.read(json.loads((config.run / "env.json").read_text())["identity"])
+    trained_with = identity.read(read_environment(config.run)["identity"])
     if trained.objective.needs_bias and trained_with["bias_table"] != table.sha256:
         return table, [f"{own} is not the table of the training: it was made again since"]
     return table, []
@@ -236,8 +241,7 @@ def _own_shards(config: EvaluateConfig) -> Path:
 
 
 def _refuse_repacked(run_folder: Path, shards: ShardSet) -> None:
-
-    trained_on = json.loads((run_folder / "env.json").read_text())["dataset_id"]
+    trained_on = str(read_environment(run_folder)["dataset_id"])
     found = shards.manifest.dataset_id
     if found != trained_on:
         raise UserError(

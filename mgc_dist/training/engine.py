@@ -281,6 +281,7 @@ def _import_deepspeed(ranks: Ranks) -> ModuleType:
 
     module: ModuleType = deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch refuses to load with both
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # it passes weights_only=False everywhere
     torch.serialization.add_safe_globals(safe_names())
     if on_cpu:

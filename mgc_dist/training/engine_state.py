@@ -7,10 +7,12 @@ environment when it is, which `engine` has set by then.
 
 import argparse
 import contextlib
+import glob
 import io
 import pickle
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mgc_dist.cluster.ranks import Ranks
-from mgc_dist.errors import UserError
+from mgc_dist.errors import EXIT_IO, UserError
 
 
 class EngineState:
@@ -102,8 +104,8 @@ class EngineState:
         return state
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
-        with _refusing_code(checkpoint):
-            path, client = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        with _refusing_code(checkpoint), _without_patterns(checkpoint.parent) as root:
+            path, client = self._engine.load_checkpoint(str(root), tag=checkpoint.name)
         if path is None:
             raise RuntimeError(f"DeepSpeed loaded nothing from {checkpoint}")
         self._keep_settings()
@@ -228,6 +230,26 @@ def _convert(checkpoint: Path, universal: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(universal, ignore_errors=True)
+    try:
+        with _refusing_code(checkpoint), _without_patterns(checkpoint.parent) as root:
+            _run_converter(ds_to_universal.main, root / checkpoint.name, root / universal.name)
+    except (OSError, RuntimeError) as error:  # torch's writer says "unexpected pos" of a full disk
+        shutil.rmtree(universal, ignore_errors=True)  # at once: it may be what fills the disk
+        raise UserError(
+            f"checkpoint {checkpoint}, to be carried to another number of ranks",
+            got=f"{' '.join(str(error).split())[:200]} while {universal.name} was written",
+            expected="to read it, and room for another two of its size beside it",
+            cure="make room, or go on with as many ranks as before: nothing is lost",
+            exit_code=EXIT_IO,
+        ) from error
+    except BaseException:
+        shutil.rmtree(universal, ignore_errors=True)
+        raise
+
+
+def _run_converter(
+    convert: Callable[[argparse.Namespace], object], checkpoint: Path, universal: Path
+) -> None:
     words = argparse.Namespace(
         input_folder=str(checkpoint),
         output_folder=str(universal),
@@ -238,12 +260,20 @@ def _convert(checkpoint: Path, universal: Path) -> None:
         inject_missing_state=True,  # ours are not Megatron's: no universal_checkpoint_info
     )
     silence = io.StringIO()
-    with (
-        contextlib.redirect_stdout(silence),
-        contextlib.redirect_stderr(silence),
-        _refusing_code(checkpoint),
-    ):
-        ds_to_universal.main(words)
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        convert(words)
+
+
+@contextlib.contextmanager
+def _without_patterns(folder: Path) -> Iterator[Path]:
+    """A folder by a name without brackets: DeepSpeed seeks files by `glob`, and would find none."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        link = Path(aside, "checkpoints")
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
 
 
 @contextlib.contextmanager

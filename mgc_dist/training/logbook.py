@@ -41,11 +41,15 @@ def say_arithmetic(run: Run, state: State) -> None:
         *(config.main.model, *counts),
     )
     log.info(
-        "ZeRO-%d, %s, loss %s",
-        *(config.engine.zero_stage, run.engine.precision),
+        "ZeRO-%d on %s, %s, loss %s",
+        *(config.engine.zero_stage, _named(run.ranks.device), run.engine.precision),
         config.objective.description,
     )
     log.info("starting at samples_seen %d of %d", state.samples_seen, plan.total)
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _elements(parameter: nn.Parameter) -> int:
@@ -128,14 +132,18 @@ class Logbook:
         )
         run.journal.write(event)
         left_s = (run.plan.total - state.samples_seen) / rate if rate else math.nan
-        log.info(
-            "step %d/%d epoch %.2f loss %.4f lr %.2e grad %s %.1f segments/s %swait %.1f %% "
-            "memory %.2f GiB left %s",
-            *(step + 1, run.plan.steps, epoch, loss, optim.lr * factor),
-            *("-" if norm is None else f"{norm:.3f}", rate),
-            *("" if mfu is None else f"MFU {100 * mfu:.1f} % ", 100 * wait),
-            *(memory_gib, _clock(left_s)),
-        )
+        log.info("%s", step_line(step + 1, run.plan.steps, loss, norm, rate, left_s))
+
+
+def step_line(
+    step: int, steps: int, loss: float, norm: float | None, segments_per_s: float, left_s: float
+) -> str:
+    """A step for people: with the time before it, it fits 80 columns; all else is an event."""
+    grad = "-" if norm is None else f"{norm:.2g}"
+    return (
+        f"step {step}/{steps} loss {loss:.3f} grad {grad} {segments_per_s:.0f} segments/s "
+        f"left {_clock(left_s)}"
+    )
 
 
 def _computed(run: Run, segments_per_s: float) -> tuple[float, float | None]:

@@ -18,6 +18,7 @@ from mgc_dist.config import TrainConfig, identity
 from mgc_dist.errors import UserError
 from mgc_dist.events import ChangedEvent
 from mgc_dist.files import replace_text
+from mgc_dist.journal import ENVIRONMENT, read_environment
 from mgc_dist.training import checkpoint, resume
 from mgc_dist.training.resume import Changes, State, refuse_change
 from mgc_dist.training.setup import Run
@@ -47,7 +48,7 @@ def is_complete(config: TrainConfig, own: dict[str, Any]) -> bool:
         )
     complete = used and how == "auto" and (run / DONE).is_file()
     if complete or _comes_from_elsewhere(config):
-        trained = json.loads((run / "env.json").read_text())["identity"]
+        trained = read_environment(run)["identity"]
         what = f"--run {run}, which {'is complete' if complete else 'holds another run'}"
         changes = refuse_change(what, own, trained, config.output.change)
         return complete and "epochs" not in changes
@@ -59,7 +60,7 @@ def _comes_from_elsewhere(config: TrainConfig) -> bool:
     run, how = config.output.run, config.output.resume
     own = (run / checkpoint.FOLDER).resolve()
     named = how not in ("never", "auto", "latest")
-    return named and (run / "env.json").is_file() and Path(how).resolve().parent != own
+    return named and (run / ENVIRONMENT).is_file() and Path(how).resolve().parent != own
 
 
 def refuse_unseen(held: Lease, ranks: Ranks) -> None:
@@ -105,7 +106,7 @@ def open_run(run: Run, held: Lease, state: State, changes: Changes) -> None:
     }
     again = replace(run.config, output=replace(run.config.output, fresh=False, change=()))
     replace_text(folder / "config.yaml", cli.dump("train", again))
-    replace_text(folder / "env.json", json.dumps(content, indent=1))
+    replace_text(folder / ENVIRONMENT, json.dumps(content, indent=1))
     replace_text(folder / "ds_config.json", json.dumps(run.engine.config, indent=1))
     console.start_logging(run.ranks.rank, folder / "train.log")
     for name, (ours, theirs) in changes.items():

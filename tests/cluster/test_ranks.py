@@ -14,7 +14,7 @@ import torch
 from conftest import _free_port, run_ranks
 
 from mgc_dist.cluster import ranks
-from mgc_dist.errors import UserError
+from mgc_dist.errors import RunFailed, UserError
 
 
 def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +45,20 @@ def collectives() -> tuple[list[float], str, str]:
 def test_collectives_and_decisions() -> None:
     message = "--x: got 1, expected 2\n  said by rank 0"
     assert run_ranks(3, collectives) == [([3.0, 3.0], "rank 0", message)] * 3
+
+
+def stumble() -> str:
+    with ranks.join("cpu") as peers:
+        try:
+            peers.all_decide(lambda: {}["nothing"])
+        except (KeyError, RunFailed) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_what_rank_0_has_not_foreseen_ends_all() -> None:
+    said = ["KeyError: 'nothing'", "RunFailed: rank 0 has failed: KeyError: 'nothing'"]
+    assert run_ranks(2, stumble) == said
 
 
 def slurm_numbers() -> tuple[int, int, int]:

@@ -12,13 +12,14 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -90,20 +91,41 @@ def start(settings: TrainConfig, work: Path, *, world: int = 2, patch: Patch | N
 
 def prepare(settings: TrainConfig, work: Path, world: int = 1) -> tuple[Path, list[dict[str, str]]]:
     """Write the settings into a new folder; the file, and the variables of each rank."""
+    file = new_try(work) / "config.yaml"
+    file.write_text(cli.dump("train", settings))
+    return file, variables_of(world)
+
+
+def new_try(work: Path) -> Path:
+    """A folder for what the processes of a try print."""
     work.mkdir(parents=True, exist_ok=True)
     folder = work / f"try-{len(list(work.glob('try-*')))}"
     folder.mkdir()
-    file = folder / "config.yaml"
-    file.write_text(cli.dump("train", settings))
+    return folder
+
+
+def variables_of(world: int) -> list[dict[str, str]]:
+    """What a launcher tells each rank."""
     port, environments = str(_free_port()), []
     for rank in range(world):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world}
         environment = {key: str(value) for key, value in numbers.items()}
         environments.append(environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-    return file, environments
+    return environments
 
 
 def be_a_rank(out: Path, environment: dict[str, str], file: Path, patch: Patch | None) -> None:
+    be_a_command(train.main, ["train", "--config", str(file)], out, environment, patch)
+
+
+def be_a_command(
+    main: Callable[[], NoReturn],
+    words: list[str],
+    out: Path,
+    environment: dict[str, str],
+    patch: Patch | None = None,
+) -> NoReturn:
+    """End this fork as a command of these words would end."""
     code = 1
     try:
         handle = os.open(out, os.O_WRONLY | os.O_CREAT)
@@ -114,8 +136,8 @@ def be_a_rank(out: Path, environment: dict[str, str], file: Path, patch: Patch |
         os.environ.update(environment)
         if patch:
             patch(int(environment["RANK"]))
-        sys.argv = ["train", "--config", str(file)]
-        cli.main("train", TrainConfig, train.run)
+        sys.argv = words
+        main()
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
@@ -123,6 +145,22 @@ def be_a_rank(out: Path, environment: dict[str, str], file: Path, patch: Patch |
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent this is."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(word) for word in found.stdout.split()]
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those that run, or are stopped."""
+    return [
+        pid
+        for pid in pids
+        if Path(f"/proc/{pid}/stat").exists()
+        and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    ]
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:

@@ -3,13 +3,22 @@
 import os
 import pty
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import _free_port
-from harness import Job, assert_survived, slow, start, steps_taken, until, weights_hash
+from harness import (
+    Job,
+    alive,
+    assert_survived,
+    children,
+    slow,
+    start,
+    steps_taken,
+    until,
+    weights_hash,
+)
 from test_launcher import DEEPSPEED, ROOT
 from trainings import config
 
@@ -26,21 +35,6 @@ def long(shards: Path, table: Path, noisy: Path, tmp_path_factory: Any) -> str:
     job = start(config(shards, noisy, work / "run", **KNOBS), work)
     assert job.wait() == [0, 0], job.said
     return weights_hash(work / "run")
-
-
-def children(pid: int) -> list[int]:
-    """Processes whose parent this is."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(word) for word in found.stdout.split()]
-
-
-def alive(pids: list[int]) -> list[int]:
-    return [
-        pid
-        for pid in pids
-        if Path(f"/proc/{pid}/stat").exists()
-        and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    ]
 
 
 EVENTS = ["KILL to deepspeed", "Ctrl-C on a terminal", slow("TERM to deepspeed")]
@@ -90,4 +84,6 @@ def test_the_launcher_is_ended(
     again = start(settings, tmp_path)
     assert again.wait() == [0, 0], again.said
     said = Job(folder=tmp_path, pids=[], codes=[code])
+    assert said.said.count("Traceback") <= 1, "none but that of DeepSpeed's launcher"
+    assert f'File "{ROOT}/launch/' not in said.said
     assert_survived(said, run, long, codes=[code], message="saved; --resume auto goes on")

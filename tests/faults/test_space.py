@@ -2,12 +2,13 @@
 
 import errno
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import Patch, assert_survived, start
+from harness import Patch, assert_survived, at_step, start
 from metrics import read_metrics
 from trainings import config
 
@@ -119,3 +120,30 @@ def test_a_file_system_that_is_really_full(
         assert_survived(job, run, undisturbed, codes=[74, 74], message="not saved at step")
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+@pytest.mark.parametrize("error", ["OSError", "RuntimeError"])
+def test_no_room_to_carry_a_checkpoint_to_other_ranks(
+    error: str, shards: Path, table: Path, noisy: Path, tmp_path: Path
+) -> None:
+    """Torch's writer raises a RuntimeError without a word about space."""
+    run = tmp_path / "run"
+    stop = at_step(3, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    settings = config(shards, noisy, run, **KNOBS)
+    assert start(settings, tmp_path, patch=stop).wait() == [0, 0]
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    def no_room(rank: int) -> None:
+        def failing(state: Any, file: Any, *args: Any, **words: Any) -> None:
+            if error == "OSError":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+        torch.save = failing
+
+    job = start(settings, tmp_path, world=3, patch=no_room)
+    assert job.wait() == [74, 74, 74], job.said
+    assert "to be carried to another number of ranks: got " in job.said
+    assert "make room, or go on with as many ranks as before" in job.said
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    assert start(settings, tmp_path, world=3).wait() == [0, 0, 0]

@@ -1,13 +1,14 @@
 """Fault 14: the number of ranks changes; and which changes are refused, saying what would fit."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import write_model
-from harness import at_step, losses_of, slow, start
+from harness import at_step, losses_of, slow, start, weights_hash
 from safetensors.torch import load_file
 from trainings import config
 
@@ -102,3 +103,29 @@ def test_other_frozen_weights_are_refused(
     job = start(settings, tmp_path, world=1)
     assert job.wait() == [2]
     assert "frozen weights of --model" in job.said
+
+
+def test_a_run_folder_with_brackets_and_the_users_wish_to_unpickle_all(
+    shards: Path,
+    table: Path,
+    noisy: Path,
+    undisturbed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # torch refuses it beside ours
+    run, plain = tmp_path / "run [1]*", tmp_path / "plain"
+    settings = config(shards, noisy, run, **KNOBS)
+    for world, step in ((2, 3), (2, 6)):
+        job = start(settings, tmp_path, world=world, patch=stop_at(step))
+        assert job.wait() == [0] * world, job.said
+    shutil.copytree(run, plain)
+    again = start(settings, tmp_path)
+    assert again.wait() == [0, 0], again.said
+    shutil.copytree(run, tmp_path / "done")  # DeepSpeed's own tool finds nothing under brackets
+    assert weights_hash(tmp_path / "done") == undisturbed
+    shutil.rmtree(run)
+    shutil.copytree(plain, run)
+    one = start(settings, tmp_path, world=1)
+    assert one.wait() == [0], one.said
+    assert not list((run / "checkpoints").glob("tmp-*"))

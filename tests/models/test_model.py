@@ -1,6 +1,7 @@
 """Both flavours of wav2vec2, checkpoints of other tasks, freezing, export, refusals."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -350,3 +351,28 @@ def test_the_packages_small_model_has_its_old_name_too(
     write_model(tmp_path / "launch" / "presets" / "wav2vec2-demo.json")
     own = build("launch/presets/wav2vec2-demo.json").net.config
     assert own.hidden_size == TINY["hidden_size"]
+
+
+class Foreign:
+    """What a stranger may have pickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("kind", ["code", "cut", "empty", "text"])
+def test_weights_that_are_no_tensors_are_refused_in_words(
+    kind: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    weights = checkpoint / "pytorch_model.bin"
+    if kind == "code":
+        torch.save({"a": Foreign(tmp_path / "ran")}, weights)
+    else:
+        weights.write_bytes({"cut": b"PK\x03\x04abc", "empty": b"", "text": b"hello"}[kind])
+    with pytest.raises(UserError, match=f"model {checkpoint}: got "):
+        build_bias(str(checkpoint), sample_rate=RATE)
+    assert not (tmp_path / "ran").exists()

@@ -1,6 +1,7 @@
 """slurm/train.sbatch: which exit code, and whether it requeues. srun and scontrol are stand-ins."""
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -21,7 +22,9 @@ code() { status $1 0 ",
 """
 
 
-def submit(folder: Path, trainer: str, **variables: str) -> tuple[int, str, str]:
+def submit(
+    folder: Path, trainer: str, *, run: str = "run", **variables: str
+) -> tuple[int, str, str]:
     """The batch script with a trainer of shell lines: its exit code, what scontrol was asked, and
     what it said.
     """
@@ -35,7 +38,7 @@ def submit(folder: Path, trainer: str, **variables: str) -> tuple[int, str, str]
         ("scontrol", '[ "$1" = show ] && echo node1 || echo "$@" >> requeued'),
         ("scancel", "true"),
     ):
-        (tools / name).write_text(f"#!/bin/bash\nRUN=run\n{body}\n")
+        (tools / name).write_text(f"#!/bin/bash\nRUN={shlex.quote(run)}\n{body}\n")
         (tools / name).chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}",
@@ -44,7 +47,7 @@ def submit(folder: Path, trainer: str, **variables: str) -> tuple[int, str, str]
         "SLURM_JOB_ID": "7",
     }
     done = subprocess.run(
-        ["bash", str(SLURM / "train.sbatch"), "--run", "run"],
+        ["bash", str(SLURM / "train.sbatch"), "--run", run],
         env=environment | variables,
         capture_output=True,
         text=True,
@@ -133,6 +136,14 @@ def test_a_task_that_slurm_did_not_launch(tmp_path: Path) -> None:
     assert "did not launch all tasks again after 3 requeues" in said
     both = "touch $RUN/logs/7-try0-rank1.log; exit 2"
     assert submit(tmp_path, both, SLURM_NTASKS="2")[:2] == (2, ""), "a refusal of the trainer's"
+
+
+def test_a_run_folder_with_brackets_has_its_logs(tmp_path: Path) -> None:
+    run = "run[1]"
+    refused = 'touch "$RUN/logs/7-try0-rank0.log"; exit 2'
+    code, asked, said = submit(tmp_path, refused, run=run, SLURM_NTASKS="1")
+    assert (code, asked) == (2, ""), said
+    assert "did not launch" not in said
 
 
 def test_stops_on_request_do_not_count(tmp_path: Path) -> None:

@@ -75,7 +75,6 @@ def test_speed_is_told_in_the_models_own_work(
         assert ("mfu" in step) == bool(peak)
         if peak:
             assert step["mfu"] == pytest.approx(reached / peak, abs=1e-4)
-    assert ("segments/s MFU " in (run / "train.log").read_text()) == bool(peak)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
