@@ -136,6 +136,8 @@ def test_any_value_is_refused_in_words_or_comes_back_from_its_file(
             if isinstance(value, property):
                 getattr(each, name)
     if command == "train":
-        assert identity.read(identity.own(made)) == identity.own(made)
+        own = identity.own(made)
+        del own["model"]  # a run writes the hash of its configuration
+        assert identity.read(own) == own
     if command == "shard":
         assert made.bad_allowed(100) >= 0
