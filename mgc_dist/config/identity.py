@@ -24,12 +24,13 @@ _WORDS = {
     "weights_precision": "--precision of the weights",
     "model": "configuration of --model",
     "revision": "revision of --model",
+    "class_weight": "weights of the genres (--class-weight)",
     "device": "kind of device",
     "libraries": "libraries",
 }
 SAID = ("device", "libraries", "revision")
 """Parts that change digits by rounding, or nothing: a difference is written down, not refused."""
-NEWER = (*SAID, "precision", "micro_batch", "model")
+NEWER = (*SAID, "precision", "micro_batch", "model", "class_weight")
 """Parts that version 0.1.0 did not write down, or wrote as a path: they are not compared then."""
 _OLD_KNOBS = (
     *("seed", "window_shards", "global_batch", "model", "freeze", "spec_augment", "cache"),

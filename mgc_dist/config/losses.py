@@ -228,6 +228,11 @@ class LossConfig:
     """Share r of the bias model in `mixture`: -log((1 - r) p + r b)."""
     ce_weight: Annotated[float, _WEIGHT, _KNOB] = 0.0
     """Weight of a plain cross-entropy that is added to the loss."""
+    label_smoothing: Annotated[float, Range(minimum=0, below=1, cure="0.1 is usual"), _KNOB] = 0.0
+    """Share of a row's loss that is spread evenly over all genres as its label."""
+    class_weight: Annotated[str | None, Effect(identity=False, change="loss")] = None
+    """What rows of a genre count: `balanced` (each genre the same in all), or a CSV or TSV table of
+    `genre` and `weight`. The mean over a step is divided by the sum of the weights."""
 
     @property
     def entry(self) -> Loss:
@@ -250,7 +255,9 @@ class LossConfig:
         set_to = {word: getattr(self, name) for name, word in self.entry.knobs.items()}
         said = " ".join(f"{word} {value:g}" for word, value in set_to.items() if value is not None)
         name = f"{self.loss} ({said})" if said else self.loss
-        return f"{name} + {self.ce_weight:g} ce" if self.ce_weight else name
+        name += f" + {self.ce_weight:g} ce" if self.ce_weight else ""
+        name += f", smoothed {self.label_smoothing:g}" if self.label_smoothing else ""
+        return name + (f", class weights {self.class_weight}" if self.class_weight else "")
 
     def beta_at(self, done: float) -> float:
         """Weight of the bias in `poe` when `done` of the steps, 0 to 1, are taken."""

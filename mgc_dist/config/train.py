@@ -26,6 +26,7 @@ from mgc_dist.config.source import BATCH, SEED, WEEK_S, Device, SourceConfig, ta
 Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
 Select = Literal["nll", "macro-f1", "last"]
 Cache = Literal["none", "cnn", "trunk"]
+Schedule = Literal["cosine", "linear", "constant", "inverse-sqrt"]
 CacheDtype = Literal["auto", "fp32", "bf16"]
 
 _READERS = Range(minimum=1, maximum=128, cure="the default is good")
@@ -126,11 +127,14 @@ class OptimConfig:
     ] = 0.01
     """AdamW's decoupled weight decay."""
     warmup_fraction: Annotated[float, Range(minimum=0, below=1, cure="0.1 is usual"), LEARNED] = 0.1
-    """Share of the run in which the rates rise linearly; after it they follow a cosine."""
+    """Share of the run in which the rates rise linearly; after it they follow --schedule."""
+    schedule: Annotated[Schedule, LEARNED] = "cosine"
+    """How the rates fall after the warm-up: to --final-lr-fraction in a `cosine` or `linear`; not
+    at all (`constant`); or with one over the square root of the position (`inverse-sqrt`)."""
     final_lr_fraction: Annotated[
         float, Range(minimum=0, maximum=1, cure="0.02 is usual"), LEARNED
     ] = 0.02
-    """Rate at the end of the run as a share of the peak."""
+    """Rate at the end of the run as a share of the peak (`cosine`, `linear`)."""
     extension: Annotated[Literal["replan", "hold"], Effect(identity=False, change=None)] = "replan"
     """Learning rates after `--change epochs`: `replan`, as if the run had been planned so long from
     the start; `hold`, as they are there."""
@@ -139,6 +143,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        require(
+            "--schedule inverse-sqrt",
+            self.schedule != "inverse-sqrt" or self.warmup_fraction > 0,
+            "--warmup-fraction 0",
+            "a warm-up, from whose end the rates fall",
+            "0.1 is usual",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +220,8 @@ class RunConfig:
     select: Annotated[Select, COMPARED] = "nll"
     """Which validation the best model is from: the one with the least NLL over tracks, the largest
     macro-F1, or the last one; a tie goes to the later one."""
+    patience: Annotated[int, Range(minimum=0, maximum=1_000_000, cure="3 is usual"), LEARNED] = 0
+    """End the run after so many validations in a row that are no better by --select; 0 does not."""
     checkpoint_every_epochs: Annotated[float, _EVERY] = 1.0
     """Epochs between checkpoints; the last step is always saved."""
     keep_checkpoints: Annotated[int, _EVERY] = 2
@@ -240,6 +253,13 @@ class RunConfig:
             self.ranks,
             "with --dry-run only",
             "a real run has as many ranks as are started: deepspeed --num_gpus N",
+        )
+        require(
+            "--patience with --select last",
+            not (self.patience and self.select == "last"),
+            "both",
+            "a measure that can stop getting better",
+            "use --select nll or macro-f1",
         )
         require(
             "--fresh",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.config import OptimConfig
+from mgc_dist.config.train import Schedule
 from mgc_dist.data.order import Layout
 from mgc_dist.models.main import WaveClassifier
 from mgc_dist.training.engine_state import EngineState, safe_names
@@ -245,31 +246,44 @@ def _precision(bf16: bool, bf16_weights: bool) -> str:
     return "bf16 autocast" if bf16 else "fp32"
 
 
-def lr_factor(samples_seen: int, total: int, *, warmup: float, final: float) -> float:
-    """Linear warm-up, then a cosine to `final`: a function of samples_seen alone.
+def lr_factor(
+    samples_seen: int, total: int, *, warmup: float, final: float, schedule: Schedule = "cosine"
+) -> float:
+    """Linear warm-up, then a fall by a schedule: a function of samples_seen alone.
 
     Args:
         samples_seen: positions consumed after the step, 1 to total.
         total: positions of the run.
         warmup: share of the run, 0 to below 1.
-        final: factor at the end.
+        final: factor at the end, of `cosine` and `linear`.
+        schedule: as `--schedule`.
 
     Returns:
         Factor of the peak rate, above 0 to 1.
 
-    Source: Loshchilov and Hutter, "SGDR", ICLR 2017, eq. 5, after a linear warm-up.
+    Source: Loshchilov and Hutter, "SGDR", ICLR 2017, eq. 5 (`cosine`); Vaswani et al., "Attention
+    is all you need", NeurIPS 2017, eq. 3 (`inverse-sqrt`); after a linear warm-up.
     """
     done = samples_seen / total
     if done < warmup:
         return done / warmup
-    angle = math.pi * (done - warmup) / (1 - warmup)
-    return final + (1 - final) * 0.5 * (1 + math.cos(angle))
+    if schedule == "constant":
+        return 1.0
+    if schedule == "inverse-sqrt":
+        return math.sqrt(warmup / done)
+    fallen = (done - warmup) / (1 - warmup)  # 0 to 1
+    left = 1 - fallen if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * fallen))
+    return final + (1 - final) * left
 
 
 def factor_at(config: OptimConfig, samples_seen: int, total: int) -> float:
     """Factor of the peak learning rates by the schedule of a configuration."""
     return lr_factor(
-        samples_seen, total, warmup=config.warmup_fraction, final=config.final_lr_fraction
+        samples_seen,
+        total,
+        warmup=config.warmup_fraction,
+        final=config.final_lr_fraction,
+        schedule=config.schedule,
     )
 
 

@@ -56,6 +56,11 @@ class Keeper:
         plan = self._run.plan
         return plan.due(max(1, round(epochs * plan.rows)), step)
 
+    def is_out_of_patience(self, state: State) -> bool:
+        """Whether so many validations in a row were no better that the run ends (`--patience`)."""
+        patience = self._run.config.output.patience
+        return bool(patience and state.no_better >= patience)
+
     def all_save(self, step: int, state: State, *, last: bool) -> None:
         """Commit a checkpoint; one that cannot be written is told, and the run goes on.
 
@@ -125,6 +130,7 @@ class Keeper:
             state.best_by, state.best_loss = select, loss
             state.best_samples_seen = state.samples_seen
         state.owes_validation = False
+        state.no_better = 0 if least is None or loss < least else state.no_better + 1
         epoch, track = state.samples_seen / run.plan.rows, result.track
         if broken and run.ranks.is_first:
             log.warning(

@@ -43,8 +43,8 @@ def train(run: Run, state: State, held: Lease, watch: Watch) -> bool:
         watch: told of every micro step.
 
     Returns:
-        Whether the end was reached; False after a stop that all ranks agreed on: a checkpoint has
-        been saved then.
+        Whether the end was reached, of the plan or of `--patience`; False after a stop that all
+        ranks agreed on: a checkpoint has been saved then.
 
     Raises:
         RunFailed: too many steps in a row were refused, or checkpoints could not be saved.
@@ -56,6 +56,8 @@ def train(run: Run, state: State, held: Lease, watch: Watch) -> bool:
     first = run.plan.step_of(state.samples_seen)
     if state.owes_validation:
         keeper.all_validate(first - 1, state)
+    if keeper.is_out_of_patience(state):
+        return True
     run.engine.train(True)
     with ExitStack() as stack:
         reader = stack.enter_context(_reader(run, first))
@@ -97,6 +99,8 @@ def train(run: Run, state: State, held: Lease, watch: Watch) -> bool:
                 if stopping:
                     _say_stopped(run, step)
                     return False
+                if keeper.is_out_of_patience(state):
+                    return True
             watch.progress(step + is_last, "reading")
     return True
 
@@ -148,6 +152,12 @@ def all_keep(keeper: Keeper, step: int, state: State, stopping: bool) -> None:
         keeper.all_save(step, state, last=stopping or keeper.is_at_end(state))
     if state.owes_validation and not stopping:
         keeper.all_validate(step, state)
+        if keeper.is_out_of_patience(state) and not keeper.is_at_end(state):
+            log.info(
+                "%d validations in a row were no better (--patience): the run ends here",
+                state.no_better,
+            )
+            keeper.all_save(step, state, last=True)
 
 
 def _say_stopped(run: Run, step: int) -> None:

@@ -40,6 +40,7 @@ class State:
         best_samples_seen: when it was reached; a tie goes to the later one.
         refused_in_a_row: steps up to now whose gradient was not finite.
         owes_validation: a validation of these weights is due and has not been made.
+        no_better: validations in a row that were no better.
         first_position, first_step: of the plan.
         held_rate: factor of the peak learning rates, of a run that was made longer; None where
             it follows the schedule.
@@ -51,6 +52,7 @@ class State:
     best_samples_seen: int = 0
     refused_in_a_row: int = 0
     owes_validation: bool = False
+    no_better: int = 0
     first_position: int = 0
     first_step: int = 0
     held_rate: float | None = None

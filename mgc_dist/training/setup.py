@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mgc_dist.bias_model.table import BiasTable
 from mgc_dist.board import Draw
@@ -32,7 +32,7 @@ from mgc_dist.models.main import (
 )
 from mgc_dist.training import cache
 from mgc_dist.training.engine import Engine
-from mgc_dist.training.losses import Objective
+from mgc_dist.training.losses import Objective, class_weights
 
 _LIBRARIES = ("torch", "transformers", "deepspeed")
 """Libraries whose versions may change digits."""
@@ -202,10 +202,15 @@ def identity_of(
         **identity.own(config),
         "window_shards": f"{window} of {plan.shard_rows[0]} rows" if window else 0,
         "epochs": plan.total,
+        "class_weight": _said(class_weights(config.objective.class_weight, shards)),
         "model": configuration_hash(model),
         "revision": getattr(model, "_commit_hash", None) or "none",
         "bias_table": table.sha256 if table else "none",
     }
+
+
+def _said(weights: Tensor | None) -> str:
+    return "none" if weights is None else " ".join(f"{each:.6g}" for each in weights.tolist())
 
 
 def _main_model(config: TrainConfig, manifest: Manifest) -> WaveClassifier:
