@@ -163,11 +163,14 @@ def test_rows_without_weight_give_no_gradient_and_are_told(
         )
         assert own.divisor(1) == 0.0
         batch = Batch(
-            plan=MicroBatch(step=1, micro_step=0, place=np.array([0, -1])),
+            plan=MicroBatch(
+                step=1, micro_step=0, number=0, place=np.array([0, -1]), draw=np.zeros(2, np.int64)
+            ),
             input=torch.zeros((2, 8), dtype=torch.int16),
             row=torch.tensor([first, -1]),
             label=torch.tensor([int(data.labels[first]), 0]),
             weight=torch.tensor([1.0, 0.0]),
+            draw=torch.zeros(2, dtype=torch.int64),
         )
         z = torch.zeros((2, 3), requires_grad=True)
         loss = own.micro_loss(batch, z, None)
