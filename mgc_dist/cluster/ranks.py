@@ -190,10 +190,10 @@ def _leave(*, alone: bool) -> None:
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed torch (all devices), numpy and random from the numbers, such as (seed, step, rank).
+    """Seed torch (all devices), numpy and random from numbers, such as (seed, step, micro batch).
 
-    Called before every optimizer step: a resumed run needs no saved generator state. numpy's
-    global generator counts because transformers draws SpecAugment masks from it.
+    Called before every micro batch: a resumed run needs no saved generator state. A model may draw
+    from any of the three.
     """
     sequence = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers])
     torch_seed, numpy_seed, python_seed = (int(s) for s in sequence.generate_state(3, np.uint32))

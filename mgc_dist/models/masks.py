@@ -35,6 +35,12 @@ class RowMasks:
         self.draw: Tensor | None = None
         self._base._mask_hidden_states = self._masked
 
+    @classmethod
+    def of(cls, net: PreTrainedModel) -> "RowMasks":
+        """The masks of a model: the same however often it is asked for."""
+        found = getattr(net.base_model._mask_hidden_states, "__self__", None)
+        return found if isinstance(found, RowMasks) else cls(net)
+
     def _masked(
         self,
         hidden_states: Tensor,

@@ -20,6 +20,7 @@ from mgc_dist.data.features import Features, FeaturesKey
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.order import ORDER_VERSION, Layout, Plan, lay_out
 from mgc_dist.data.reader import ShardSet
+from mgc_dist.errors import UserError
 from mgc_dist.journal import Journal
 from mgc_dist.models.flops import SegmentFlops, count
 from mgc_dist.models.main import (
@@ -187,26 +188,32 @@ def identity_of(
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to go on here: knobs, and what they have found."""
     window = plan.window_shards
-    model = configuration(
-        config.main.model,
-        shards.manifest.genres,
-        spec_augment=config.main.spec_augment,
-        revision=config.main.revision,
-    )
     found = {
         "shards": shards.manifest.dataset_id,
         "genres": ", ".join(shards.manifest.genres),
         "order_version": ORDER_VERSION,
     }
     return found | {
-        **identity.own(config),
+        **{name: value for name, value in identity.own(config).items() if name != "model"},
         "window_shards": f"{window} of {plan.shard_rows[0]} rows" if window else 0,
         "epochs": plan.total,
         "class_weight": _said(class_weights(config.objective.class_weight, shards)),
-        "model": configuration_hash(model),
-        "revision": getattr(model, "_commit_hash", None) or "none",
         "bias_table": table.sha256 if table else "none",
+        **_found_of_model(config, shards.manifest),
     }
+
+
+def _found_of_model(config: TrainConfig, manifest: Manifest) -> dict[str, str]:
+    """Configuration and revision of the model; nothing if it is not there, which `build` says."""
+    main = config.main
+    try:
+        model = configuration(
+            main.model, manifest.genres, spec_augment=main.spec_augment, revision=main.revision
+        )
+    except UserError:
+        return {}
+    commit = getattr(model, "_commit_hash", None)
+    return {"model": configuration_hash(model), "revision": commit or "none"}
 
 
 def _said(weights: Tensor | None) -> str:

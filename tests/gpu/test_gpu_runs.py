@@ -191,11 +191,11 @@ def short_of_memory(where: str, rank: int) -> None:
     def ask(*_: Any) -> None:
         torch.empty(2**50, dtype=torch.uint8, device=device)
 
-    def called(self: engine.Engine, wave: torch.Tensor) -> torch.Tensor:
+    def called(self: engine.Engine, wave: torch.Tensor, *rest: Any) -> torch.Tensor:
         trains = self._engine.module.training
         if (where == "forward" and trains) or (where == "validation" and not trains):
             ask()
-        logits = call(self, wave)
+        logits = call(self, wave, *rest)
         if where == "backward" and trains:
             logits.register_hook(ask)
         return logits
@@ -229,7 +229,7 @@ def hardly_any_memory(rank: int) -> None:
     """
     call, calls = engine.Engine.__call__, Counter[str]()
 
-    def called(self: engine.Engine, wave: torch.Tensor) -> torch.Tensor:
+    def called(self: engine.Engine, wave: torch.Tensor, *rest: Any) -> torch.Tensor:
         if not calls["forward"]:
             torch.cuda.empty_cache()
             total = torch.cuda.get_device_properties(0).total_memory
@@ -237,7 +237,7 @@ def hardly_any_memory(rank: int) -> None:
                 (torch.cuda.memory_reserved() + 2**21) / total
             )
         calls["forward"] += 1
-        return call(self, wave)
+        return call(self, wave, *rest)
 
     engine.Engine.__call__ = called  # type: ignore[method-assign]
 

@@ -9,6 +9,7 @@ from conftest import build_tiny, write_model
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 from mgc_dist.cluster.ranks import seed_everything
+from mgc_dist.models.kind import kind_of
 from mgc_dist.models.masks import spans
 
 CASES = [
@@ -59,6 +60,15 @@ def test_a_row_is_masked_the_same_in_any_batch(tmp_path: Path, feature_prob: flo
     others = model(wave, draw + 100)
     assert (together - others).abs().max() > 1e-3
     assert model.eval()(wave, draw).detach() == pytest.approx(model(wave).detach(), abs=0)
+
+
+def test_asking_for_the_kind_again_leaves_the_masks_in_place(tmp_path: Path) -> None:
+    file = write_model(tmp_path / "m.json", apply_spec_augment=True, mask_time_prob=0.3)
+    model, wave = build_tiny(file).train(), torch.ones(2, 8000, dtype=torch.int16).cumsum(1).short()
+    draw = torch.arange(2)
+    before = model(wave, draw)
+    assert kind_of(model.net).masks is model.kind.masks
+    assert torch.equal(model(wave, draw), before)
 
 
 def test_without_draws_masks_come_from_the_generator(tmp_path: Path) -> None:
