@@ -40,12 +40,15 @@ class Process:
     Attributes:
         host, boot_id: the machine, and which start of it.
         pid, started_ticks: the process, and when the kernel started it.
+        pid_space: in which its number counts; containers of one host have their own. "" of a
+            process of version 0.1.0.
     """
 
     host: str
     boot_id: str
     pid: int
     started_ticks: int
+    pid_space: str = ""
 
     @property
     def where(self) -> str:
@@ -53,8 +56,10 @@ class Process:
         return f"process {self.pid} on {self.host}"
 
     def seen_dead(self) -> bool:
-        """Whether it ran on this machine and runs no more."""
+        """Whether it ran where its number can be looked up, and runs no more."""
         if (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
+            return False
+        if self.pid_space not in ("", _pid_space()):
             return False
         return _started_ticks(self.pid) != self.started_ticks
 
@@ -63,7 +68,11 @@ def this_process() -> Process:
     """The process that calls."""
     pid = os.getpid()
     return Process(
-        host=socket.gethostname(), boot_id=_boot_id(), pid=pid, started_ticks=_started_ticks(pid)
+        host=socket.gethostname(),
+        boot_id=_boot_id(),
+        pid=pid,
+        started_ticks=_started_ticks(pid),
+        pid_space=_pid_space(),
     )
 
 
@@ -78,6 +87,7 @@ def process_of(content: dict[str, Any]) -> Process:
         boot_id=str(content["boot_id"]),
         pid=int(content["pid"]),
         started_ticks=int(content["started_ticks"]),
+        pid_space=str(content.get("pid_space", "")),
     )
 
 
@@ -277,6 +287,14 @@ def _append(run: Path, line: dict[str, Any]) -> None:
 def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _pid_space() -> str:
+    """The namespace of process numbers that this process lives in."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

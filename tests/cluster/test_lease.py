@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,48 @@ def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
     assert other.seen_dead()
     foreign = lease.Process(host="elsewhere", boot_id="x", pid=1, started_ticks=0)
     assert not foreign.seen_dead(), "nothing is known of other machines"
+
+
+def test_a_process_of_another_container_is_not_looked_up_by_its_number() -> None:
+    """Its number means another process here, or none; older leases do not name their namespace."""
+    here = lease.this_process()
+    assert here.pid_space.startswith("pid:[")
+    gone = replace(here, started_ticks=here.started_ticks - 1)
+    assert replace(gone, pid_space="").seen_dead()
+    assert not replace(gone, pid_space="pid:[1]").seen_dead()
+    assert lease.process_of(asdict(here)) == here
+    old = {key: value for key, value in asdict(gone).items() if key != "pid_space"}
+    assert lease.process_of(old).seen_dead()
+
+
+def test_a_run_that_lives_in_another_container_is_not_taken_over(tmp_path: Path) -> None:
+    """The same host name, process numbers of its own: it beats, so it lives."""
+    own = ["unshare", "--pid", "--fork", "--mount-proc", "--user", "--map-root-user"]
+    if subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces may be made here")
+    code = f"""
+import sys, time
+from dataclasses import asdict, replace
+from pathlib import Path
+from mgc_dist.cluster import lease
+run = Path({str(tmp_path)!r})
+beat = lease.heartbeat_file(run, "inside", 0)
+beat.parent.mkdir()
+lease.acquire(run, "inside")
+print("taken", flush=True)
+while not (run / "over").exists():
+    beat.write_text(str(time.time()))
+    time.sleep(0.05)
+"""
+    inside = subprocess.Popen([*own, sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert inside.stdout
+        assert inside.stdout.readline() == "taken\n"
+        with pytest.raises(UserError, match="a run that is going on"):
+            lease.acquire(tmp_path, "outside", stale_s=120)
+    finally:
+        (tmp_path / "over").touch()
+        inside.wait(60)
 
 
 def test_a_lease_that_cannot_be_read_is_not_lost(
