@@ -36,10 +36,11 @@ class RowMasks:
         self._base._mask_hidden_states = self._masked
 
     @classmethod
-    def of(cls, net: PreTrainedModel) -> "RowMasks":
-        """The masks of a model: the same however often it is asked for."""
-        found = getattr(net.base_model._mask_hidden_states, "__self__", None)
-        return found if isinstance(found, RowMasks) else cls(net)
+    def of(cls, net: PreTrainedModel) -> "RowMasks | None":
+        """The masks of a model, the same however often it is asked for; None if it has none."""
+        own = getattr(net.base_model, "_mask_hidden_states", None)
+        found = getattr(own, "__self__", None)
+        return found if own is None or isinstance(found, RowMasks) else cls(net)
 
     def _masked(
         self,

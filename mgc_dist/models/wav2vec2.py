@@ -32,7 +32,7 @@ class Wav2Vec2Kind:
     def __init__(self, net: PreTrainedModel) -> None:
         self.net = net
         self.cut = Wav2Vec2Cut(net)
-        self.masks: RowMasks | None = RowMasks.of(net)
+        self.masks = RowMasks.of(net)
 
     @property
     def fuses_attention(self) -> bool:
