@@ -21,8 +21,8 @@ class SourceConfig:
     """Where to copy the shards from, into their folder, once per node: a folder, https://..., or
     `pipe:COMMAND` with {} for the file's name, such as `pipe:aws s3 cp s3://bucket/gtzan/{} -`."""
     stage_dir: str | None = None
-    """Folder of each node, such as /scratch/$USER or '$TMPDIR', where its ranks copy the shards to,
-    once, with their sha256 compared, and read them from."""
+    """Folder of each node, such as /scratch or '$TMPDIR', where its ranks copy the shards to, once,
+    with their sha256 compared, and read them from; each user has a folder of mode 0700 in it."""
     stage_timeout_s: Annotated[float, Range(minimum=0, cure="3600 is usual")] = 3600.0
     """How long a rank waits for another one on its node that copies the shards."""
 

@@ -98,6 +98,8 @@ def save_exported(
         do_normalize=model.do_normalize,
         return_attention_mask=getattr(model.net.config, "feat_extract_norm", "") == "layer",
     ).save_pretrained(temporary)
+    for path in temporary.iterdir():  # safetensors writes 0600, whatever the umask
+        path.chmod(temporary.stat().st_mode & 0o666)
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)

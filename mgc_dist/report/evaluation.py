@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from mgc_dist.data.tables import plain
 from mgc_dist.files import replace_text, replacing
 from mgc_dist.report import canvas, gallery
 from mgc_dist.scoring import intervals, shared_genres, subgroups
@@ -152,8 +153,8 @@ def _write_confusion_csv(path: Path, subject: Subject, confusion: NDArray[np.int
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("truth", *subject.genres))
-        writer.writerows((g, *row) for g, row in zip(subject.genres, confusion, strict=True))
+        writer.writerow(plain(("truth", *subject.genres)))
+        writer.writerows(plain((g, *row)) for g, row in zip(subject.genres, confusion, strict=True))
 
 
 def _intervals(subject: Subject, result: SplitScores, resamples: int, seed: int) -> Intervals:

@@ -156,6 +156,9 @@ def test_export_loads_strictly_and_gives_the_same_logits_in_pipeline(
         scores = {item["label"]: item["score"] for item in found}
         assert [scores[g] for g in GENRES] == pytest.approx(truth.tolist(), abs=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
+    (tmp_path / "new").touch()  # with the mode that umask gives
+    modes = {path.stat().st_mode for path in (tmp_path / "new", *folder.iterdir())}
+    assert len(modes) == 1, "others may read the weights if they may read the rest"
 
 
 def test_the_temperature_travels_with_the_export(tiny_model: Path, tmp_path: Path) -> None:

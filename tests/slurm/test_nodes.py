@@ -138,7 +138,7 @@ def test_each_node_copies_the_shards_once(
     assert cluster.wait(number) == Ended("COMPLETED", "0:0", 0), cluster.said()
     id_ = manifest.read(shards).dataset_id[:16]
     for node in ("n1", "n2"):
-        copied = tmp_path / f"scratch-{node}" / id_
+        copied = tmp_path / f"scratch-{node}" / f"mgc-{os.geteuid()}" / id_
         assert manifest.read(copied) == manifest.read(shards)
         verify.verify(copied, manifest.read(copied), jobs=1, progress=iter)
     assert read_status(settings.output.run)["world"] == 4
