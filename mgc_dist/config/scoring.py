@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional
 
 from mgc_dist.config.knobs import FLAT, Range, check, require
-from mgc_dist.config.source import BATCH, Device, SourceConfig, SplitName
+from mgc_dist.config.source import BATCH, Device, RunFolder, SourceConfig, SplitName
 
 Aggregate = Literal["mean-prob", "mean-logit", "vote"]
 
@@ -188,7 +188,7 @@ class DoctorConfig:
     """Folder that `python -m mgc_dist.shard` has filled."""
     bias_table: Path | None = None
     """Bias table; SHARDS/bias by default."""
-    run: Path = Path("runs/train")
+    run: RunFolder = Path("runs/train")
     """Run folder, or where one will be."""
     device: Device = "auto"
     """Where the ranks will compute."""

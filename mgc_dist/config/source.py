@@ -1,13 +1,19 @@
 """Knobs that several commands share: where shards come from, and where the work runs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from mgc_dist.config.knobs import Range, check
 
 Device = Literal["auto", "cpu", "cuda"]
 SplitName = Literal["train", "validation", "test"]
 
+RunFolder = Annotated[Path, arg(aliases=("--run-folder",))]
+"""torchrun takes `--run`, also after the script's name, for one of its own --run-path, --run_path:
+"ambiguous option: --run could match --run-path, --run_path"."""
 FOREIGN_TABLES = (".csv", ".tsv", ".npy")
 """Suffixes of bias tables from elsewhere; ours are folders."""
 BATCH = Range(minimum=1, cure="32 is usual")

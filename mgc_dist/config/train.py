@@ -20,7 +20,7 @@ from mgc_dist.config.knobs import (
     require,
 )
 from mgc_dist.config.losses import LossConfig
-from mgc_dist.config.source import BATCH, Device, SourceConfig
+from mgc_dist.config.source import BATCH, Device, RunFolder, SourceConfig
 
 Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
 Select = Literal["nll", "macro-f1", "last"]
@@ -184,7 +184,7 @@ class EngineConfig:
 class RunConfig:
     """The run folder and what is written when."""
 
-    run: Path = Path("runs/train")
+    run: RunFolder = Path("runs/train")
     """Run folder: checkpoints, best model, metrics, logs. Never overwritten."""
     resume: str = "never"
     """`never`, `auto` (the newest checkpoint if there is one), `latest`, or a checkpoint folder."""

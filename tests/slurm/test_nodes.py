@@ -144,6 +144,18 @@ def test_each_node_copies_the_shards_once(
     assert read_status(settings.output.run)["world"] == 4
 
 
+def test_srun_alone_starts_the_ranks_of_one_node(
+    cluster: Cluster, shards: Path, table: Path, noisy: Path, tmp_path: Path
+) -> None:
+    """As docs/launchers.md has it: no batch script, and no address is told."""
+    file, run = tmp_path / "config.yaml", tmp_path / "run"
+    file.write_text(cli.dump("train", config(shards, noisy, run)))
+    words = ("--nodes=1", "--ntasks=2", "--gpus-per-node=2", "--time=10")
+    cluster.slurm("srun", *words, sys.executable, "launch/train.py", "--config", file)
+    assert read_status(run)["world"] == 2
+    assert (run / "DONE").exists()
+
+
 @pytest.mark.slow
 def test_a_hostfile_without_slurm(
     cluster: Cluster, shards: Path, table: Path, noisy: Path, tmp_path: Path
