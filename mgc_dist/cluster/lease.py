@@ -1,8 +1,9 @@
 """Who may write into a run folder: a lease, and the record of attempts.
 
 Of two processes on one run folder only the newer may commit. `lease.json` names its holder and
-is written once, when it is taken; that the holder lives is seen from its process (same host) and
-from its heartbeat, which is watched for a change, so that clocks of two hosts need not agree.
+is written once, when it is taken; that the holder lives is seen from its process (same host, and
+same container) and from its heartbeat, which is watched for a change, so that clocks of two hosts
+need not agree.
 A holder that was cut off and comes back finds another name in the lease before it renames
 anything, and ends. Locks of the file system are not used: they are not reliable on every NFS.
 """
@@ -39,22 +40,27 @@ class Process:
 
     Attributes:
         host, boot_id: the machine, and which start of it.
+        namespace: whose numbers `pid` is one of; containers have their own.
         pid, started_ticks: the process, and when the kernel started it.
     """
 
     host: str
     boot_id: str
+    namespace: str
     pid: int
     started_ticks: int
 
     @property
     def where(self) -> str:
         """As in a message."""
-        return f"process {self.pid} on {self.host}"
+        known = self.namespace in ("", _namespace())
+        inside = "" if known else f" in namespace {self.namespace}"  # as lsns has it
+        return f"process {self.pid} on {self.host}{inside}"
 
     def seen_dead(self) -> bool:
-        """Whether it ran on this machine and runs no more."""
-        if (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
+        """Whether it ran on this machine, in this container, and runs no more."""
+        here = (socket.gethostname(), _boot_id(), _namespace())
+        if (self.host, self.boot_id, self.namespace) != here:
             return False
         return _started_ticks(self.pid) != self.started_ticks
 
@@ -63,7 +69,11 @@ def this_process() -> Process:
     """The process that calls."""
     pid = os.getpid()
     return Process(
-        host=socket.gethostname(), boot_id=_boot_id(), pid=pid, started_ticks=_started_ticks(pid)
+        host=socket.gethostname(),
+        boot_id=_boot_id(),
+        namespace=_namespace(),
+        pid=pid,
+        started_ticks=_started_ticks(pid),
     )
 
 
@@ -76,6 +86,7 @@ def process_of(content: dict[str, Any]) -> Process:
     return Process(
         host=str(content["host"]),
         boot_id=str(content["boot_id"]),
+        namespace=str(content.get("namespace", "")),  # version 0.1.0 wrote none
         pid=int(content["pid"]),
         started_ticks=int(content["started_ticks"]),
     )
@@ -243,7 +254,7 @@ def _wait_out(run: Path, content: dict[str, Any], stale_s: float) -> None:
                 f"--run {run}",
                 got=f"a run that is going on: {holder.where}",
                 expected="to have the folder alone",
-                cure=f"wait for it, or end it: kill {holder.pid} on {holder.host}",
+                cure=f"wait for it, or end it: kill {holder.where.removeprefix('process ')}",
             )
     log.warning("taking over %s from %s: silent for %.0f s", run, holder.where, stale_s)
 
@@ -277,6 +288,14 @@ def _append(run: Path, line: dict[str, Any]) -> None:
 def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    """Which PID namespace this process is in, such as `pid:[4026531836]`; "" if unknown."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

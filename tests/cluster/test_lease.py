@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -70,12 +73,51 @@ def test_two_that_take_a_folder_at_once_do_not_spoil_it(
 def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
     here = lease.this_process()
     assert not here.seen_dead()
-    other = lease.Process(
-        host=here.host, boot_id=here.boot_id, pid=here.pid, started_ticks=here.started_ticks - 1
-    )
+    other = replace(here, started_ticks=here.started_ticks - 1)
     assert other.seen_dead()
-    foreign = lease.Process(host="elsewhere", boot_id="x", pid=1, started_ticks=0)
-    assert not foreign.seen_dead(), "nothing is known of other machines"
+    assert not replace(other, host="elsewhere").seen_dead(), "nothing is known of other machines"
+    inside = replace(other, namespace="pid:[1]")
+    assert not inside.seen_dead(), "nothing is known of the numbers of another container"
+    assert (here.where, inside.where) == (
+        f"process {os.getpid()} on {here.host}",
+        f"process {os.getpid()} on {here.host} in namespace pid:[1]",
+    )
+    old = asdict(here)
+    del old["namespace"]
+    assert not lease.process_of(old).seen_dead()
+
+
+IN_A_CONTAINER = """
+import sys, time
+from pathlib import Path
+from mgc_dist.cluster import lease
+run = Path(sys.argv[1])
+lease.acquire(run, "older")
+beat = lease.heartbeat_file(run, "older", 0)
+beat.parent.mkdir()
+number = 0
+while True:
+    number += 1
+    beat.write_text(str(number))
+    time.sleep(0.05)
+"""
+
+
+def test_a_holder_in_another_container_of_this_host_is_left_alone(tmp_path: Path) -> None:
+    """Its number means another process here, or none."""
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("may not make a PID namespace here")
+    words = [*unshare, sys.executable, "-c", IN_A_CONTAINER, str(tmp_path)]
+    with subprocess.Popen(words) as inside:
+        try:
+            while not (tmp_path / "heartbeats").exists():
+                assert inside.poll() is None
+                time.sleep(0.02)
+            with pytest.raises(UserError, match=r"kill \d+ on \S+ in namespace pid:\["):
+                lease.acquire(tmp_path, "newer")
+        finally:
+            inside.kill()
 
 
 def test_a_lease_that_cannot_be_read_is_not_lost(
