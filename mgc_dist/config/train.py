@@ -57,7 +57,7 @@ class DataConfig:
     takes half of fp32's space and rounds where the run would not."""
     cache_dir: Path | None = None
     """Folder of caches, one in it for each data set, model and boundary, on a file system that all
-    nodes share; SHARDS/cache by default. What is not used any more is yours to remove."""
+    nodes share; SHARDS/cache by default. `python -m mgc_dist.cache` lists and removes them."""
 
     @property
     def table(self) -> Path:
