@@ -39,6 +39,7 @@ COMMANDS = {
     "predict": "name the genre of audio files",
     "export": "write a run's best model as a folder for transformers",
     "doctor": "look at what goes wrong on clusters",
+    "cache": "list the caches of frozen features, and remove some",
     "slurm": "write the batch files for Slurm into a folder",
 }
 """The commands, in the order of use, and what they do; each is a module of this package."""

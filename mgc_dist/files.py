@@ -145,16 +145,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _aside(path)
     temporary.mkdir()
+    old = path.with_name(path.name + ".old")
     try:
         yield temporary
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # at once: it may be what fills the disk
         raise
-    old = path.with_name(path.name + ".old")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    temporary.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -209,7 +209,7 @@ def locked(path: Path, *, wait_s: float, purpose: str) -> Iterator[None]:
 
 
 def _try_lock(path: Path) -> int | None:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(handle).st_ino == os.stat(path).st_ino:  # not one that its holder removed

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from mgc_dist import cli
 from mgc_dist.config import PredictConfig
+from mgc_dist.data.tables import plain
 from mgc_dist.data.tracks import files_below, is_music
 from mgc_dist.errors import UserError
 
@@ -135,15 +136,15 @@ def _lines(file: TextIO) -> Callable[[Path, "Result"], None]:
 
 def _rows(file: TextIO, genres: tuple[str, ...]) -> Callable[[Path, "Result"], None]:
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(("file", "genre", "probability", "is_near_chance", "error", *genres))
+    rows.writerow(plain(("file", "genre", "probability", "is_near_chance", "error", *genres)))
 
     def write(path: Path, found: "Result") -> None:
         if isinstance(found, UserError):
-            rows.writerow((path, "", "", "", _reason(found), *("" for _ in genres)))
+            rows.writerow(plain((path, "", "", "", _reason(found), *("" for _ in genres))))
             return
         mean = [f"{value:.6f}" for value in found.mean]
         best = f"{found.mean.max():.6f}"
-        rows.writerow((path, found.genre, best, found.is_near_chance, "", *mean))
+        rows.writerow(plain((path, found.genre, best, found.is_near_chance, "", *mean)))
 
     return write
 

@@ -471,6 +471,10 @@ def test_a_library_is_predicted_line_by_line(
     written = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [Path(line["file"]).name for line in written] == ["three.wav", "broken.mp3", "none.wav"]
     assert ["error" in line for line in written] == [False, True, True]
+    (library / "three.wav").rename(library / "=1+1.wav")
+    monkeypatch.chdir(library)  # a spreadsheet would take that name for a formula
+    predict.run(PredictConfig(run=run, files=(Path("=1+1.wav"),), csv=table))
+    assert next(csv.DictReader(table.open()))["file"] == "'=1+1.wav"
     (library / "Ann/deep/none").mkdir()
     with pytest.raises(UserError, match=r"got no audio files in .*Ann/deep/none"):
         predict.run(PredictConfig(run=run, files=(library / "Ann/deep/none",)))

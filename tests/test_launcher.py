@@ -236,21 +236,3 @@ def test_errors_of_tables_and_runs(packed: Path, tmp_path: Path) -> None:
     refused(call("launch/evaluate.py", tmp_path / "run"), "model folder")
     shutil.rmtree(tmp_path / "run")
     refused(call("-m", "mgc_dist.predict", tmp_path / "run", "x.wav"), "no such folder")
-
-
-def test_torchrun_starts_a_training_after_two_dashes(tmp_path: Path) -> None:
-    """Without them its own parser takes `--run` for a short form of its `--run-path`."""
-    write_tracks(tmp_path / "music", duration_s=1.0)
-    shard.run(shard_config(tmp_path / "music", tmp_path / "shards"))
-    model, run = write_model(tmp_path / "tiny.json"), tmp_path / "run"
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_port", str(_free_port())]
-    train = ["launch/train.py", "--run", run, "--shards", tmp_path / "shards", "--loss", "ce"]
-    train += ["--model", model, "--freeze", "none", "--device", "cpu", "--epochs", "1"]
-    done = call(*launch, "--", *train, "--global-batch", "8")
-    assert done.returncode == 0, done.stderr
-    assert (run / "DONE").exists()
-    assert json.loads((run / "env.json").read_text())["world"] == 2
-    refused = call(*launch, *train)
-    assert refused.returncode == 2
-    assert "ambiguous option: --run could match --run-path" in refused.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mgc_dist import cli, config, slurm
+from mgc_dist import cache, cli, config, slurm
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
@@ -21,6 +21,7 @@ CONFIGS = {
     "predict": config.PredictConfig,
     "export": config.ExportConfig,
     "doctor": config.DoctorConfig,
+    "cache": cache.CacheConfig,
     "slurm": slurm.SlurmConfig,
 }
 OTHERS = ("python3 -m venv ", ".venv/bin/pip ", "squeue ", "printf ", "#")

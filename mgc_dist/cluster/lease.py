@@ -53,13 +53,18 @@ class Process:
     @property
     def where(self) -> str:
         """As in a message."""
-        return f"process {self.pid} on {self.host}"
+        inside = "" if self._is_of_our_space else f" in namespace {self.pid_space}"  # as in lsns
+        return f"process {self.pid} on {self.host}{inside}"
+
+    @property
+    def _is_of_our_space(self) -> bool:
+        return self.pid_space in ("", _pid_space())
 
     def seen_dead(self) -> bool:
         """Whether it ran where its number can be looked up, and runs no more."""
         if (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
             return False
-        if self.pid_space not in ("", _pid_space()):
+        if not self._is_of_our_space:
             return False
         return _started_ticks(self.pid) != self.started_ticks
 

@@ -20,6 +20,7 @@ from typing import Literal
 from mgc_dist import console
 from mgc_dist.cluster.lease import holder_of
 from mgc_dist.cluster.seat import Seat, seat
+from mgc_dist.cluster.stop import given_to_deepspeed
 from mgc_dist.errors import UserError
 from mgc_dist.events import CheckpointEvent, only
 from mgc_dist.files import nearest
@@ -62,7 +63,7 @@ def look(here: Seat, *, run: Path | None, device: str) -> list[Finding]:
     found: list[Finding] = []
     if here.address is not None and here.world > 1:
         found += [*_address(here), *_own_name(here, device), *_port(here)]
-    found += [*_gpus(here, device), *_cores(), *_locks()]
+    found += [*_gpus(here, device), *_visible(here, device), *_cores(), *_locks()]
     if run is not None:
         found += _disk(run)
         if here.rank == 0:  # Slurm is asked once, not by every rank
@@ -217,6 +218,23 @@ def _gpus(here: Seat, device: str) -> Iterator[Finding]:
         )
     else:
         yield _ok("GPUs", f"{tasks} task{'s' * (tasks > 1)} for as many GPUs on {host}")
+
+
+def _visible(here: Seat, device: str) -> Iterator[Finding]:
+    """Are the GPUs those of CUDA_VISIBLE_DEVICES? `deepspeed --num_gpus` takes the first."""
+    asked = given_to_deepspeed("CUDA_VISIBLE_DEVICES")
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if device == "cpu" or here.local_rank or not asked:
+        return
+    if set(given.split(",")) <= set(asked.split(",")):
+        yield _ok("visible GPUs", f"CUDA_VISIBLE_DEVICES {given} is of {asked}, as it was set")
+    else:
+        yield _note(
+            "visible GPUs",
+            f"CUDA_VISIBLE_DEVICES={asked} was set, and deepspeed's --num_gpus does not heed it: "
+            f"the ranks have {given}; deepspeed --include localhost:{asked} takes those that "
+            "were asked for",
+        )
 
 
 def _cores() -> Iterator[Finding]:

@@ -1,7 +1,8 @@
 """Where a process stands among its peers, as its launcher or Slurm says; imports no torch.
 
-Ranks come from the deepspeed or torchrun launcher (RANK, WORLD_SIZE, ...), from Slurm
-(SLURM_PROCID, ...) or, without either, are one process.
+Ranks come from the launchers deepspeed, torchrun and accelerate (RANK, WORLD_SIZE, ...), from
+Open MPI's mpirun (OMPI_COMM_WORLD_RANK, ...), from Slurm's srun (SLURM_PROCID, ...) or, without any
+of these, are one process.
 """
 
 import os
@@ -12,6 +13,12 @@ from dataclasses import dataclass
 from mgc_dist.errors import UserError
 
 _SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+_OPEN_MPI = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +41,13 @@ class Seat:
 
 
 def seat() -> Seat:
-    """Read the environment; what Slurm alone says is written back for DeepSpeed to find.
+    """Read the environment; what MPI or Slurm alone say is written back for DeepSpeed to find.
 
     Raises:
         UserError: the variables are no numbers, or contradict.
     """
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
-        for ours, theirs in _SLURM.items():
-            if theirs in os.environ:
-                os.environ[ours] = os.environ[theirs]
-        tasks = _tasks_here()
-        if tasks:
-            os.environ["LOCAL_SIZE"] = str(tasks)
+    if "RANK" not in os.environ:
+        _take_over()
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -73,7 +75,8 @@ def seat() -> Seat:
             "environment variable MASTER_ADDR",
             got="not set",
             expected=f"the host of rank 0 of {world} ranks",
-            cure="start with `deepspeed launch/...`, or see slurm/train.sbatch",
+            cure="export MASTER_ADDR=HOST (mpirun: -x MASTER_ADDR=HOST), or start with deepspeed; "
+            "slurm/train.sbatch does it for Slurm",
             this_rank_only=True,
         )
     port = os.environ.get("MASTER_PORT", "29500")
@@ -98,6 +101,28 @@ def seat() -> Seat:
 def some_of(ranks: Sequence[int]) -> str:
     """Ranks for a message: all of a few, the first of many."""
     return ", ".join(map(str, ranks[:8])) + (" and others" if len(ranks) > 8 else "")
+
+
+def _take_over() -> None:
+    """Write down what mpirun says, else what srun says, under the names that launchers use.
+
+    A batch script is a process of Slurm's too: it has a rank, but no step of several tasks.
+    """
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        names = _OPEN_MPI
+    elif "SLURM_PROCID" in os.environ and (
+        "MASTER_ADDR" in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    ):
+        names = _SLURM
+        if tasks := _tasks_here():
+            os.environ["LOCAL_SIZE"] = str(tasks)
+    else:
+        return
+    for ours, theirs in names.items():
+        if theirs in os.environ:
+            os.environ[ours] = os.environ[theirs]
+    if os.environ.get("LOCAL_SIZE") == os.environ.get("WORLD_SIZE"):
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
 
 
 def _tasks_here() -> int:

@@ -13,7 +13,13 @@ from pathlib import Path
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
-_LAUNCHERS = ("deepspeed.launcher.launch", "torch.distributed.run", "torchrun")
+_LAUNCHERS = (
+    "deepspeed.launcher.launch",
+    "torch.distributed.run",
+    "torchrun",
+    "bin/accelerate",
+    "accelerate.commands.launch",
+)
 
 
 class Stop:
@@ -65,6 +71,22 @@ class Stop:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
+
+
+def given_to_deepspeed(name: str) -> str:
+    """An environment variable as `deepspeed` itself was started with it; "" if it started no rank.
+
+    It changes CUDA_VISIBLE_DEVICES before it starts launch.py, which starts the ranks.
+    """
+    launch = os.getppid()
+    if not _is_launcher(launch, _LAUNCHERS[:1]):
+        return ""
+    try:
+        content = Path(f"/proc/{_parent_of(launch)}/environ").read_bytes()
+    except OSError:
+        return ""
+    pairs = (line.partition("=") for line in content.decode(errors="replace").split("\0"))
+    return next((value for key, _, value in pairs if key == name), "")
 
 
 def describe(number: int) -> str:

@@ -7,15 +7,18 @@ with --kill-on-bad-exit, then ends the rest.
 """
 
 import faulthandler
+import itertools
 import json
 import logging
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
@@ -81,6 +84,8 @@ class Watch:
         self._hang_timeout_s = hang_timeout_s
         self._step, self._phase, self._since_s = 0, "start", time.monotonic()
         self._file = heartbeat_file(lease.run, lease.attempt, rank)
+        self._writes: Path | None = None
+        self._written = (0, 0)
         self._over = threading.Event()
         self._process = asdict(this_process())
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -117,6 +122,26 @@ class Watch:
         """
         self._step, self._phase, self._since_s = step, phase, time.monotonic()
 
+    @contextmanager
+    def writing(self, step: int, phase: str, folders: Path) -> Iterator[None]:
+        """A block that may take longer than a hang, for as long as files below `folders` change.
+
+        All ranks are in it, those too that only wait for the others' files.
+
+        Args:
+            step: optimizer steps taken.
+            phase: what is being done now.
+            folders: a folder, or several such as `RUN/best*`, of which only the files of this
+                block change.
+        """
+        self.progress(step, phase)
+        self._written, self._writes = _size_below(folders), folders
+        try:
+            yield
+        finally:
+            self._writes = None
+            self.progress(step, phase)
+
     def lost(self, error: BaseException) -> PeerLost:
         """The exception for a collective that failed, naming the rank that is to blame."""
         deadline = time.monotonic() + 2.5 * BEAT_S
@@ -145,6 +170,8 @@ class Watch:
                 self._beat()
                 if self._rank == 0:
                     self._look_at_lease()
+            if self._writes and now - self._since_s > self._hang_timeout_s / 2:
+                self._look_at_files(self._writes)
             if now - self._since_s > self._hang_timeout_s:
                 self._give_up(now - self._since_s)
 
@@ -158,6 +185,11 @@ class Watch:
             pass
         except OSError as error:  # a full disk is met, and told, where something counts
             log.warning("rank %d: no heartbeat: %s", self._rank, error)
+
+    def _look_at_files(self, folders: Path) -> None:
+        before, self._written = self._written, _size_below(folders)
+        if self._written != before:
+            self._since_s = time.monotonic()
 
     def _look_at_lease(self) -> None:
         try:
@@ -216,6 +248,17 @@ class Watch:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return _EMPTY | dict(content)
+
+
+def _size_below(folders: Path) -> tuple[int, int]:
+    """Files below folders and their bytes; one that goes away meanwhile is not counted."""
+    sizes = []
+    found = folders.parent.glob(folders.name)
+    for place, _, names in itertools.chain.from_iterable(map(os.walk, found)):
+        for name in names:
+            with suppress(OSError):
+                sizes.append(os.stat(os.path.join(place, name)).st_size)
+    return len(sizes), sum(sizes)
 
 
 def _dump_stacks() -> None:

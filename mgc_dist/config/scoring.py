@@ -13,6 +13,7 @@ from mgc_dist.config.source import (
     SEED,
     WEEK_S,
     Device,
+    RunFolder,
     SourceConfig,
     SplitName,
     table_of,
@@ -207,7 +208,7 @@ class DoctorConfig:
     """Bias table; SHARDS/bias by default."""
     fold: Annotated[int | None, Range(minimum=0, maximum=99, cure="start with 0")] = None
     """Of shards packed with --split kfold: the fold that is tested."""
-    run: Path = Path("runs/train")
+    run: RunFolder = Path("runs/train")
     """Run folder, or where one will be."""
     device: Device = "auto"
     """Where the ranks will compute."""

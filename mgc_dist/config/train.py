@@ -21,7 +21,7 @@ from mgc_dist.config.knobs import (
     require,
 )
 from mgc_dist.config.losses import LossConfig
-from mgc_dist.config.source import BATCH, SEED, WEEK_S, Device, SourceConfig, table_of
+from mgc_dist.config.source import BATCH, SEED, WEEK_S, Device, RunFolder, SourceConfig, table_of
 
 Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
 Select = Literal["nll", "macro-f1", "last"]
@@ -58,7 +58,7 @@ class DataConfig:
     takes half of fp32's space and rounds where the run would not."""
     cache_dir: Path | None = None
     """Folder of caches, one in it for each data set, model and boundary, on a file system that all
-    nodes share; SHARDS/cache by default. What is not used any more is yours to remove."""
+    nodes share; SHARDS/cache by default. `python -m mgc_dist.cache` lists and removes them."""
 
     @property
     def table(self) -> Path:
@@ -209,7 +209,7 @@ class EngineConfig:
 class RunConfig:
     """The run folder and what is written when."""
 
-    run: Path = Path("runs/train")
+    run: RunFolder = Path("runs/train")
     """Run folder: checkpoints, best model, metrics, logs. Never overwritten."""
     resume: str = "never"
     """`never`, `auto` (the newest checkpoint if there is one), `latest`, or a checkpoint folder."""

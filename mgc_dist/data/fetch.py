@@ -3,18 +3,25 @@
 Every rank calls `fetch`. The first to get the folder's lock copies, checks the sha256 of each
 file against the manifest and publishes the manifest last; the others wait for the lock, with
 a time limit, and find the manifest. A lock ends with its process, so a killed copy blocks
-nobody: the next one goes on with the files that are whole.
+nobody: the next one goes on with the files that are whole. What has been compared is noted with
+its times (`.checked.json`), and is hashed again when these change.
+
+Others may write into a folder that this copies to: `--stage-dir /tmp/x` is read from a folder
+below it that is this user's alone, and what a copy writes into is made anew, with mode 0700.
 
 Bytes come through webdataset's gopen: folders, https:// (by curl), and `pipe:COMMAND` where
 the user wrote the command. A shard's name, which comes from the manifest, may hold letters,
 digits, - and _ only, so no manifest can reach a shell.
 """
 
+import contextlib
+import json
 import os
 import re
 import select
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import Popen
@@ -25,11 +32,11 @@ from mgc_dist.config import SourceConfig
 from mgc_dist.data import manifest
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.errors import UserError
-from mgc_dist.files import locked, refuse_small_disk, sha256, sync
+from mgc_dist.files import locked, refuse_small_disk, replace_text, sha256, stamp_of, sync
 
 STALLED_S = 120.0
 """Without a byte for so long, a transfer is given up."""
-_LOCK, _INCOMING = ".staging.lock", ".incoming"
+_LOCK, _INCOMING, _CHECKED = ".staging.lock", ".incoming", ".checked.json"
 _BLOCK = 1 << 20
 
 
@@ -41,7 +48,8 @@ def at_hand(shards: Path, source: SourceConfig) -> Path:
         source: where to copy it from first, and the folder of this node to read it from.
 
     Raises:
-        UserError: what `stage` raises, or --stage-dir names a variable that is not set here.
+        UserError: what `fetch` raises; or --stage-dir names a variable that is not set here, or
+            cannot hold a folder that is this user's alone.
     """
     timeout_s = source.stage_timeout_s
     if source.shards_from:
@@ -57,9 +65,52 @@ def at_hand(shards: Path, source: SourceConfig) -> Path:
             cure="name a folder of the node, such as /tmp",
             this_rank_only=True,
         )
-    folder = Path(parent) / manifest.read(shards).dataset_id[:16]
+    folder = _private(Path(parent)) / manifest.read(shards).dataset_id[:16]
     fetch(folder, str(shards), timeout_s=timeout_s)
     return folder
+
+
+def _private(parent: Path) -> Path:
+    """A folder below `parent` that is this user's alone; a name in /tmp may be anybody's.
+
+    Raises:
+        UserError: others may write into what bears its name, or nobody but them into `parent`.
+    """
+    folder = parent / f"mgc-{os.geteuid()}"
+    try:
+        _make_shared(parent)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+    except PermissionError as error:
+        raise UserError(
+            f"--stage-dir {parent}",
+            got=f"{error.filename}: {error.strerror}",
+            expected="a folder that this user may write into",
+            cure="--stage-dir /tmp, or another folder for all, is shared by any number of users",
+            this_rank_only=True,
+        ) from error
+    found = folder.lstat()
+    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if not is_ours or found.st_mode & 0o077:
+        raise UserError(
+            f"--stage-dir {parent}",
+            got=f"{folder}: {stat.filemode(found.st_mode)} of user {found.st_uid}",
+            expected=f"a folder of user {os.geteuid()} alone (drwx------)",
+            cure="choose another --stage-dir, such as ~/staged; or remove that, if it is yours",
+            this_rank_only=True,
+        )
+    return folder
+
+
+def _make_shared(folder: Path) -> None:
+    """Make a folder; in one for all users, such as /tmp, for all users, as sticky as that."""
+    if folder.is_dir():
+        return
+    _make_shared(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        if folder.parent.stat().st_mode & 0o1002 == 0o1002:
+            folder.chmod(0o1777)
 
 
 def fetch(folder: Path, source: str, *, timeout_s: float) -> None:
@@ -79,7 +130,8 @@ def fetch(folder: Path, source: str, *, timeout_s: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     purpose = f"copying {source} to {folder} (--stage-timeout-s)"
     with locked(folder / _LOCK, wait_s=timeout_s, purpose=purpose):
-        incoming.mkdir(exist_ok=True)
+        shutil.rmtree(incoming, ignore_errors=True)
+        incoming.mkdir(mode=0o700)
         _fetch(source, manifest.NAME, incoming / manifest.NAME)
         dataset = manifest.read(incoming)
         _refuse_other(folder, source, dataset)
@@ -88,6 +140,8 @@ def fetch(folder: Path, source: str, *, timeout_s: float) -> None:
             _copy(folder, source, dataset)
             sync(folder)  # the names of the files, before the manifest vouches for them
             (incoming / manifest.NAME).replace(folder / manifest.NAME)
+            replace_text(incoming / _CHECKED, json.dumps(_stamps(folder, dataset)))
+            (incoming / _CHECKED).replace(folder / _CHECKED)
         shutil.rmtree(incoming)
 
 
@@ -105,13 +159,18 @@ def _refuse_other(folder: Path, source: str, dataset: Manifest) -> None:
 
 
 def _is_whole(folder: Path, dataset: Manifest) -> bool:
-    """Whether all is there, by size: sha256 was compared when it was copied."""
-    sizes = {shard.name: shard.bytes for shard in dataset.shards}
-    files = [folder / name for name in (manifest.NAME, *dataset.files)]
-    return all(
-        path.is_file() and sizes.get(path.name, path.stat().st_size) == path.stat().st_size
-        for path in files
-    )
+    """Whether all is there, and nothing has changed since its sha256 was compared."""
+    try:
+        checked = json.loads((folder / _CHECKED).read_text(encoding="utf-8"))
+        return bool(checked == _stamps(folder, dataset))
+    except (OSError, ValueError):
+        return False
+
+
+def _stamps(folder: Path, dataset: Manifest) -> dict[str, str]:
+    """File -> what changes with its content, and sha256 that the manifest gives."""
+    known = {**dataset.files, manifest.NAME: ""}
+    return {name: f"{stamp_of(folder / name)} {digest}" for name, digest in known.items()}
 
 
 def _copy(folder: Path, source: str, dataset: Manifest) -> None:

@@ -1,10 +1,13 @@
-"""Tables that users bring: CSV, TSV and the like with a header, JSON lines, or Parquet."""
+"""Tables that users bring: CSV, TSV and the like with a header, JSON lines, or Parquet.
+
+What we write for people is `plain`: a spreadsheet would run a name such as `=1+1` as a formula.
+"""
 
 import codecs
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mgc_dist.errors import UserError
@@ -19,7 +22,28 @@ _JSON_LINES = (".jsonl", ".ndjson")
 _PARQUET = ".parquet"
 
 Value = str | int | float | None
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a spreadsheet takes for the start of a formula (OWASP, CSV Injection)."""
+
 Row = tuple[int, dict[str, str]]
+
+
+def plain(fields: Iterable[object]) -> list[str]:
+    """Fields of a row for a spreadsheet: what it would take for a formula has a `'` in front.
+
+    `read_table` takes that away again. Numbers stay as they are.
+    """
+    return [f"'{text}" if _is_formula(text) else text for text in map(str, fields)]
+
+
+def _is_formula(text: str) -> bool:
+    if not text.startswith(_FORMULA):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return text[0] not in "-+"  # a tab before a number
 
 
 def read_text(table: Path, flag: str) -> str:
@@ -78,8 +102,14 @@ def _rows(text: str) -> list[Row]:
     for row in lines:
         if None in row or None in row.values():
             raise ValueError(f"line {lines.line_num} has not as many fields as the header")
-        rows.append((lines.line_num, {key.strip(): value.strip() for key, value in row.items()}))
+        rows.append((lines.line_num, {key.strip(): _typed(value) for key, value in row.items()}))
     return rows
+
+
+def _typed(value: str) -> str:
+    """A field as it was before `plain`."""
+    text = value.strip()
+    return text[1:].strip() if text.startswith("'") and _is_formula(text[1:]) else text
 
 
 def _json_rows(text: str) -> list[Row]:

@@ -76,7 +76,7 @@ def export(run: Path, out: Path) -> Export:
         UserError: no best model in the run, one that transformers cannot load, or a folder with
             files in the way.
     """
-    source = run / "best"
+    source = folder.best_of(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"OUT {out}",

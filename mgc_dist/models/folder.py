@@ -25,8 +25,26 @@ WEIGHTS = "model.safetensors"
 
 def find_exported(run_or_export: Path) -> Path:
     """`RUN/best` for a run folder, else the folder itself."""
-    is_run = (run_or_export / "config.yaml").is_file() or (run_or_export / "best").is_dir()
-    return run_or_export / "best" if is_run else run_or_export
+    best = best_of(run_or_export)
+    is_run = (run_or_export / "config.yaml").is_file() or best.is_dir()
+    return best if is_run else run_or_export
+
+
+def best_of(run: Path) -> Path:
+    """The best model of a run; between two renames of `save_exported`, the one before it."""
+    best, old = run / "best", _old(run / "best")
+    return old if old.is_dir() and not best.exists() else best
+
+
+def settle(folder: Path) -> None:
+    """Give a model its name back that a kill between two renames of `save_exported` took."""
+    old = _old(folder)
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
 
 
 def load_exported(folder: Path) -> WaveClassifier:
@@ -97,6 +115,8 @@ def save_exported(
         except (SafetensorError, RuntimeError) as error:  # a full disk is no OSError there
             raise OSError(errno.EIO, str(error), str(folder)) from error
         extractor.save_pretrained(temporary)
+        for path in temporary.iterdir():  # safetensors writes 0600, whatever the umask
+            path.chmod(temporary.stat().st_mode & 0o666)
 
 
 def save_calibrated(model: WaveClassifier, folder: Path, sample_rate: int) -> None:

@@ -385,5 +385,28 @@ def _from_checkpoint(name: str, labels: dict[str, object], revision: str | None)
     )
     if lost:
         raise hub.incomplete(name, lost)
+    if not missing & {f"classifier.{part}" for part, _ in net.classifier.named_parameters()}:
+        missing |= _judge_head(name, net)
     log.info("new weights, the rest from %s: %s", name, ", ".join(sorted(missing)) or "none")
     return net
+
+
+def _judge_head(name: str, net: PreTrainedModel) -> set[str]:
+    """Keep the head of a checkpoint only if its labels are our genres, in order.
+
+    Returns:
+        The names of its weights, where they are drawn anew.
+    """
+    own = AutoConfig.from_pretrained(name, trust_remote_code=False).id2label
+    theirs, ours = ([each[label] for label in sorted(each)] for each in (own, net.config.id2label))
+    if theirs == ours:
+        log.info("the head of %s is kept: its labels are the genres of the shards", name)
+        return set()
+    log.info(
+        "the head of %s is renewed: its labels are %s, and the genres of the shards %s",
+        *(name, ", ".join(map(str, theirs)), ", ".join(ours)),
+    )
+    for parameter in net.classifier.parameters():
+        parameter._is_hf_initialized = False  # else transformers leaves it as it is
+    net._init_weights(net.classifier)
+    return {f"classifier.{part}" for part, _ in net.classifier.named_parameters()}

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mgc_dist.data.tables import read_table
+from mgc_dist.data.tables import plain, read_table
 from mgc_dist.data.tracks import SUFFIXES, Track, group_key
 from mgc_dist.errors import UserError
 from mgc_dist.files import replace_text
@@ -177,7 +177,8 @@ def refuse_repetitions(
         one, two = each.first, each.second
         about = (f"{each.speed:.4f}", f"{each.start_s:.2f}")
         where = split_of[one.id], split_of[two.id]
-        lines.writerow((one.path, where[0], one.genre, two.path, where[1], two.genre, *about))
+        row = (one.path, where[0], one.genre, two.path, where[1], two.genre, *about)
+        lines.writerow(plain(row))
     replace_text(listing, text.getvalue())
     across = [each for each in found if split_of[each.first.id] != split_of[each.second.id]]
     if across:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mgc_dist.config import ShardConfig
-from mgc_dist.data.tables import read_table, read_text
+from mgc_dist.data.tables import plain, read_table, read_text
 from mgc_dist.data.tracks import (
     KNOWN_BAD,
     SPLITS,
@@ -246,7 +246,7 @@ def as_table(tracks: Sequence[Track]) -> str:
     text = io.StringIO(newline="")
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(("track", "genre", "group", "split"))
-    lines.writerows((t.id, t.genre, t.group or "", t.split) for t in tracks)
+    lines.writerows(plain((t.id, t.genre, t.group or "", t.split)) for t in tracks)
     return text.getvalue()
 
 

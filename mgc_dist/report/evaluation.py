@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from mgc_dist.data.tables import plain
 from mgc_dist.files import replace_text, replacing
 from mgc_dist.report import canvas, gallery
 from mgc_dist.scoring import intervals, shared_genres, subgroups
@@ -153,8 +154,8 @@ def _write_confusion_csv(path: Path, subject: Subject, confusion: NDArray[np.int
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(("truth", *subject.genres))
-    writer.writerows((g, *row) for g, row in zip(subject.genres, confusion, strict=True))
+    writer.writerow(plain(("truth", *subject.genres)))
+    writer.writerows(plain((g, *row)) for g, row in zip(subject.genres, confusion, strict=True))
     replace_text(path, text.getvalue())
 
 

@@ -24,12 +24,14 @@ from mgc_dist.errors import EXIT_IO, UserError
 from mgc_dist.models import kind
 from mgc_dist.models.main import WaveClassifier
 from mgc_dist.scoring.rows import all_fill
+from mgc_dist.training.caches import LOCK, note_use
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation")
 """Whose rows are kept; they are the first of the data set. Test is only measured."""
-LOCK = "lock"
+_LOOK_S = 1.0
+"""Between two looks whether another training has made the cache."""
 _TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Of the largest logit: both ways do the same operations, and differ by 0 on a CPU."""
 
@@ -102,9 +104,10 @@ def all_bring(
     shards: ShardSet,
     peers: Ranks,
     *,
+    run: Path,
     batch: int,
     stopped: Callable[[], bool],
-    progress: Callable[[Iterator[Batch]], Iterator[Batch]],
+    beat: Callable[[str], None],
 ) -> Features | None:
     """Open the features, on all ranks (a collective); where they are missing, make them first.
 
@@ -114,25 +117,29 @@ def all_bring(
         forward: int16 [B, T] on the device -> [B, F, D], in eval mode.
         shards: the data set.
         peers: who takes part.
+        run: the run folder, which is noted beside the features.
         batch: B of the pass.
         stopped: whether this rank has been asked to stop.
-        progress: wraps the stream of batches.
+        beat: told what is being done, at every batch.
 
     Returns:
         None if a rank was asked to stop meanwhile: what is done is kept.
 
     Raises:
-        UserError: no space, another process is making them, they are damaged or not finite, or
-            a rank does not see what rank 0 has written.
+        UserError: no space, they are damaged or not finite, or a rank does not see what rank 0 has
+            written.
     """
     folder = root / key.name
     started = time.monotonic()
     with ExitStack() as held:
-        made = peers.all_decide(lambda: _take(folder, key, held))
-        if made and not _all_fill(folder, key, forward, shards, peers, batch, stopped, progress):
+        made = _all_take(folder, key, held, peers, stopped, beat)
+        if made is None:
+            return None
+        if made and not _all_fill(folder, key, forward, shards, peers, batch, stopped, beat):
             return None
     found = _all_open(folder, key, peers)
     if peers.is_first:
+        note_use(folder, run)
         words = f"made in {time.monotonic() - started:.1f} s" if made else "reused"
         log.info(
             "cache of %s: %d rows of [%d, %d], %.1f MB in %s, %s",
@@ -142,8 +149,33 @@ def all_bring(
     return found
 
 
-def _take(folder: Path, key: FeaturesKey, held: ExitStack) -> bool:
-    """Have the folder alone, unless nothing is left to do (rank 0)."""
+def _all_take(
+    folder: Path,
+    key: FeaturesKey,
+    held: ExitStack,
+    peers: Ranks,
+    stopped: Callable[[], bool],
+    beat: Callable[[str], None],
+) -> bool | None:
+    """Have the folder alone, waiting for another training that makes it (a collective).
+
+    Returns:
+        Whether anything is left to make; None if a rank was asked to stop meanwhile.
+    """
+    told = False
+    while (made := peers.all_decide(lambda: _take(folder, key, held))) is None:
+        if any(peers.all_gather(stopped())):
+            return None
+        if not told and peers.is_first:
+            log.info("another training is making the cache %s: waiting for it", folder)
+        told = True
+        beat("waiting for the cache")
+        time.sleep(_LOOK_S)
+    return made
+
+
+def _take(folder: Path, key: FeaturesKey, held: ExitStack) -> bool | None:
+    """Have the folder alone, unless nothing is left to do; None if another has it (rank 0)."""
     if features.is_whole(folder, key):
         return False
     part = folder / STORE.partial
@@ -159,7 +191,10 @@ def _take(folder: Path, key: FeaturesKey, held: ExitStack) -> bool:
             exit_code=EXIT_IO,
         )
     folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(files.locked(folder / LOCK, wait_s=0, purpose=f"cache {folder}"))
+    try:
+        held.enter_context(files.locked(folder / LOCK, wait_s=0, purpose=f"cache {folder}"))
+    except UserError:
+        return None
     return not features.is_whole(folder, key)  # who held the lock may just have made it
 
 
@@ -171,9 +206,15 @@ def _all_fill(
     peers: Ranks,
     batch: int,
     stopped: Callable[[], bool],
-    progress: Callable[[Iterator[Batch]], Iterator[Batch]],
+    beat: Callable[[str], None],
 ) -> bool:
     """Compute what is missing (a collective); False if a rank was asked to stop."""
+
+    def watched(split: str, turns: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for each in batches:
+            beat("making the cache")
+            yield each
+
     whole = all_fill(
         STORE,
         folder,
@@ -186,7 +227,7 @@ def _all_fill(
         work={"batch": batch},
         title=f"making the cache of {key.description}, {key.bytes / 1e6:.1f} MB in {folder}",
         flag="--model",
-        progress=lambda split, turns, batches: progress(batches),
+        progress=watched,
         stopped=stopped,
     )
     if not whole:

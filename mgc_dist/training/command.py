@@ -1,7 +1,7 @@
 """The body of `train`: open the data, agree on it, build, take the run folder, train."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,10 +17,10 @@ from mgc_dist.cluster.watch import Watch
 from mgc_dist.config import TrainConfig, identity
 from mgc_dist.data import fetch
 from mgc_dist.data.order import Plan
-from mgc_dist.data.reader import Batch, ShardSet
+from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError, exit_code_of
 from mgc_dist.events import DoneEvent, StoppedEvent
-from mgc_dist.training import cache, forecast, logbook, loop, run_folder, setup
+from mgc_dist.training import cache, checkpoint, forecast, logbook, loop, run_folder, setup
 from mgc_dist.training.resume import State, restore
 from mgc_dist.training.setup import Run
 
@@ -141,7 +141,8 @@ def _in_folder(run: Run) -> TrainResult:
 def _from_where_it_is(run: Run, held: Lease, watch: Watch) -> TrainResult:
     """Train from where the run folder is, and write down how it ended."""
     peers, journal = run.ranks, run.journal
-    state, changes = restore(run)  # what is refused up to here leaves the run folder as it was
+    with watch.writing(0, "restoring", run.folder / checkpoint.FOLDER):
+        state, changes = restore(run)  # what is refused up to here leaves the run folder as it was
     run = setup.from_position(run, state.first_position, state.first_step, state.held_rate)
     peers.all_decide(lambda: run_folder.open_run(run, held, state, changes))
     logbook.say_arithmetic(run, state)
@@ -186,12 +187,6 @@ def _with_features(run: Run, watch: Watch) -> Run:
     Returns:
         The run with features; without, if it was asked to stop meanwhile.
     """
-
-    def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            watch.progress(0, "making the cache")
-            yield batch
-
     assert run.cached
     run.engine.train(False)
     features = cache.all_bring(
@@ -200,9 +195,10 @@ def _with_features(run: Run, watch: Watch) -> Run:
         run.engine.features,
         run.shards,
         run.ranks,
+        run=run.folder,
         batch=run.config.engine.micro_batch,
         stopped=lambda: bool(run.stop.signal),
-        progress=watched,
+        beat=lambda phase: watch.progress(0, phase),
     )
     return replace(run, features=features)
 

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 from mgc_dist.cluster.lease import Lease
 from mgc_dist.cluster.watch import Watch
@@ -73,24 +74,11 @@ class Keeper:
             RunFailed: with exit code 74, at the end of the run or the third time in a row.
         """
         run = self._run
-        self._watch.progress(step, "saving")
         started = time.perf_counter()
         root = run.folder / checkpoint.FOLDER
         try:
-            folder = checkpoint.all_commit(
-                run.folder,
-                step + 1,
-                run.ranks,
-                lambda root, tag: run.engine.state.save(root, tag, asdict(state)),
-                facts={
-                    "world": run.ranks.world,
-                    "zero_stage": run.engine.zero_stage,
-                    "identity": run.identity,
-                },
-                keep=run.config.output.keep_checkpoints,
-                lease=self._held,
-                expected_bytes=run.ranks.all_decide(lambda: checkpoint.size_of_newest(root)),
-            )
+            with self._watch.writing(step, "saving", root):
+                folder = self._all_commit(step, state)
         except checkpoint.SaveFailed as error:
             self._failed_saves += 1
             self._tell_failure(step, str(error))
@@ -107,6 +95,24 @@ class Keeper:
             CheckpointEvent(samples_seen=state.samples_seen, save_s=round(self.save_s, 3))
         )
         log.info("saved %s in %.1f s", folder, self.save_s)
+
+    def _all_commit(self, step: int, state: State) -> Path:
+        run = self._run
+        root = run.folder / checkpoint.FOLDER
+        return checkpoint.all_commit(
+            run.folder,
+            step + 1,
+            run.ranks,
+            lambda root, tag: run.engine.state.save(root, tag, asdict(state)),
+            facts={
+                "world": run.ranks.world,
+                "zero_stage": run.engine.zero_stage,
+                "identity": run.identity,
+            },
+            keep=run.config.output.keep_checkpoints,
+            lease=self._held,
+            expected_bytes=run.ranks.all_decide(lambda: checkpoint.size_of_newest(root)),
+        )
 
     def all_validate(self, step: int, state: State) -> None:
         """Walk the validation split; export the model if it is the best so far (a collective)."""
@@ -125,7 +131,10 @@ class Keeper:
         select, broken = run.config.output.select, result.rows_not_finite
         loss, least = result.loss_by(select), state.best_loss
         better = not broken and (least is None or loss <= least)
-        exported = better and self._all_export(step, result)
+        exported = False
+        if better:
+            with self._watch.writing(step, "exporting", run.folder / "best*"):
+                exported = self._all_export(step, result)
         if exported:
             state.best_by, state.best_loss = select, loss
             state.best_samples_seen = state.samples_seen
@@ -167,7 +176,6 @@ class Keeper:
     def _all_export(self, step: int, validation: SplitScores) -> bool:
         """Write the model; whether it could be written. The next better one is tried again."""
         run = self._run
-        self._watch.progress(step, "exporting")
         weights = run.engine.state.all_weights()
 
         def write() -> str:

@@ -14,6 +14,7 @@ from mgc_dist.data.order import Plan
 from mgc_dist.errors import EXIT_NO_CHECKPOINT, UserError
 from mgc_dist.events import CheckpointEvent, ValidationEvent, only
 from mgc_dist.journal import read_events
+from mgc_dist.models.folder import settle
 from mgc_dist.training import checkpoint
 from mgc_dist.training.engine import factor_at
 from mgc_dist.training.setup import Run
@@ -95,7 +96,7 @@ def restore(run: Run) -> tuple[State, Changes]:
         state = State.restored(run.engine.state.all_load(folder, reshape=reshape))
         refuse_position(changes, run.plan, state.samples_seen)
         _go_on_from(run, state, changes, int(facts["step"]))
-        _keep_best(run, state)
+        all_keep_best(config, peers, state)
         log.info("resuming from %s", folder)
         if reshape:
             log.info(
@@ -125,15 +126,19 @@ def _go_on_from(run: Run, state: State, changes: Changes, step: int) -> None:
         state.held_rate = held if holds else None
 
 
-def _keep_best(run: Run, state: State) -> None:
+def all_keep_best(output: RunConfig, ranks: Ranks, state: State) -> None:
     """Forget a best model that RUN/best does not hold, or that was chosen in another way.
 
     The next validation is then the best. A collective.
     """
-    output = run.config.output
     best = (state.best_samples_seen, state.best_loss)
-    held = run.ranks.all_decide(lambda: holds_best(output.run, *best))
-    if held and state.best_by != output.select and run.ranks.is_first:
+
+    def is_held() -> bool:
+        settle(output.run / "best")
+        return (output.run / "best").is_dir() and holds_best(output.run, *best)
+
+    held = ranks.all_decide(is_held)
+    if held and state.best_by != output.select and ranks.is_first:
         log.warning(
             "--select is %s, and was %s: the best model is sought anew, from here on",
             *(output.select, state.best_by),

@@ -14,6 +14,7 @@ import torch
 from conftest import _free_port, run_ranks
 
 from mgc_dist.cluster import ranks
+from mgc_dist.cluster.seat import seat
 from mgc_dist.errors import RunFailed, UserError
 
 
@@ -74,6 +75,36 @@ def slurm_numbers() -> tuple[int, int, int]:
 
 def test_slurms_variables_are_understood() -> None:
     assert run_ranks(2, slurm_numbers) == [(0, 2, 2), (1, 2, 2)]
+
+
+MPI = {"RANK": "1", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
+STEP = {"PROCID": "3", "NTASKS": "4", "LOCALID": "3", "STEP_NUM_TASKS": "4", "NODEID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({f"OMPI_COMM_WORLD_{k}": v for k, v in MPI.items()}, (1, 4, 1, 4)),
+        ({f"SLURM_{k}": v for k, v in (STEP | {"TASKS_PER_NODE": "4"}).items()}, (3, 4, 3, 4)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0, 1)),  # a batch script
+    ],
+)
+def test_ranks_of_mpirun_and_of_srun_alone(
+    variables: dict[str, str], expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", variables)
+    here = seat()
+    assert (here.rank, here.world, here.local_rank, here.local_world) == expected
+    assert here.address == ("127.0.0.1" if here.world > 1 else None)
+
+
+def test_several_hosts_need_the_address_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {f"OMPI_COMM_WORLD_{k}": v for k, v in (MPI | {"LOCAL_SIZE": "2"}).items()}
+    monkeypatch.setattr(os, "environ", variables)
+    with pytest.raises(UserError, match=r"MASTER_ADDR: got not set(?s:.*)-x MASTER_ADDR=HOST"):
+        seat()
+    monkeypatch.setattr(os, "environ", variables | {"MASTER_ADDR": "n1"})
+    assert seat().address == "n1"
 
 
 @pytest.mark.parametrize(

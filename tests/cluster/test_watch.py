@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -57,6 +58,40 @@ def test_the_missing_rank_is_named(held: lease.Lease) -> None:
         lost = found.lost(RuntimeError("closed by peer"))
         assert "has ended: no space" in str(lost)
         assert lost.exit_code == 74, "the peers end as the rank that failed did"
+
+
+def test_a_long_save_is_no_hang_while_its_files_change(
+    held: lease.Lease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes many times the time-out; once nothing changes any more, it is one."""
+    left, looks = threading.Event(), 0
+
+    def growing(folder: Path) -> tuple[int, int]:
+        nonlocal looks
+        assert folder == tmp_path / "checkpoints"
+        looks += 1
+        return 1, min(looks, 5)
+
+    monkeypatch.setattr(watch, "_LOOK_S", 0.01)
+    monkeypatch.setattr(watch, "_size_below", growing)
+    monkeypatch.setattr(watch, "leave", lambda code: left.set())
+    with (
+        watch.Watch(held, 0, 1, Stop(), hang_timeout_s=0.2) as found,
+        found.writing(3, "saving", tmp_path / "checkpoints"),
+    ):
+        while looks < 5:
+            assert not left.is_set()
+            time.sleep(0.01)
+        assert left.wait(60)
+
+
+def test_what_is_written_is_seen_below_a_folder(tmp_path: Path) -> None:
+    assert watch._size_below(tmp_path / "none") == (0, 0)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"123")
+    (tmp_path / "c").write_bytes(b"12")
+    assert watch._size_below(tmp_path) == (2, 5)
+    assert watch._size_below(tmp_path / "a*") == (1, 3)
 
 
 def test_an_error_is_left_for_the_peers(held: lease.Lease) -> None:

@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import multiprocessing
+import os
 import shutil
 import socket
 import threading
@@ -74,6 +75,7 @@ def without_card(folder: Path) -> dict[str, str]:
     found = digests(folder)
     found.pop("README.md", None)
     found.pop(".staging.lock", None)
+    found.pop(".checked.json", None)
     return found
 
 
@@ -271,10 +273,87 @@ def test_a_folder_of_the_node_takes_several_data_sets(
     monkeypatch.setenv("SCRATCH_OF_JOB", str(tmp_path / "node"))
     source = SourceConfig(stage_dir="$SCRATCH_OF_JOB/mgc", stage_timeout_s=10)
     folder = fetch.at_hand(plain, source)
-    assert folder == tmp_path / "node" / "mgc" / manifest.read(plain).dataset_id[:16]
+    own = tmp_path / "node" / "mgc" / f"mgc-{os.geteuid()}"
+    assert folder == own / manifest.read(plain).dataset_id[:16]
+    assert own.stat().st_mode & 0o777 == 0o700
     assert without_card(folder) == without_card(plain)
     assert fetch.at_hand(plain, source) == folder
     assert fetch.at_hand(plain, SourceConfig()) == plain
+
+
+def test_nothing_is_written_through_links_that_another_user_has_put(
+    plain: Path, tmp_path: Path
+) -> None:
+    """/tmp/x is for all: what bears our name there may be anybody's."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "manifest.json").write_text("mine")
+    node = tmp_path / "node"
+    node.mkdir()
+    ours, source = node / f"mgc-{os.geteuid()}", SourceConfig(stage_dir=str(node))
+    ours.symlink_to(victim)
+    with pytest.raises(UserError, match=rf"got {ours}: lrwx.*expected a folder of user \d+ alone"):
+        fetch.at_hand(plain, source)
+    ours.unlink()
+    ours.mkdir()
+    ours.chmod(0o777)
+    with pytest.raises(UserError, match=rf"got {ours}: drwxrwxrwx of user (?s:.*)remove that"):
+        fetch.at_hand(plain, source)
+    ours.rmdir()
+    folder = fetch.at_hand(plain, source)
+    assert without_card(folder) == without_card(plain)
+    for name in (".incoming", ".staging.lock"):  # in a --shards folder that is open to others
+        shared = tmp_path / f"shared{name}"
+        shared.mkdir()
+        (shared / name).symlink_to(victim if name == ".incoming" else victim / "manifest.json")
+        with pytest.raises(OSError, match=name):
+            bring(shared, str(plain))
+    assert digests(victim) == {"manifest.json": digests(victim)["manifest.json"]}
+    assert (victim / "manifest.json").read_text() == "mine"
+
+
+def test_a_folder_of_another_user_is_not_ours(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mgc-4711").mkdir(mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    with pytest.raises(UserError, match=r"drwx------ of user \d+, expected .* of user 4711"):
+        fetch.at_hand(plain, SourceConfig(stage_dir=str(tmp_path)))
+
+    def not_mine(self: Path, *args: object, **mode: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", not_mine)
+    with pytest.raises(UserError, match=r"mgc-4711: Permission denied(?s:.*)--stage-dir /tmp"):
+        fetch.at_hand(plain, SourceConfig(stage_dir=str(tmp_path)))
+
+
+def test_two_users_may_name_one_folder_of_tmp(plain: Path, tmp_path: Path) -> None:
+    for mode, expected in ((0o1777, 0o1777), (0o750, 0o777 & ~_umask(tmp_path))):
+        above = tmp_path / f"{mode:o}"
+        above.mkdir()
+        above.chmod(mode)
+        fetch.at_hand(plain, SourceConfig(stage_dir=str(above / "x")))
+        assert (above / "x").stat().st_mode & 0o7777 == expected
+
+
+def _umask(tmp_path: Path) -> int:
+    (tmp_path / "plain-folder").mkdir()
+    return ~(tmp_path / "plain-folder").stat().st_mode & 0o777
+
+
+def test_what_has_changed_since_it_was_compared_is_compared_again(
+    plain: Path, tmp_path: Path
+) -> None:
+    """Also where its size and the time of its content are as they were."""
+    bring(tmp_path / "node", str(plain))
+    shard = tmp_path / "node" / "train-000001.tar"
+    facts, content = shard.stat(), bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    bring(tmp_path / "node", str(plain))
+    assert without_card(tmp_path / "node") == without_card(plain)
 
 
 def test_a_variable_that_this_node_does_not_have_is_named(plain: Path, tmp_path: Path) -> None:
@@ -297,7 +376,7 @@ def test_every_command_reads_the_nodes_copy(shards: Path, table: Path, tmp_path:
     ):
         done = call(f"launch/{words[0]}.py", *words[1:], "--device", "cpu")
         assert done.returncode == 0, done.stderr
-    copied = node / manifest.read(data).dataset_id[:16]
+    copied = node / f"mgc-{os.geteuid()}" / manifest.read(data).dataset_id[:16]
     assert manifest.read(copied) == manifest.read(data)
     settings = yaml.safe_load((run / "config.yaml").read_text())["train"]["data"]
     assert settings["shards"] == str(data)

@@ -1,13 +1,16 @@
 """Faults 12, 13, 24: ranks that hang, lag, or run out of memory."""
 
+import io
 import os
 import resource
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness import (
     Job,
     Patch,
@@ -18,13 +21,14 @@ from harness import (
     start,
     steps_taken,
     until,
+    weights_hash,
 )
 from trainings import config
 
 from mgc_dist.cluster import watch
 from mgc_dist.config import EngineConfig
 from mgc_dist.data import reader as data
-from mgc_dist.training import engine
+from mgc_dist.training import engine, engine_state
 
 KNOBS: dict[str, Any] = {"checkpoint_every_epochs": 0.3, "resume": "auto"}
 
@@ -80,6 +84,33 @@ def test_a_rank_hangs_in_reading(
     assert again.wait() == [0, 0], again.said
     assert_survived(job, run, undisturbed, codes=[75, 75], message="(reading)")
     assert "has come no further for" in job.said
+
+
+def slow_disk(rank: int) -> None:
+    """Each file of a checkpoint takes 9 s, in slices."""
+
+    def save(content: Any, file: Any) -> None:
+        whole = io.BytesIO()
+        torch_save(content, whole)
+        view = whole.getbuffer()
+        for k in range(30):
+            file.write(view[len(view) * k // 30 : len(view) * (k + 1) // 30])
+            file.flush()
+            time.sleep(0.3)
+
+    torch_save = torch.save
+    engine_state.torch.save = save
+
+
+def test_a_save_longer_than_the_time_out(
+    shards: Path, noisy: Path, undisturbed: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = config(shards, noisy, run, hang_timeout_s=6.0, resume="auto")
+    settings = replace(settings, output=replace(settings.output, checkpoint_every_epochs=9.0))
+    job = start(settings, tmp_path, patch=slow_disk)
+    assert job.wait() == [0, 0], job.said
+    assert weights_hash(run) == undisturbed
 
 
 def test_a_rank_hangs_while_deepspeed_starts(

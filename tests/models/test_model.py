@@ -157,6 +157,71 @@ def test_export_loads_strictly_and_gives_the_same_logits_in_pipeline(
         scores = {item["label"]: item["score"] for item in found}
         assert [scores[g] for g in GENRES] == pytest.approx(truth.tolist(), abs=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
+    (tmp_path / "new").touch()  # with the mode that umask gives
+    modes = {path.stat().st_mode for path in (tmp_path / "new", *folder.iterdir())}
+    assert len(modes) == 1, "others may read the weights if they may read the rest"
+
+
+def test_a_head_of_other_labels_is_renewed_and_one_of_the_same_is_kept(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warm start from an export: of as many genres, by other names or in another order."""
+    caplog.set_level("INFO", "mgc_dist")
+    first = build(tiny_model)
+    trained = {k: v + 1 if "classifier" in k else v for k, v in first.state_dict().items()}
+    exported.save_exported(first, trained, tmp_path / "best", RATE)
+    same = build(tmp_path / "best").state_dict()
+    assert all(same[name].equal(value) for name, value in trained.items())
+    assert "is kept: its labels are the genres of the shards" in caplog.text
+    for genres in (("rock", "jazz", "blues"), ("a", "b", "c")):
+        caplog.clear()
+        heads = [build_tiny(tmp_path / "best", genres, seed=n).state_dict() for n in (0, 0, 1)]
+        weights = [head["net.classifier.weight"] for head in heads]
+        assert float(weights[0].abs().max()) < 0.5, "drawn anew: the trained ones are about 1"
+        assert not heads[0]["net.classifier.bias"].any()
+        assert weights[0].equal(weights[1])
+        assert not weights[0].equal(weights[2])
+        assert heads[0]["net.projector.weight"].equal(trained["net.projector.weight"])
+        assert "is renewed: its labels are blues, jazz, rock, and the genres of" in caplog.text
+        assert f"the genres of the shards {', '.join(genres)}" in caplog.text
+        assert "new weights, the rest from" in caplog.text
+        assert ": classifier.bias, classifier.weight" in caplog.text
+
+
+class Killed(BaseException):
+    """In place of SIGKILL."""
+
+
+def test_a_kill_between_two_renames_leaves_a_best_model(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (build(tiny_model, seed=seed) for seed in (0, 1))
+    best = tmp_path / "best"
+    (tmp_path / "config.yaml").touch()
+    exported.save_exported(first, dict(first.state_dict()), best, RATE)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise Killed
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(Killed):
+        exported.save_exported(second, dict(second.state_dict()), best, RATE)
+    monkeypatch.undo()
+    assert not best.exists()
+    wave = waves()
+    with torch.no_grad():
+        found = exported.load_exported(exported.find_exported(tmp_path))
+        assert found(wave).equal(first.eval()(wave)), "the one before it"
+        exported.settle(best)
+        assert exported.load_exported(best)(wave).equal(first(wave))
+        exported.save_exported(second, dict(second.state_dict()), best, RATE)
+        assert exported.load_exported(exported.find_exported(tmp_path))(wave).equal(
+            second.eval()(wave)
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "config.yaml"]
 
 
 def test_the_temperature_travels_with_the_export(tiny_model: Path, tmp_path: Path) -> None:

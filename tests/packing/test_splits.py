@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mgc_dist import shard
 from mgc_dist.config import InfoConfig, ShardConfig
-from mgc_dist.data import manifest, tracks
+from mgc_dist.data import manifest, tables, tracks
 from mgc_dist.data.tracks import Track
 from mgc_dist.errors import UserError
 from mgc_dist.packing import card, splits
@@ -350,3 +350,15 @@ def test_help_names_every_rule() -> None:
     command = [sys.executable, "-m", "mgc_dist.shard", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert [rule for rule in splits.RULES if f"`{rule}`" not in " ".join(shown.split())] == []
+
+
+def test_splits_as_a_table_come_back_with_names_that_are_formulas(tmp_path: Path) -> None:
+    found = [
+        Track(id=f"a_{n}", genre="=1+1", path=Path(f"a_{n}.wav"), group="@x", split=split)
+        for n, split in enumerate(("train", "validation", "test"))
+    ]
+    table = tmp_path / "splits.csv"
+    table.write_text(splits.as_table(found))
+    assert table.read_text().splitlines()[1] == "a_0,'=1+1,'@x,train"
+    rows = [row for _, row in tables.read_table(table, "--split-file")]
+    assert [(row["genre"], row["group"]) for row in rows] == [("=1+1", "@x")] * 3

@@ -108,6 +108,10 @@ def test_files_are_written(tmp_path: Path) -> None:
             ["blues", "1", "0"],
             ["日本の曲", "1", "1"],
         ]
+    subject, result = measured(genres=("=1+1", "blues"))  # a spreadsheet would show 2
+    report.write(tmp_path / "f", subject, result, told(subject, result))
+    text = (tmp_path / "f" / "evaluation" / "confusion-test-of-x.csv").read_text()
+    assert text.split() == ["truth,'=1+1,blues", "'=1+1,1,0", "blues,1,1"]
     for name in ("confusion", "reliability"):
         assert (folder / f"{name}-test-of-x.png").stat().st_size > 5000
     assert json.loads((folder / "test-of-x.json").read_text())["dataset_id"] == "d"

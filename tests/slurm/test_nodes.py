@@ -138,10 +138,22 @@ def test_each_node_copies_the_shards_once(
     assert cluster.wait(number) == Ended("COMPLETED", "0:0", 0), cluster.said()
     id_ = manifest.read(shards).dataset_id[:16]
     for node in ("n1", "n2"):
-        copied = tmp_path / f"scratch-{node}" / id_
+        copied = tmp_path / f"scratch-{node}" / f"mgc-{os.geteuid()}" / id_
         assert manifest.read(copied) == manifest.read(shards)
         verify.verify(copied, manifest.read(copied), jobs=1, progress=iter)
     assert read_status(settings.output.run)["world"] == 4
+
+
+def test_srun_alone_starts_the_ranks_of_one_node(
+    cluster: Cluster, shards: Path, table: Path, noisy: Path, tmp_path: Path
+) -> None:
+    """As docs/launchers.md has it: no batch script, and no address is told."""
+    file, run = tmp_path / "config.yaml", tmp_path / "run"
+    file.write_text(cli.dump("train", config(shards, noisy, run)))
+    words = ("--nodes=1", "--ntasks=2", "--gpus-per-node=2", "--time=10")
+    cluster.slurm("srun", *words, sys.executable, "launch/train.py", "--config", file)
+    assert read_status(run)["world"] == 2
+    assert (run / "DONE").exists()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BASE_FLAVOUR, NOISY, build_tiny, run_ranks, write_model
-from harness import Patch, die, losses_of, slow, start, weights_hash, weights_of
+from harness import Patch, die, losses_of, slow, start, until, weights_hash, weights_of
 from metrics import read_metrics
 from trainings import config, losses, stop_after, train_on
 
@@ -32,6 +32,7 @@ from mgc_dist.models import kind
 from mgc_dist.models.main import WaveClassifier, frozen_fingerprint
 from mgc_dist.scoring import rows
 from mgc_dist.training import cache
+from mgc_dist.training.caches import LOCK, USES
 from mgc_dist.training.engine import Engine
 
 MODES = [  # freeze, cache, SpecAugment: off where it would lie below the boundary
@@ -89,6 +90,7 @@ def test_a_cached_run_is_the_uncached_one(
         STORE.array,
         CHECKSUMS,
         STORE.header,
+        USES,
     }
     log = (run / "train.log").read_text()
     assert "cache of " in log
@@ -327,7 +329,8 @@ def settings_of(shards: Path, model: Path, tmp_path: Path, **changes: Any) -> Tr
 
 def files_of(caches: Path) -> dict[str, bytes]:
     (folder,) = caches.iterdir()
-    return {str(p.relative_to(caches)): p.read_bytes() for p in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.iterdir() if path.name != USES)
+    return {str(path.relative_to(caches)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -472,9 +475,13 @@ def test_a_stop_in_the_pass_keeps_what_is_done(
 def test_a_cache_is_made_once_and_reused(
     shards: Path, made: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    def times() -> dict[Path, int]:
+        paths = (path for path in made.rglob("*") if path.name != USES)
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    before = times()
     train_on(2, settings_of(shards, tiny_model, tmp_path, cache_dir=made))
-    assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
+    assert times() == before
     log = (tmp_path / "run" / "train.log").read_text()
     assert "reused" in log
     assert "making" not in log
@@ -488,16 +495,35 @@ def test_the_folder_is_beside_the_shards_by_default(shards: Path) -> None:
 def test_two_runs_do_not_make_the_same_one(
     shards: Path, tiny_model: Path, made: Path, tmp_path: Path
 ) -> None:
+    """The second waits, and says so; then it reads what the first has made."""
     settings = settings_of(shards, tiny_model, tmp_path)
     (folder,) = made.iterdir()
     mine = tmp_path / "caches" / folder.name
     mine.mkdir(parents=True)
-    with (
-        locked(mine / cache.LOCK, wait_s=0, purpose="test"),
-        pytest.raises(UserError, match=r"cache .*: got another process at it"),
-    ):
-        run_ranks(2, train.run, settings)
-    train_on(2, settings)
+    with locked(mine / LOCK, wait_s=0, purpose="test"):
+        job = start(settings, tmp_path)
+        until(lambda: "another training is making the cache" in job.said, 120)
+        beat = next((tmp_path / "run" / "heartbeats").glob("*-rank00001.json"))
+        until(lambda: json.loads(beat.read_text())["phase"] == "waiting for the cache")
+        for path in folder.iterdir():
+            shutil.copy(path, mine)
+    assert job.wait() == [0, 0], job.said
+    assert ", reused" in job.said
+    assert "making the cache of" not in job.said
+
+
+def test_a_run_that_waits_for_a_cache_can_be_stopped(
+    shards: Path, tiny_model: Path, made: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(shards, tiny_model, tmp_path)
+    mine = tmp_path / "caches" / next(made.iterdir()).name
+    mine.mkdir(parents=True)
+    with locked(mine / LOCK, wait_s=0, purpose="test"):
+        job = start(settings, tmp_path)
+        until(lambda: "another training is making the cache" in job.said, 120)
+        job.signal(1, signal.SIGTERM)
+        assert job.wait() == [0, 0], job.said
+    assert (tmp_path / "run" / "REQUEUE").exists()
 
 
 def no_space(settings: TrainConfig) -> int:

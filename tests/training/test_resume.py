@@ -108,6 +108,20 @@ def test_what_best_holds_is_known(tmp_path: Path) -> None:
     assert not resume.holds_best(tmp_path, 50, 0.25)
 
 
+def test_a_best_model_that_a_kill_left_between_two_renames_is_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, writes=True)
+    journal.write(validation_event(20, select="nll", select_loss=0.25, exported=True))
+    journal.close()
+    state = resume.State(best_by="nll", best_loss=0.25, best_samples_seen=20, samples_seen=30)
+    (tmp_path / "best.old").mkdir()
+    resume.all_keep_best(RunConfig(run=tmp_path), ALONE, state)
+    assert (tmp_path / "best").is_dir()
+    assert state.best_loss == 0.25
+    (tmp_path / "best").rmdir()  # one that is lost: the next validation is the best
+    resume.all_keep_best(RunConfig(run=tmp_path), ALONE, state)
+    assert state.best_loss is None
+
+
 def test_fresh_moves_everything_but_the_lease(tmp_path: Path) -> None:
     for name in ("lease.json", "metrics.jsonl", "config.yaml"):
         (tmp_path / name).touch()
