@@ -33,8 +33,9 @@ _COMMON, _MOST_VOTES = 48, 30_000_000
 """Landmarks that occur more often tell little; so many pairs of landmarks fit into memory."""
 _VOTES, _SHARE, _TOGETHER = 6, 0.006, 12
 """Landmarks that a pair must share, at one distance in time, give or take so many frames."""
-_PARTNERS, _PLACES = 8, 4
-"""Pairs of a track, and distances in time of a pair, that are looked at: those of most votes."""
+_PARTNERS, _PLACES, _IN_VAIN = 32, 4, 8
+"""Pairs of a track, and distances in time of a pair, that are looked at: those of most votes. So
+many pairs of a track are looked at in vain; its copies do not count."""
 _ONE_UP = 128 * 128 * 32 * 32
 """What the key of a landmark grows by when its lowest peak is a step of an octave higher."""
 _SPEEDS = tuple(round(1 + step / 200, 3) for step in range(-5, 6))
@@ -115,13 +116,21 @@ def find(
         sample_rate: of the waves, in Hz.
     """
     signs = lru_cache(maxsize=1024)(lambda track: _signs(read(track), sample_rate))
-    found = []
+    found: list[Pair] = []
+    in_vain = np.zeros(len(prints), np.int64)
     for first, second, starts in _nominated(prints):
-        for guess in _placed(signs(first), signs(second), starts):
-            pair = _judged(first, second, read(first), read(second), sample_rate, guess)
-            if pair.agreement >= _COHERENT:
-                found.append(pair)
-                break
+        if min(in_vain[first], in_vain[second]) >= _IN_VAIN:
+            continue
+        guesses = _placed(signs(first), signs(second), starts)
+        pairs = (
+            _judged(first, second, read(first), read(second), sample_rate, guess)
+            for guess in guesses
+        )
+        pair = next((each for each in pairs if each.agreement >= _COHERENT), None)
+        if pair:
+            found.append(pair)
+        else:
+            in_vain[[first, second]] += 1
     return found
 
 
@@ -305,7 +314,7 @@ def _judged(
     best = (0.0, 1.0, middle)
     as_it_is = (1.0, middle) if abs(speed - 1) < 0.006 else None
     for line in (_line(slow[0], slow[1], speed, start_s), as_it_is):
-        if line:
+        if line and best[0] < _COHERENT:
             speed, start_s = line
             for _ in range(2):
                 agreement, better, sooner = _coherence(one, two, sample_rate, speed, start_s)

@@ -1,6 +1,7 @@
 """The same recording is found whatever was done to it, and music that is only alike is not."""
 
 import io
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -72,6 +73,14 @@ def test_a_changed_recording_is_found_where_it_is(change: str, others: list[Wave
 
 def test_music_that_is_alike_is_no_pair(others: list[Wave]) -> None:
     assert pairs_of(others) == []
+
+
+def test_many_copies_of_one_recording_are_all_found(others: list[Wave]) -> None:
+    """They take no other copy's place among the pairs of a track that are looked at."""
+    one = others[5][: 8 * RATE]
+    copies = [quantised(one / 32768 * level) for level in np.linspace(1, 0.4, 14)]
+    found = {(pair.first, pair.second) for pair in pairs_of(copies)}
+    assert found == set(itertools.combinations(range(14), 2))
 
 
 def test_what_is_hardly_music_is_no_pair_and_no_error() -> None:

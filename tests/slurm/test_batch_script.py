@@ -23,7 +23,7 @@ code() { status $1 0 ",
 
 
 def submit(
-    folder: Path, trainer: str, *, run: str = "run", **variables: str
+    folder: Path, trainer: str, *, run: str = "run", flag: str = "--run", **variables: str
 ) -> tuple[int, str, str]:
     """The batch script with a trainer of shell lines: its exit code, what scontrol was asked, and
     what it said.
@@ -47,7 +47,7 @@ def submit(
         "SLURM_JOB_ID": "7",
     }
     done = subprocess.run(
-        ["bash", str(SLURM / "train.sbatch"), "--run", run],
+        ["bash", str(SLURM / "train.sbatch"), flag, run],
         env=environment | variables,
         capture_output=True,
         text=True,
@@ -93,6 +93,11 @@ def test_the_files_of_this_try_decide(
         (tmp_path / "run" / before).touch()
     got = submit(tmp_path, trainer)
     assert got[:2] == (code, "requeue 7" if requeued else ""), got[2]
+
+
+def test_both_names_of_the_run_folder_are_known(tmp_path: Path) -> None:
+    assert submit(tmp_path, "touch $RUN/DONE", run=f"{tmp_path}/a", flag="--run-folder")[0] == 0
+    assert (tmp_path / "a" / "logs").is_dir()
 
 
 def test_the_status_of_an_earlier_try_says_nothing(tmp_path: Path) -> None:

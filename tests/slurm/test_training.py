@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,11 @@ class Job:
         file = self.run.with_suffix(".yaml")
         file.write_text(cli.dump("train", settings))
         words = ["--config", str(file), "--run", str(self.run), *words]
-        self._words = (*TWO_NODES, *flags, "slurm/train.sbatch", *words)
+        self.words = (*TWO_NODES, *flags, "slurm/train.sbatch", *words)
         self.id = self.submit()
 
     def submit(self) -> str:
-        return self.cluster.sbatch(*self._words)
+        return self.cluster.sbatch(*self.words)
 
     def at_step(self, step: int) -> "Job":
         """Wait until a step has been taken."""
@@ -204,6 +205,28 @@ def test_a_job_that_may_not_be_requeued(job: Any, whole: str) -> None:
     going.id = going.submit()
     assert going.ended() == Ended("COMPLETED", "0:0", 0), going.cluster.said()
     assert weights_hash(going.run) == whole
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_trained_longer(
+    job: Any, shards: Path, noisy: Path, tmp_path: Path
+) -> None:
+    """A second sbatch with more epochs, requeued on its way: the weights of two forked runs."""
+    alone = settings_of(shards, noisy, tmp_path / "alone")
+    half = replace(alone, optim=replace(alone.optim, epochs=19.5))
+    longer = replace(alone, output=replace(alone.output, change=("epochs",)))
+    for settings in (half, longer):
+        forked = start(settings, tmp_path)
+        assert forked.wait() == [0, 0], forked.said
+    going = job(words=["--epochs", "19.5"])
+    assert going.ended() == Ended("COMPLETED", "0:0", 0), going.cluster.said()
+    done = steps_taken(going.run)
+    going.words += ("--epochs", "40", "--change", "epochs")
+    going.id = going.submit()
+    going.at_step(done + 3)
+    going.cluster.slurm("scancel", "--signal=USR1", "--batch", going.id)
+    assert going.ended() == Ended("COMPLETED", "0:0", 1), going.cluster.said()
+    assert weights_hash(going.run) == weights_hash(alone.output.run)
 
 
 @pytest.mark.slow
