@@ -14,6 +14,13 @@ from mgc_dist.errors import UserError
 _SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 
 
+MET: set[int] = set()
+"""Ports at which this process has met its peers: what rank 0 serves there, it serves until its end.
+
+A second server at the port of a first one that still ends would be refused.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Seat:
     """Numbers of a process.

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
@@ -220,7 +220,8 @@ class Watch:
 
 def _dump_stacks() -> None:
     for file in _log_files():
-        faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError):  # a notebook's stderr has no `fileno`
+            faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _log_files() -> list[TextIO]:
