@@ -8,6 +8,14 @@ from mgc_dist.config import BiasConfig
 
 
 def run(config: BiasConfig) -> None:
+    """Make the bias table, and leave this process as it was found; for the rest see `_run`."""
+    from mgc_dist import guest  # it imports torch
+
+    with guest.as_found():
+        _run(config)
+
+
+def _run(config: BiasConfig) -> None:
     """Pool hidden states of every row, cross-fit the heads, write the table, print the report.
 
     Raises:
@@ -43,7 +51,7 @@ def run(config: BiasConfig) -> None:
 
 def main() -> NoReturn:
     """Entry of `launch/bias.py` and `python -m mgc_dist.bias`."""
-    cli.main("bias", BiasConfig, run)
+    cli.main("bias", BiasConfig, _run)
 
 
 if __name__ == "__main__":

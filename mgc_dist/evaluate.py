@@ -8,6 +8,14 @@ from mgc_dist.config import EvaluateConfig
 
 
 def run(config: EvaluateConfig) -> None:
+    """Measure a run on a split, and leave this process as it was found; for the rest see `_run`."""
+    from mgc_dist import guest  # it imports torch
+
+    with guest.as_found():
+        _run(config)
+
+
+def _run(config: EvaluateConfig) -> None:
     """Walk the split with the run's best model; print and write what it shows.
 
     Raises:
@@ -31,7 +39,7 @@ def run(config: EvaluateConfig) -> None:
 
 def main() -> NoReturn:
     """Entry of `launch/evaluate.py` and `python -m mgc_dist.evaluate`."""
-    cli.main("evaluate", EvaluateConfig, run)
+    cli.main("evaluate", EvaluateConfig, _run)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,14 @@ from mgc_dist.config import ExportConfig
 
 
 def run(config: ExportConfig) -> None:
+    """Export the best model, and leave this process as it was found; for the rest see `_run`."""
+    from mgc_dist import guest  # it imports torch
+
+    with guest.as_found():
+        _run(config)
+
+
+def _run(config: ExportConfig) -> None:
     """Copy the best model, with a card that says what it was trained on.
 
     Raises:
@@ -23,7 +31,7 @@ def run(config: ExportConfig) -> None:
 
 def main() -> None:
     """Entry of `python -m mgc_dist.export`."""
-    cli.main("export", ExportConfig, run)
+    cli.main("export", ExportConfig, _run)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,14 @@ _NAMED = 10
 
 
 def run(config: PredictConfig) -> int:
+    """Predict each file, and leave this process as it was found; for the rest see `_run`."""
+    from mgc_dist import guest  # it imports torch
+
+    with guest.as_found():
+        return _run(config)
+
+
+def _run(config: PredictConfig) -> int:
     """Predict each file; unusable files are named at the end.
 
     Returns:
@@ -215,7 +223,7 @@ def _several(failed: dict[Path, UserError], files: int) -> UserError:
 
 def main() -> None:
     """Entry of `python -m mgc_dist.predict`."""
-    cli.main("predict", PredictConfig, run)
+    cli.main("predict", PredictConfig, _run)
 
 
 if __name__ == "__main__":

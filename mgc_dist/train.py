@@ -12,6 +12,14 @@ from mgc_dist.errors import EXIT_BAD_INPUT
 
 
 def run(config: TrainConfig) -> int:
+    """Train, and leave this process as it was found; for the rest see `_run`."""
+    from mgc_dist import guest  # it imports torch
+
+    with guest.as_found():
+        return _run(config)
+
+
+def _run(config: TrainConfig) -> int:
     """Train to the end of the plan, or to a stop that all ranks agree on.
 
     Returns:
@@ -47,7 +55,7 @@ def run(config: TrainConfig) -> int:
 
 def main() -> NoReturn:
     """Entry of `launch/train.py` and `python -m mgc_dist.train`."""
-    cli.main("train", TrainConfig, run)
+    cli.main("train", TrainConfig, _run)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
     TCPStore,
 )
 
-from mgc_dist.cluster.seat import Seat, seat, some_of
+from mgc_dist.cluster.seat import MET, Seat, seat, some_of
 from mgc_dist.errors import EXIT_TEMPORARY, PeerLost, UserError
 
 log = logging.getLogger(__name__)
@@ -205,12 +205,31 @@ def meet(flags: Facts | None = None, *, wait_s: float = WAIT_S) -> Iterator[Meet
 
 
 def _store(here: Seat, wait_s: float) -> Store:
+    """A store of this meeting alone: ranks may meet more than once in the same processes."""
     if here.address is None:
         return HashStore()
+    if here not in _open:
+        _open[here] = _first_store(here, wait_s)
+        MET.add(here.port)
+    store = _open[here]
+    try:
+        store.set_timeout(timedelta(seconds=wait_s))
+        meetings = store.add(f"meetings of rank {here.rank}", 1)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise PeerLost(f"rank {here.rank} heard nothing from rank 0: {said}") from error
+    return PrefixStore(f"meeting {meetings}", store)
+
+
+_open: dict[Seat, Store] = {}
+"""Stores of this process, which live as long as it does (`seat.MET`)."""
+
+
+def _first_store(here: Seat, wait_s: float) -> Store:
     elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = TCPStore(
-            here.address,
+            str(here.address),
             here.port,
             world_size=here.world,
             is_master=here.rank == 0 and not elastic,

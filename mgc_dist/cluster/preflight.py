@@ -19,7 +19,7 @@ from typing import Literal
 
 from mgc_dist import console
 from mgc_dist.cluster.lease import holder_of
-from mgc_dist.cluster.seat import Seat, seat
+from mgc_dist.cluster.seat import MET, Seat, seat
 from mgc_dist.cluster.stop import given_to_deepspeed
 from mgc_dist.errors import UserError
 from mgc_dist.events import CheckpointEvent, only
@@ -175,8 +175,8 @@ def _has_gpu() -> bool:
 
 
 def _port(here: Seat) -> Iterator[Finding]:
-    """Is rank 0's port free?"""
-    if here.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    """Is rank 0's port free, or this process's own?"""
+    if here.rank or here.port in MET or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
     host = socket.gethostname()
     try:

@@ -21,6 +21,13 @@ _OPEN_MPI = {
 }
 
 
+MET: set[int] = set()
+"""Ports at which this process has met its peers: what rank 0 serves there, it serves until its end.
+
+A second server at the port of a first one that still ends would be refused.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Seat:
     """Numbers of a process.

@@ -8,10 +8,13 @@ arrives earlier kills the rank ("srun: task 0: User defined signal 1").
 import ctypes
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""That ask for a stop."""
 _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = (
     "deepspeed.launcher.launch",
@@ -36,11 +39,11 @@ class Stop:
         self._runner = 0
 
     def listen(self) -> "Stop":
-        """Install the handlers; safe to be signalled any number of times."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._record)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's users want to go on
-            signal.signal(signal.SIGHUP, self._record)
+        """Install the handlers, if this thread may; safe to be signalled any number of times."""
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # its users want to go on
+        for number in SIGNALS if may_listen() else ():
+            if number != signal.SIGHUP or not nohup:
+                signal.signal(number, self._record)
         return self
 
     def follow_launcher(self) -> "Stop":
@@ -87,6 +90,11 @@ def given_to_deepspeed(name: str) -> str:
         return ""
     pairs = (line.partition("=") for line in content.decode(errors="replace").split("\0"))
     return next((value for key, _, value in pairs if key == name), "")
+
+
+def may_listen() -> bool:
+    """Whether this thread may install handlers: "signal only works in main thread"."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def describe(number: int) -> str:

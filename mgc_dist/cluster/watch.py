@@ -263,7 +263,8 @@ def _size_below(folders: Path) -> tuple[int, int]:
 
 def _dump_stacks() -> None:
     for file in _log_files():
-        faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError):  # a notebook's stderr has no `fileno`
+            faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _log_files() -> list[TextIO]:

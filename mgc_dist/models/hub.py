@@ -3,7 +3,8 @@
 With its neighbours the only modules that know transformers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
@@ -43,6 +44,19 @@ def quiet() -> None:
     """No reports and bars of transformers."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def heard_again() -> Iterator[None]:
+    """A block after which transformers reports, and shows bars, as before."""
+    told = transformers.utils.logging
+    verbosity, shows_bars = told.get_verbosity(), told.is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        told.set_verbosity(verbosity)
+        if shows_bars:
+            told.enable_progress_bar()
 
 
 def load(

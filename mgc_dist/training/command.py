@@ -131,6 +131,7 @@ def _in_folder(run: Run) -> TrainResult:
             except RuntimeError as error:
                 raise _in_words(run, watch, error) from error
     finally:
+        run.engine.close()
         run.journal.close()
         if peers.is_first:
             held.release()

@@ -8,9 +8,11 @@ hangs on the lock of a killed build.
 """
 
 import argparse
+import inspect
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,7 @@ from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.config import OptimConfig
 from mgc_dist.config.train import Schedule
 from mgc_dist.data.order import Layout
+from mgc_dist.errors import UserError
 from mgc_dist.models.main import WaveClassifier
 from mgc_dist.training.engine_state import EngineState, safe_names
 
@@ -205,6 +208,15 @@ class Engine:
             if grad is not None:
                 yield name, grad
 
+    def close(self) -> None:
+        """Remove the hooks of autograd, which would keep the engine and its sockets for ever.
+
+        Python's collector does not see through them. DeepSpeed's `destroy` waits for the device,
+        where a rank may be lost.
+        """
+        for hook in getattr(self._engine.optimizer, "_grad_acc_hooks", ()):  # ZeRO-0 has none
+            hook.remove()
+
 
 def _settings(
     layout: Layout,
@@ -294,6 +306,14 @@ def _import_deepspeed(ranks: Ranks) -> ModuleType:
     import deepspeed
 
     module: ModuleType = deepspeed
+    taken = deepspeed.accelerator.get_accelerator().device_name()
+    if taken != ranks.device.type:
+        raise UserError(
+            "--device",
+            got=f"{ranks.device.type}, where DeepSpeed was imported for {taken}",
+            expected="the same device for all trainings in a process",
+            cure="train in a new Python process",
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch refuses to load with both
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # it passes weights_only=False everywhere
@@ -301,3 +321,26 @@ def _import_deepspeed(ranks: Ranks) -> ModuleType:
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return module
+
+
+def forget() -> None:
+    """Let DeepSpeed forget a training that has ended, for the sake of the next in this process.
+
+    It keeps process groups ('Group "..." is not registered'), models of ZeRO-3, that autocast was
+    on, and torch's linear layer replaced by that of ZeRO-3, which adds up in another order.
+    """
+    if "deepspeed" not in sys.modules:
+        return
+    from deepspeed.runtime import torch_autocast
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    if torch.nn.functional.linear is partition_parameters.zero3_linear_wrap:
+        plain = partition_parameters.InsertPostInitMethodToModuleSubClasses.linear_bk
+        torch.nn.functional.linear = plain
+    parameter_offload.FWD_MODULE_STACK.clear()
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()  # models are in its keys

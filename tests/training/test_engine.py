@@ -13,6 +13,7 @@ from conftest import build_tiny, run_ranks
 from mgc_dist.cluster import ranks
 from mgc_dist.config import LossConfig
 from mgc_dist.data.order import Plan, lay_out, training_batches
+from mgc_dist.errors import UserError
 from mgc_dist.models.main import WaveClassifier
 from mgc_dist.training.engine import Engine, lr_factor
 from mgc_dist.training.losses import masked_sum, row_losses
@@ -101,6 +102,21 @@ def test_a_step_is_the_mean_over_true_rows_by_plain_autograd(
             assert (value == before[name].numpy()).all()
 
 
+def started(tiny_model: Path, peers: ranks.Ranks) -> Engine:
+    return Engine(
+        classifier(tiny_model),
+        lay_out(global_batch=8, world=peers.world, largest_micro_batch=2),
+        peers,
+        zero_stage=2,
+        bf16=False,
+        lr=1e-3,
+        head_lr=1e-3,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        bucket_elements=1000,
+    )
+
+
 def test_deepspeed_takes_the_gpu_that_slurm_has_bound(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,19 +142,19 @@ def test_deepspeed_takes_the_gpu_that_slurm_has_bound(
     monkeypatch.setattr("mgc_dist.training.engine._import_deepspeed", lambda peers: fake)
     peers = ranks.Ranks(rank=3, world=4, local_rank=3, device=torch.device("cuda", 0))
     with pytest.raises(FoundDevice):
-        Engine(
-            classifier(tiny_model),
-            lay_out(global_batch=8, world=4, largest_micro_batch=2),
-            peers,
-            zero_stage=2,
-            bf16=False,
-            lr=1e-3,
-            head_lr=1e-3,
-            weight_decay=0.0,
-            clip_norm=1.0,
-            bucket_elements=1000,
-        )
+        started(tiny_model, peers)
     assert taken == [0]
+
+
+def test_another_device_than_that_of_the_first_training_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed asks for the device when it is imported, and keeps it."""
+    taken = SimpleNamespace(device_name=lambda: "cuda")
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: taken)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(UserError, match="got cpu, where DeepSpeed was imported for cuda"):
+        started(tiny_model, ranks.Ranks(rank=0, world=1, local_rank=0, device=torch.device("cpu")))
 
 
 def test_schedule_rises_linearly_and_follows_a_cosine() -> None:
