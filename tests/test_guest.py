@@ -227,7 +227,9 @@ def test_two_ranks_train_twice_and_evaluate(
 
 
 def run_block(code: str, folder: Path) -> None:
-    """Run code in a folder."""
+    """Run code in a folder, in a process that no launcher has started."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
     os.chdir(folder)
     exec(compile(code, "README.md", "exec"), {})
 

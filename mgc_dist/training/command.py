@@ -73,7 +73,9 @@ def train(
         if config.objective.needs_bias:
             bias = table.read(data.table, shards.manifest, shards.keys)
         plan = setup.plan_of(config, shards)
+        found = setup.found_of_model(config, shards.manifest)
         own = setup.identity_of(config, shards, bias, plan)
+        own |= {} if isinstance(found, UserError) else found
         meeting.all_same("data", {identity.words(name): str(each) for name, each in own.items()})
         device = ranks.device_of(config.engine.device, meeting.seat.local_rank)
         meeting.all_same("devices", {"device (--device)": device.type})
@@ -81,11 +83,13 @@ def train(
             own |= {"precision": setup.precision_of(config, peers)}
             meeting.all_same("precision", {"--precision": own["precision"]})
             if config.output.dry_run:
+                _refuse_missing(found)
                 outcome = _forecast(config, shards, plan, peers)
                 return TrainResult(outcome=outcome, folder=folder, is_first=peers.is_first)
             if peers.all_decide(lambda: run_folder.is_complete(config, own)):
                 done: Outcome = "already complete"
                 return TrainResult(outcome=done, folder=folder, is_first=peers.is_first)
+            _refuse_missing(found)
             try:
                 run = setup.build(config, own, shards, bias, plan, peers, stop, pictures)
             except (RuntimeError, MemoryError) as error:
@@ -93,6 +97,11 @@ def train(
                     raise
                 raise _no_room(config, error) from error
             return _in_folder(run)
+
+
+def _refuse_missing(found: dict[str, str] | UserError) -> None:
+    if isinstance(found, UserError):
+        raise found
 
 
 def _forecast(config: TrainConfig, shards: ShardSet, plan: Plan, ranks: Ranks) -> Outcome:

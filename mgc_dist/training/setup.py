@@ -199,19 +199,23 @@ def identity_of(
         "epochs": plan.total,
         "class_weight": _said(class_weights(config.objective.class_weight, shards)),
         "bias_table": table.sha256 if table else "none",
-        **_found_of_model(config, shards.manifest),
     }
 
 
-def _found_of_model(config: TrainConfig, manifest: Manifest) -> dict[str, str]:
-    """Configuration and revision of the model; nothing if it is not there, which `build` says."""
+def found_of_model(config: TrainConfig, manifest: Manifest) -> dict[str, str] | UserError:
+    """What of the model must be the same for a checkpoint to go on: configuration, revision.
+
+    Returns:
+        The error where it is not there, which must wait: a run that is complete needs none. Asked
+        again, a hub that cannot be reached would take its half a minute again.
+    """
     main = config.main
     try:
         model = configuration(
             main.model, manifest.genres, spec_augment=main.spec_augment, revision=main.revision
         )
-    except UserError:
-        return {}
+    except UserError as error:
+        return error
     commit = getattr(model, "_commit_hash", None)
     return {"model": configuration_hash(model), "revision": commit or "none"}
 

@@ -12,6 +12,7 @@ from conftest import NOISY, build_tiny, run_ranks, write_model
 from harness import slow, weights_hash
 from metrics import read_metrics
 from trainings import config, losses, stop_after, train_on
+from transformers import AutoConfig
 
 from mgc_dist import evaluate, train
 from mgc_dist.config import (
@@ -535,6 +536,35 @@ def test_a_complete_run_is_left_alone(
     longer = config(shards, tiny_model, tmp_path / "run", epochs=0.6, resume="auto")
     with pytest.raises(UserError, match=r"which is complete: positions \(--epochs\): got 40"):
         run_ranks(2, train.run, longer)
+
+
+def asked(settings: TrainConfig) -> int:
+    """How often a training asks for a model on a hub that cannot be reached."""
+    names: list[str] = []
+
+    def unreachable(name: str, **words: Any) -> None:
+        names.append(name)
+        raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+    AutoConfig.from_pretrained = unreachable
+    with pytest.raises(UserError, match="model somebody/wav2vec2: got We couldn't connect"):
+        train.run(settings)
+    return len(names)
+
+
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    is_dry: bool, shards: Path, table: Path, tmp_path: Path
+) -> None:
+    """Each time takes half a minute. The folder is judged first: a complete run needs no model."""
+    settings = config(shards, Path("somebody/wav2vec2"), tmp_path / "run")
+    settings = replace(settings, output=replace(settings.output, dry_run=is_dry))
+    assert run_ranks(1, asked, settings) == [1]
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "file").touch()
+    if not is_dry:
+        with pytest.raises(UserError, match="a folder that is not empty"):
+            run_ranks(1, train.run, settings)
 
 
 def test_run_folder_tells_what_happened(
