@@ -21,12 +21,28 @@ from mgc_dist.models import hub
 from mgc_dist.models.main import TEMPERATURE, WaveClassifier
 
 WEIGHTS = "model.safetensors"
+BEST, BEST_EMA = "best", "best-ema"
+"""In a run folder: the best model, and the best averaged weights (`--ema-decay`)."""
 
 
-def find_exported(run_or_export: Path) -> Path:
-    """`RUN/best` for a run folder, else the folder itself."""
-    is_run = (run_or_export / "config.yaml").is_file() or (run_or_export / "best").is_dir()
-    return run_or_export / "best" if is_run else run_or_export
+def find_exported(run_or_export: Path, *, ema: bool = False) -> Path:
+    """`RUN/best` for a run folder, or with `ema` `RUN/best-ema`; else the folder itself.
+
+    Raises:
+        UserError: there are no averaged weights.
+    """
+    is_run = (run_or_export / "config.yaml").is_file() or (run_or_export / BEST).is_dir()
+    if ema and not (run_or_export / BEST_EMA).is_dir():
+        raise UserError(
+            f"--ema with {run_or_export}",
+            got=f"no {BEST_EMA}/ there",
+            expected="the folder of a run that was trained with --ema-decay",
+            cure="leave --ema out, or train such a run: "
+            f"{cli.launched('train')} --ema-decay 0.999 --run NEW",
+        )
+    if ema:
+        return run_or_export / BEST_EMA
+    return run_or_export / BEST if is_run else run_or_export
 
 
 def load_exported(folder: Path) -> WaveClassifier:
