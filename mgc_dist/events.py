@@ -98,6 +98,27 @@ class ValidationEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmaValidationEvent(Event):
+    """The same for the averages of the weights (`--ema-decay`), after the weights themselves.
+
+    Attributes:
+        exported: whether they were written to RUN/best-ema.
+        select, select_loss, segments_not_finite: as above.
+    """
+
+    name = "ema_validation"
+    exported: bool = False
+    select: str
+    select_loss: float | None = None
+    segments_not_finite: int = 0
+    epoch: float
+    track_accuracy: float
+    track_macro_f1: float
+    track_nll: float | None
+    segment_accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointEvent(Event):
     """A checkpoint was saved, in `save_s` seconds."""
 
@@ -155,8 +176,8 @@ class StoppedEvent(Event):
 KINDS: dict[str, type[Event]] = {
     kind.name: kind
     for kind in (
-        *(StartEvent, StepEvent, ValidationEvent, CheckpointEvent, SaveFailedEvent),
-        *(RefusedEvent, ChangedEvent, DoneEvent, StoppedEvent),
+        *(StartEvent, StepEvent, ValidationEvent, EmaValidationEvent, CheckpointEvent),
+        *(SaveFailedEvent, RefusedEvent, ChangedEvent, DoneEvent, StoppedEvent),
     )
 }
 E = TypeVar("E", bound=Event)

@@ -22,7 +22,7 @@ def _run(config: ExportConfig) -> None:
     # here, not above: it imports torch, which takes seconds, and --help answers without
     from mgc_dist.models.export import export
 
-    found = export(config.run, config.out)
+    found = export(config.run, config.out, ema=config.ema)
     print(
         f"Wrote {found.folder}; load it with "
         f'transformers.pipeline("audio-classification", model="{found.folder}")'

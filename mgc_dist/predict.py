@@ -53,7 +53,7 @@ def _run(config: PredictConfig) -> int:
 
     files = _files(config)
     pictures = _pictures(config, files)
-    predictor = Predictor.load(config.run, device_of(config.device, 0))
+    predictor = Predictor.load(config.run, device_of(config.device, 0), ema=config.ema)
     failed: dict[Path, UserError] = {}
     with (
         _writer(config, predictor.genres) as tell,

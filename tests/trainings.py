@@ -46,6 +46,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "head_lr": 3e-3,
         "weight_decay": 0.01,
         "clip_norm": 1.0,
+        "ema_decay": 0.0,
         "warmup_fraction": 0.1,
         "final_lr_fraction": 0.02,
         "change": (),
@@ -84,6 +85,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
             warmup_fraction=knobs["warmup_fraction"],
             final_lr_fraction=knobs["final_lr_fraction"],
             clip_norm=knobs["clip_norm"],
+            ema_decay=knobs["ema_decay"],
         ),
         engine=EngineConfig(
             zero_stage=knobs["zero_stage"],

@@ -42,6 +42,8 @@ class EvaluateConfig:
     """Run folder, or a folder that `export` wrote."""
     split: SplitName = "test"
     """Split to measure."""
+    ema: bool = False
+    """Measure the averaged weights, RUN/best-ema, of a run that was trained with --ema-decay."""
     data: Path | None = None
     """Shards to measure on; the run's own by default. Genres that the model does not know are left
     out, and probabilities are renormalised over those in common."""
@@ -51,7 +53,7 @@ class EvaluateConfig:
     and if need be by its letters and digits, in any case."""
     source: Annotated[SourceConfig, FLAT] = field(default_factory=SourceConfig)
     name: str | None = None
-    """Name of the files that are written; the split's, with `-of-FOLDER` of --data."""
+    """Name of the files that are written; the split's, with `-of-FOLDER` of --data and `-ema`."""
     aggregate: Aggregate = "mean-prob"
     """How segments are judged as a track: `mean-prob` (mean of their probabilities), `mean-logit`
     or `vote` (ties go to the higher mean probability). All three are written."""
@@ -76,10 +78,13 @@ class EvaluateConfig:
     @property
     def result_name(self) -> str:
         """Name of the files that are written."""
-        if self.name or not self.data:
-            return self.name or self.split
+        if self.name:
+            return self.name
+        found = self.split + (self.ema * "-ema")
+        if not self.data:
+            return found
         folder = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.data.resolve().name)
-        return f"{self.split}-of-{folder or 'data'}"
+        return f"{found}-of-{folder or 'data'}"
 
     def __post_init__(self) -> None:
         check(self)
@@ -153,6 +158,8 @@ class PredictConfig:
     """Run folder, or a folder that `export` wrote."""
     files: Positional[tuple[Path, ...]]
     """Audio files, folders of them, or `-` for a list of paths on standard input."""
+    ema: bool = False
+    """Ask the averaged weights, RUN/best-ema."""
     top: Annotated[int, Range(minimum=1, maximum=1_000_000, cure="3 is usual")] = 3
     """Genres to print for a file."""
     json: bool = False
@@ -193,6 +200,8 @@ class ExportConfig:
     """Run folder."""
     out: Positional[Path]
     """Folder to write; must not exist or be empty."""
+    ema: bool = False
+    """Take the averaged weights, RUN/best-ema."""
 
 
 @dataclass(frozen=True, kw_only=True)

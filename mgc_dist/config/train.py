@@ -140,6 +140,11 @@ class OptimConfig:
     the start; `hold`, as they are there."""
     clip_norm: Annotated[float, Range(above=0, maximum=1e9, cure="1.0 is usual"), LEARNED] = 1.0
     """Largest norm of the gradient."""
+    ema_decay: Annotated[
+        float, Range(minimum=0, below=1, cure="0.999 is usual, and 0 keeps none"), LEARNED
+    ] = 0.0
+    """Keep an exponential moving average (EMA) of the trained weights, of which a step leaves this
+    share; it is validated beside them, and its best is RUN/best-ema. 0 keeps none."""
 
     def __post_init__(self) -> None:
         check(self)

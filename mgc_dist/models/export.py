@@ -65,18 +65,19 @@ class Export:
     temperature: float | None
 
 
-def export(run: Path, out: Path) -> Export:
+def export(run: Path, out: Path, *, ema: bool = False) -> Export:
     """Copy the best model of a run, with a card and with what predicts whole files.
 
     Args:
         run: the run folder.
         out: a new or empty folder.
+        ema: take the averaged weights.
 
     Raises:
         UserError: no best model in the run, one that transformers cannot load, or a folder with
             files in the way.
     """
-    source = folder.best_of(run)
+    source = folder.find_exported(run, ema=True) if ema else folder.best_of(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"OUT {out}",

@@ -21,18 +21,32 @@ from mgc_dist.models import hub
 from mgc_dist.models.main import TEMPERATURE, WaveClassifier
 
 WEIGHTS = "model.safetensors"
+BEST, BEST_EMA = "best", "best-ema"
+"""In a run folder: the best model, and the best averaged weights (`--ema-decay`)."""
 
 
-def find_exported(run_or_export: Path) -> Path:
-    """`RUN/best` for a run folder, else the folder itself."""
-    best = best_of(run_or_export)
-    is_run = (run_or_export / "config.yaml").is_file() or best.is_dir()
+def find_exported(run_or_export: Path, *, ema: bool = False) -> Path:
+    """`RUN/best` for a run folder, or with `ema` `RUN/best-ema`; else the folder itself.
+
+    Raises:
+        UserError: there are no averaged weights.
+    """
+    best = best_of(run_or_export, BEST_EMA if ema else BEST)
+    if ema and not best.is_dir():
+        raise UserError(
+            f"--ema with {run_or_export}",
+            got=f"no {BEST_EMA}/ there",
+            expected="the folder of a run that was trained with --ema-decay",
+            cure="leave --ema out, or train such a run: "
+            f"{cli.launched('train')} --ema-decay 0.999 --run NEW",
+        )
+    is_run = ema or (run_or_export / "config.yaml").is_file() or best.is_dir()
     return best if is_run else run_or_export
 
 
-def best_of(run: Path) -> Path:
+def best_of(run: Path, name: str = BEST) -> Path:
     """The best model of a run; between two renames of `save_exported`, the one before it."""
-    best, old = run / "best", _old(run / "best")
+    best, old = run / name, _old(run / name)
     return old if old.is_dir() and not best.exists() else best
 
 

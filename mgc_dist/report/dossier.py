@@ -28,7 +28,7 @@ from mgc_dist.errors import UserError
 from mgc_dist.events import E, Event, StartEvent, ValidationEvent, only
 from mgc_dist.files import fingerprint, json_lines
 from mgc_dist.journal import ENVIRONMENT, read_events, read_status
-from mgc_dist.models.folder import WEIGHTS, find_exported
+from mgc_dist.models.folder import BEST_EMA, WEIGHTS, find_exported
 from mgc_dist.scoring.written import BiasReport, EvaluationFigures, Prediction
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class Dossier:
         for path in sorted((self.run / "evaluation").glob("*.json")):
             content = _json(path)
             is_whole = content and "track" in content and "confusion" in content
-            if content and is_whole and content.get("weights", self._weights) == self._weights:
+            if content and is_whole and content.get("weights", self._weights[0]) in self._weights:
                 found[path.stem] = cast(EvaluationFigures, content)
         last = {"train": 3, "validation": 2, "test": 0}
         return dict(sorted(found.items(), key=lambda item: last.get(item[0], 1)))
@@ -183,9 +183,14 @@ class Dossier:
         return [name for name in every if name not in self.evaluations]
 
     @cached_property
-    def _weights(self) -> str | None:
-        path = find_exported(self.run) / WEIGHTS
-        return fingerprint(path) if path.is_file() else None
+    def _weights(self) -> tuple[str | None, str | None]:
+        """Fingerprints of the best model, and of the best averaged weights."""
+        folders = (find_exported(self.run), self.run / BEST_EMA)
+        best, ema = (
+            fingerprint(path) if (path := folder / WEIGHTS).is_file() else None
+            for folder in folders
+        )
+        return best, ema
 
     @cached_property
     def main(self) -> tuple[str, EvaluationFigures] | None:

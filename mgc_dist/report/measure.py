@@ -75,7 +75,7 @@ def evaluate(config: EvaluateConfig, meeting: Meeting) -> Evaluation:
         UserError: no model or data there, no genres in common, or a bias table, a map of genres
             or a table of subgroups does not fit.
     """
-    exported = folder.find_exported(config.run)
+    exported = folder.find_exported(config.run, ema=config.ema)
     classifier = folder.load_exported(exported)
     at_hand = fetch.at_hand(config.data or _own_shards(config), config.source)
     fold = config.source.fold if config.data else _trained_with(config.run).data.source.fold
@@ -128,7 +128,7 @@ def _measure(
 def _write(config: EvaluateConfig, subject: Subject, scores: SplitScores) -> EvaluationFigures:
     """Write the figures, and return them (rank 0)."""
     figures = evaluation.summary(subject, scores, resamples=config.resamples, seed=config.seed)
-    weights = folder.find_exported(config.run) / folder.WEIGHTS
+    weights = folder.find_exported(config.run, ema=config.ema) / folder.WEIGHTS
     figures["weights"] = fingerprint(weights)  # the model may go on to be trained
     purpose = f"writing an evaluation of {config.run}"
     with locked(config.run / "evaluation.lock", wait_s=LOCK_WAIT_S, purpose=purpose):

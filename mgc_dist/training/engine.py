@@ -8,6 +8,7 @@ hangs on the lock of a killed build.
 """
 
 import argparse
+import contextlib
 import inspect
 import logging
 import math
@@ -46,6 +47,7 @@ class Engine:
         clip_norm: largest norm of the gradient.
         bucket_elements: of ZeRO's communication.
         compile_model: through torch.compile; not at stage 3, which then loses gradients.
+        ema_decay: of the averages of the trained weights; 0 keeps none.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Engine:
         bucket_elements: int,
         bf16_weights: bool = False,
         compile_model: bool = False,
+        ema_decay: float = 0.0,
     ) -> None:
         deepspeed = _import_deepspeed(ranks)
         head, backbone = model.head_and_backbone()
@@ -99,6 +102,7 @@ class Engine:
             zero_stage=zero_stage,
             settings=self.config,
             peak_lrs=self._peak_lrs,
+            ema_decay=ema_decay,
         )
         self._norm: float | Tensor | None = None
         if compile_model:
@@ -164,7 +168,24 @@ class Engine:
         if at_boundary and self.zero_stage > 0:
             refused = bool(self._engine.optimizer.overflow)
             self._norm = self._engine.get_global_grad_norm()  # on a GPU not waited for
+        if at_boundary and not refused and self.state.average:
+            self.state.average.update()
         return not refused
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether averages of the weights are kept."""
+        return self.state.average is not None
+
+    @contextlib.contextmanager
+    def all_averaged(self) -> Iterator[None]:
+        """Compute with the averages, and export them (a collective).
+
+        After an error the weights do not come back: the other ranks would not take part.
+        """
+        self.state.all_exchange()
+        yield
+        self.state.all_exchange()
 
     def _is_finite_at_stage_0(self) -> bool:
         """Measure the gradient; drop it if it is not finite, because stage 0 would apply it.

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.errors import EXIT_IO, UserError
+from mgc_dist.training import average
+from mgc_dist.training.average import Average, Part
 
 
 class EngineState:
@@ -33,6 +35,10 @@ class EngineState:
         zero_stage: 0 to 3.
         settings: the configuration that DeepSpeed was given.
         peak_lrs: of the parameter groups.
+        ema_decay: of the averages of the trained weights; 0 keeps none.
+
+    Attributes:
+        average: of the weights; None where none is kept.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class EngineState:
         zero_stage: int,
         settings: dict[str, Any],
         peak_lrs: Sequence[float],
+        ema_decay: float = 0.0,
     ) -> None:
         self._engine = engine
         self._ranks = ranks
@@ -53,6 +60,7 @@ class EngineState:
         engine.checkpoint_engine = self._files
         copy_tools = engine._copy_recovery_script  # zero_to_fp32.py, for stock tools
         engine._copy_recovery_script = lambda folder: self._files.hold(copy_tools, folder)
+        self.average = Average(ema_decay, self._parts()) if ema_decay else None
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> list[Path]:
         """Write this rank's part of a checkpoint (a collective).
@@ -68,6 +76,9 @@ class EngineState:
         self._engine.save_checkpoint(
             str(folder), tag=tag, client_state={"mgc_dist": state}, save_latest=False
         )
+        if self.average and (self._zero_stage > 0 or self._ranks.is_first):
+            name = average.FILES.replace("*", f"{self._ranks.rank:05d}")
+            self._files.save(self.average.saved(), str(folder / tag / name))
         return self._files.finish()
 
     def all_load(self, checkpoint: Path, *, reshape: bool) -> dict[str, Any]:
@@ -87,7 +98,13 @@ class EngineState:
             UserError, OSError: the universal checkpoint could not be written.
         """
         if not reshape or self._zero_stage == 0:  # stage 0 holds everything on every rank
-            return self._load(checkpoint)
+            state = self._load(checkpoint)
+        else:
+            state = self._load_reshaped(checkpoint)
+        self._restore_average(checkpoint)
+        return state
+
+    def _load_reshaped(self, checkpoint: Path) -> dict[str, Any]:
         universal = checkpoint.with_name(f"tmp-universal-{checkpoint.name}")
         self._ranks.all_decide(lambda: _convert(checkpoint, universal))
         config = self._engine._config
@@ -102,6 +119,17 @@ class EngineState:
         if self._ranks.is_first:
             shutil.rmtree(universal)
         return state
+
+    def _restore_average(self, checkpoint: Path) -> None:
+        """The averages of a checkpoint; without any, `--change ema-decay` has asked for them."""
+        if self.average is None:
+            return
+        files = sorted(checkpoint.glob(average.FILES))
+        if not files:
+            self.average.restart()
+            return
+        with _refusing_code(checkpoint):
+            self.average.restore(files)
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
         with _refusing_code(checkpoint), _without_patterns(checkpoint.parent) as root:
@@ -137,6 +165,50 @@ class EngineState:
             group["lr"] = peak  # set again at every step; all other settings are common to all
         steps = [id(v["step"]) for v in inner.state.values() if torch.is_tensor(v.get("step"))]
         assert len(set(steps)) == len(steps)
+
+    def _parts(self) -> list[Part]:
+        """What this rank owns of the optimizer's float32 copies of the trained weights."""
+        found = []
+        for name, parameter in self._engine.module.named_parameters():
+            part = self._part_of(parameter) if parameter.requires_grad else None
+            if part is not None:
+                start, weight = part
+                found.append(Part(name=name, start=start, weight=weight.detach()))
+        return found
+
+    def _part_of(
+        self,
+        parameter: Any,  # noqa: ANN401 - DeepSpeed adds to it
+    ) -> tuple[int, Tensor] | None:
+        """First element, and float32 memory [n]; None where this rank owns nothing of it."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        if self._zero_stage == 0:
+            return 0, parameter.view(-1)
+        if self._zero_stage < 3:
+            mapping = parameter._hp_mapping
+            return mapping and (mapping.lp_fragment_address.start, mapping.get_hp_fragment())
+        mine = safe_get_local_fp32_param(parameter)
+        start = self._ranks.rank * mine.numel()
+        length = min(mine.numel(), parameter.ds_numel - start)  # the last ones are padded
+        return (start, mine[:length]) if length > 0 else None
+
+    def all_exchange(self) -> None:
+        """Compute with the averages and keep the weights aside; or go back (a collective).
+
+        The weights are the same bits afterwards: what is computed with is always a copy of what
+        the optimizer holds.
+        """
+        assert self.average
+        self.average.exchange()
+        optimizer = self._engine.optimizer
+        if self._zero_stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._zero_stage == 3:  # as DeepSpeed's own step ends
+            optimizer._partition_all_parameters()
+            for group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            optimizer._post_step(())
 
     def all_weights(self) -> dict[str, Tensor]:
         """Full float32 weights on the CPU of rank 0, {} elsewhere (a collective)."""

@@ -37,7 +37,7 @@ class Memory:
 
     Attributes:
         weights: float32, and at stages 1 to 3 this rank's share of the optimizer's own copy.
-        gradients, optimizer: of the trained weights; AdamW's two moments.
+        gradients, optimizer: of the trained weights; AdamW's two moments, and the averages.
         buckets: of communication.
     """
 
@@ -146,12 +146,16 @@ def forecast(
     every, trained = (sum(counts) for counts in zip(*parts.values(), strict=True))
     bucket = config.engine.bucket_elements
     each = 2 if config.engine.precision == "bf16-weights" else 4
-    memory = {s: memory_of(s, every, trained, world, bucket, weight_bytes=each) for s in STAGES}
+    averaged = config.optim.ema_decay > 0
+    memory = {
+        s: memory_of(s, every, trained, world, bucket, weight_bytes=each, averaged=averaged)
+        for s in STAGES
+    }
     counted = flops.count(model, segment_samples)
     activations = activation_bytes(model, layout.micro_batch, segment_samples)
     states = memory[stage].all
-    checkpoint = checkpoint_bytes(every, trained)
-    disk = (config.output.keep_checkpoints + 1) * checkpoint + 2 * 4 * every
+    checkpoint = checkpoint_bytes(every, trained, averaged=averaged)
+    disk = (config.output.keep_checkpoints + 1) * checkpoint + (2 + averaged) * 4 * every
     run = config.output.run.resolve()
     free = _free_bytes(run)
     cached = None
@@ -205,7 +209,14 @@ def count_parts(model: WaveClassifier) -> dict[str, tuple[int, int]]:
 
 
 def memory_of(
-    stage: int, every: int, trained: int, world: int, bucket: int, *, weight_bytes: int = 4
+    stage: int,
+    every: int,
+    trained: int,
+    world: int,
+    bucket: int,
+    *,
+    weight_bytes: int = 4,
+    averaged: bool = False,
 ) -> Memory:
     """Bytes of a rank, activations apart.
 
@@ -216,6 +227,7 @@ def memory_of(
         world: ranks.
         bucket: elements of a communication bucket.
         weight_bytes: of an element of the weights that are computed with, 4 or 2.
+        averaged: averages of the trained weights are kept.
 
     Source: Rajbhandari et al., "ZeRO", SC 2020, section 5, for float32 weights; stages 1 to 3
     of DeepSpeed 0.19 keep a float32 copy of the trained weights in the optimizer, and a whole
@@ -227,17 +239,17 @@ def memory_of(
     return Memory(
         weights=weight_bytes * (-(-every // world) if stage == 3 else every) + copy,
         gradients=4 * (share if stage >= 2 else trained),
-        optimizer=8 * (share if stage else trained),
+        optimizer=(8 + 4 * averaged) * (share if stage else trained),
         buckets=4 * (gathered + (bucket if stage else 0)),
     )
 
 
-def checkpoint_bytes(every: int, trained: int) -> int:
-    """Bytes of a checkpoint: all weights, and the optimizer's copy and moments of the trained.
+def checkpoint_bytes(every: int, trained: int, *, averaged: bool = False) -> int:
+    """Bytes of a checkpoint: all weights; the optimizer's copy, moments, averages of the trained.
 
     At stage 0 there is no copy and at stage 3 the trained weights are in the copy only: less.
     """
-    return 4 * every + 12 * trained
+    return 4 * every + (12 + 4 * averaged) * trained
 
 
 def activation_bytes(model: WaveClassifier, rows: int, segment_samples: int) -> int:

@@ -10,8 +10,13 @@ from mgc_dist.cluster.lease import Lease
 from mgc_dist.cluster.watch import Watch
 from mgc_dist.data.reader import Batch
 from mgc_dist.errors import EXIT_IO, RunFailed
-from mgc_dist.events import CheckpointEvent, SaveFailedEvent, ValidationEvent
-from mgc_dist.models.folder import save_exported
+from mgc_dist.events import (
+    CheckpointEvent,
+    EmaValidationEvent,
+    SaveFailedEvent,
+    ValidationEvent,
+)
+from mgc_dist.models.folder import BEST, BEST_EMA, save_exported
 from mgc_dist.scoring.score import SplitScores, all_score, fit_temperature
 from mgc_dist.training import checkpoint
 from mgc_dist.training.resume import State
@@ -115,30 +120,30 @@ class Keeper:
         )
 
     def all_validate(self, step: int, state: State) -> None:
-        """Walk the validation split; export the model if it is the best so far (a collective)."""
+        """Walk the validation split; export the model if it is the best so far (a collective).
+
+        The averaged weights are walked after the raw ones, and exported where they are the best
+        of their own. `--patience` counts the raw ones.
+        """
         run, started = self._run, time.perf_counter()
         run.engine.train(False)
-        result = all_score(
-            run.engine,
-            run.shards,
-            "validation",
-            run.ranks,
-            batch=run.config.engine.eval_batch,
-            progress=lambda batches: self._watched(step, batches),
-            features=run.features,
-        )
+        self._all_validate_weights(step, state)
+        if run.engine.keeps_average:
+            with run.engine.all_averaged():
+                self._all_validate_average(step, state)
         run.engine.train(True)
+        state.owes_validation = False
+        self.validate_s = max(self.validate_s, time.perf_counter() - started)
+
+    def _all_validate_weights(self, step: int, state: State) -> None:
+        run, result = self._run, self._all_scored(step)
         select, broken = run.config.output.select, result.rows_not_finite
         loss, least = result.loss_by(select), state.best_loss
         better = not broken and (least is None or loss <= least)
-        exported = False
-        if better:
-            with self._watch.writing(step, "exporting", run.folder / "best*"):
-                exported = self._all_export(step, result)
+        exported = better and self._all_export(step, result, BEST)
         if exported:
             state.best_by, state.best_loss = select, loss
             state.best_samples_seen = state.samples_seen
-        state.owes_validation = False
         state.no_better = 0 if least is None or loss < least else state.no_better + 1
         epoch, track = state.samples_seen / run.plan.rows, result.track
         if broken and run.ranks.is_first:
@@ -166,20 +171,57 @@ class Keeper:
             *(epoch, track.nll, track.accuracy, track.macro_f1, result.segment.accuracy),
             " (best)" if better else "",
         )
-        self.validate_s = max(self.validate_s, time.perf_counter() - started)
+
+    def _all_validate_average(self, step: int, state: State) -> None:
+        run, result = self._run, self._all_scored(step)
+        select, broken, track = run.config.output.select, result.rows_not_finite, result.track
+        loss = result.loss_by(select)
+        better = not broken and (state.ema_loss is None or loss <= state.ema_loss)
+        exported = better and self._all_export(step, result, BEST_EMA)
+        if exported:
+            state.ema_loss, state.ema_samples_seen = loss, state.samples_seen
+        event = EmaValidationEvent(
+            exported=exported,
+            select=select,
+            select_loss=loss,
+            segments_not_finite=broken,
+            samples_seen=state.samples_seen,
+            epoch=round(state.samples_seen / run.plan.rows, 4),
+            track_accuracy=track.accuracy,
+            track_macro_f1=track.macro_f1,
+            track_nll=track.nll,
+            segment_accuracy=result.segment.accuracy,
+        )
+        run.journal.write(event)
+        log.info(
+            "averaged weights: track NLL %.4f accuracy %.3f macro-F1 %.3f, segment accuracy %.3f%s",
+            *(track.nll, track.accuracy, track.macro_f1, result.segment.accuracy),
+            " (best)" if better else "",
+        )
+
+    def _all_scored(self, step: int) -> SplitScores:
+        run = self._run
+        return all_score(
+            run.engine,
+            run.shards,
+            "validation",
+            run.ranks,
+            batch=run.config.engine.eval_batch,
+            progress=lambda batches: self._watched(step, batches),
+            features=run.features,
+        )
 
     def _watched(self, step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
             self._watch.progress(step, "validating")
             yield batch
 
-    def _all_export(self, step: int, validation: SplitScores) -> bool:
+    def _all_export(self, step: int, validation: SplitScores, name: str) -> bool:
         """Write the model; whether it could be written. The next better one is tried again."""
         run = self._run
-        weights = run.engine.state.all_weights()
 
         def write() -> str:
-            manifest, folder = run.shards.manifest, run.folder / "best"
+            manifest, folder = run.shards.manifest, run.folder / name
             temperature = fit_temperature(
                 *(validation.logits, validation.row_label, validation.row_track),
                 [manifest.tracks[track].group for track in validation.tracks],
@@ -193,7 +235,9 @@ class Keeper:
                 return f"{folder}: {error}"
             return ""
 
-        reason = run.ranks.all_decide(write)
+        with self._watch.writing(step, "exporting", run.folder / f"{name}*"):
+            weights = run.engine.state.all_weights()
+            reason = run.ranks.all_decide(write)
         if reason:
             self._tell_failure(step, reason)
         return not reason

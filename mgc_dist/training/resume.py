@@ -12,9 +12,9 @@ from mgc_dist.config import RunConfig, Select, TrainConfig, identity
 from mgc_dist.config.knobs import change_names, flag
 from mgc_dist.data.order import Plan
 from mgc_dist.errors import EXIT_NO_CHECKPOINT, UserError
-from mgc_dist.events import CheckpointEvent, ValidationEvent, only
+from mgc_dist.events import CheckpointEvent, EmaValidationEvent, ValidationEvent, only
 from mgc_dist.journal import read_events
-from mgc_dist.models.folder import settle
+from mgc_dist.models.folder import BEST, BEST_EMA, settle
 from mgc_dist.training import checkpoint
 from mgc_dist.training.engine import factor_at
 from mgc_dist.training.setup import Run
@@ -39,6 +39,7 @@ class State:
         best_by: the `--select` that the best validation was chosen by.
         best_loss: what it was chosen by, the smaller the better; None before the first.
         best_samples_seen: when it was reached; a tie goes to the later one.
+        ema_loss, ema_samples_seen: the same of the averaged weights.
         refused_in_a_row: steps up to now whose gradient was not finite.
         owes_validation: a validation of these weights is due and has not been made.
         no_better: validations in a row that were no better.
@@ -51,6 +52,8 @@ class State:
     best_by: Select = "nll"
     best_loss: float | None = None
     best_samples_seen: int = 0
+    ema_loss: float | None = None
+    ema_samples_seen: int = 0
     refused_in_a_row: int = 0
     owes_validation: bool = False
     no_better: int = 0
@@ -70,6 +73,11 @@ class State:
     def forget_best(self, select: Select) -> None:
         """Seek the best model among the validations to come."""
         self.best_by, self.best_loss, self.best_samples_seen = select, None, 0
+        self.forget_best_average()
+
+    def forget_best_average(self) -> None:
+        """Seek the best averaged weights among the validations to come."""
+        self.ema_loss, self.ema_samples_seen = None, 0
 
 
 def restore(run: Run) -> tuple[State, Changes]:
@@ -129,15 +137,20 @@ def _go_on_from(run: Run, state: State, changes: Changes, step: int) -> None:
 def all_keep_best(output: RunConfig, ranks: Ranks, state: State) -> None:
     """Forget a best model that RUN/best does not hold, or that was chosen in another way.
 
-    The next validation is then the best. A collective.
+    The next validation is then the best; so with RUN/best-ema. A collective.
     """
     best = (state.best_samples_seen, state.best_loss)
+    ema = (state.ema_samples_seen, state.ema_loss)
 
-    def is_held() -> bool:
-        settle(output.run / "best")
-        return (output.run / "best").is_dir() and holds_best(output.run, *best)
+    def are_held() -> tuple[bool, bool]:
+        for name in (BEST, BEST_EMA):
+            settle(output.run / name)
+        return (
+            (output.run / BEST).is_dir() and holds_best(output.run, *best),
+            (output.run / BEST_EMA).is_dir() and holds_best_average(output.run, *ema),
+        )
 
-    held = ranks.all_decide(is_held)
+    held, holds_ema = ranks.all_decide(are_held)
     if held and state.best_by != output.select and ranks.is_first:
         log.warning(
             "--select is %s, and was %s: the best model is sought anew, from here on",
@@ -145,6 +158,8 @@ def all_keep_best(output: RunConfig, ranks: Ranks, state: State) -> None:
         )
     if not held or state.best_by != output.select:
         state.forget_best(output.select)
+    if not holds_ema:
+        state.forget_best_average()
 
 
 def all_choose(config: RunConfig, ranks: Ranks) -> Path | None:
@@ -292,6 +307,13 @@ def holds_best(run: Path, samples_seen: int, loss: float | None) -> bool:
     # version 0.1.0 chose by macro-F1, and did not write so
     chosen_by = -last.track_macro_f1 if last.select_loss is None else last.select_loss
     return (last.samples_seen, chosen_by) == (samples_seen, loss)
+
+
+def holds_best_average(run: Path, samples_seen: int, loss: float | None) -> bool:
+    """As `holds_best`, of RUN/best-ema and the averaged weights."""
+    exports = [each for each in only(read_events(run), EmaValidationEvent) if each.exported]
+    last = exports[-1] if exports else None
+    return last is not None and (last.samples_seen, last.select_loss) == (samples_seen, loss)
 
 
 def set_aside(run: Path) -> None:

@@ -19,6 +19,7 @@ from mgc_dist.errors import UserError
 from mgc_dist.events import ChangedEvent
 from mgc_dist.files import replace_text
 from mgc_dist.journal import ENVIRONMENT, read_environment
+from mgc_dist.models.folder import BEST_EMA
 from mgc_dist.training import checkpoint, resume
 from mgc_dist.training.resume import Changes, State, refuse_change
 from mgc_dist.training.setup import Run
@@ -148,4 +149,10 @@ def close_run(run: Run, held: Lease, state: State, outcome: str) -> None:
             "done; the best model (--select %s) is that of epoch %.2f: %s",
             *(state.best_by, epoch, run.folder / "best"),
         )
+        if state.ema_loss is not None:
+            epoch = state.ema_samples_seen / run.plan.rows
+            log.info(
+                "the best averaged weights are those of epoch %.2f: %s; give --ema",
+                *(epoch, run.folder / BEST_EMA),
+            )
         log.info("next: %s %s", cli.launched("evaluate"), run.folder)

@@ -160,6 +160,7 @@ def _engine(
             bucket_elements=config.engine.bucket_elements,
             bf16_weights=config.engine.precision == "bf16-weights",
             compile_model=config.engine.compile,
+            ema_decay=config.optim.ema_decay,
         )
 
 
