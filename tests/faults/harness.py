@@ -49,7 +49,7 @@ class Job:
     pids: list[int]
     codes: list[int | None] = field(default_factory=list)
 
-    def wait(self, timeout_s: float = 120.0) -> list[int | None]:
+    def wait(self, timeout_s: float = 600.0) -> list[int | None]:
         """Exit codes (-9 for a kill); what still lives after the time is killed: None."""
         deadline = time.monotonic() + timeout_s
         self.codes = [self._code(pid, deadline) for pid in self.pids]
