@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def state() -> dict[str, Any]:
     }
 
 
-def left_behind() -> dict[str, Counter[str]]:
+def held() -> dict[str, Counter[str]]:
     """Open files by what they are, threads of Python and of C, child processes."""
     links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
     targets = [os.readlink(link) for link in links if link.is_symlink()]
@@ -59,11 +60,28 @@ def left_behind() -> dict[str, Counter[str]]:
     return {
         "files": Counter(target.split(":[")[0] for target in targets),
         "threads": Counter(thread.name for thread in threading.enumerate()),
-        "tasks": Counter((task / "comm").read_text().strip() for task in tasks),
-        "children": Counter(
-            pid for task in tasks for pid in (task / "children").read_text().split()
-        ),
+        "tasks": Counter(read(task / "comm").strip() for task in tasks),
+        "children": Counter(" ".join(read(task / "children") for task in tasks).split()),
     }
+
+
+def read(path: Path) -> str:
+    """What a file of a thread says; nothing if it has ended meanwhile."""
+    try:
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def left_behind(before: dict[str, Counter[str]], wait_s: float) -> dict[str, Counter[str]]:
+    """What is held now and was not before; the kernel may see a thread after it was joined."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        now = held()
+        left = {name: now[name] - before[name] for name in now if now[name] - before[name]}
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -71,16 +89,19 @@ def differing(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
 
 
-def called(command: Callable[[Any], Any], settings: Any) -> list[dict[str, Any]]:
+def called(
+    command: Callable[[Any], Any], settings: Any, wait_s: float = 20.0
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Call a command from Python; what is not as it was, and what is left behind."""
-    before, held = state(), left_behind()
+    before, kept = state(), held()
     command(settings)
-    return [differing(before, state()), differing(held, left_behind())]
+    return differing(before, state()), left_behind(kept, wait_s)
 
 
 def in_a_row(runs: dict[str, TrainConfig], music: Path) -> tuple[dict[str, str], list[Any]]:
     """Train, evaluate and predict in this process; hashes of weights, and what is not as it was."""
-    changes = [called(train.run, settings) for settings in runs.values()]
+    waits_s = [0.0, *[20.0] * (len(runs) - 1)]  # the first leaves fonts and a store open
+    changes = [called(train.run, *each) for each in zip(runs.values(), waits_s, strict=True)]
     run = next(iter(runs.values())).output.run
     changes.append(called(evaluate.run, EvaluateConfig(run=run, device="cpu")))
     changes.append(called(predict.run, PredictConfig(run=run, files=(music,), device="cpu")))
@@ -188,7 +209,7 @@ def in_a_notebook(*runs: TrainConfig) -> tuple[list[Any], str]:
     sys.stdout = sys.stderr = shown
 
     async def cells() -> list[Any]:
-        return [called(train.run, settings)[0] for settings in runs]
+        return [called(train.run, settings, 0.0)[0] for settings in runs]
 
     return asyncio.run(cells()), shown.getvalue()
 
@@ -206,7 +227,7 @@ def test_a_notebook_trains_and_evaluates(
 
 def twice_and_evaluate(*runs: TrainConfig) -> list[Any]:
     """On each of two ranks."""
-    changes = [called(train.run, settings) for settings in runs]
+    changes = [called(train.run, runs[0], 0.0), called(train.run, runs[1])]
     evaluation = EvaluateConfig(run=runs[0].output.run, device="cpu")
     changes.append(called(evaluate.run, evaluation))
     # after the last one the other rank may have ended
