@@ -8,8 +8,7 @@ the in-distribution test, where the tone goes with the genre as in training, and
 test, where it does not. Two runs at a time, a core each. A run is validated once, at its end:
 validation tracks carry the shortcut, and nothing may be chosen by them.
 
-What is finished in `--work` is not done again. `--short` is what the slow test runs, `--table
-FILE` prints the table of a result.
+What is finished in `--work` is not done again. `--table FILE` prints the table of a result.
 """
 
 import argparse
@@ -77,7 +76,6 @@ CONDITIONS = {
 }
 CHECK = "poe-0"
 """Must end as `ce` does, to the bit; trained for the first seed only, and in no table."""
-SHORT = ("ce", "poe-0.5", "reweight")
 FIGURES = {
     "in_distribution_track": "in distribution: tracks",
     "in_distribution_segment": "segments",
@@ -365,9 +363,8 @@ def refuse_other_settings(path: Path, words: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, help="5; 3 with --short")
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--losses", help=f"some of {','.join(CONDITIONS)}; ce is always run")
-    parser.add_argument("--short", action="store_true", help=f"3 seeds of {', '.join(SHORT)}")
     parser.add_argument("--model", default="logmel-cnn")
     parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -378,13 +375,13 @@ def main() -> None:
     if words.table:
         print(table(json.loads(words.table.read_text())))
         return
-    wanted = words.losses.split(",") if words.losses else SHORT if words.short else CONDITIONS
+    wanted = words.losses.split(",") if words.losses else CONDITIONS
     if unknown := set(wanted) - set(CONDITIONS):
         parser.error(f"--losses: {', '.join(sorted(unknown))}: not of {', '.join(CONDITIONS)}")
     names = [name for name in CONDITIONS if name in {"ce", *wanted} - {CHECK}]
     with tempfile.TemporaryDirectory() as temporary:
         folder = (words.work or Path(temporary)).resolve()
-        count = words.seeds or (3 if words.short else 5)
+        count = words.seeds
         refuse_other_settings(folder / "settings.json", words)
         seeds = [Seed(number=n, folder=folder / f"seed-{n}") for n in range(count)]
         found = measure(names, seeds, words)
