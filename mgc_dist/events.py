@@ -47,7 +47,7 @@ class StepEvent(Event):
     Attributes:
         step: counted from 1.
         loss, grad_norm: None where they were not finite.
-        lr, head_lr: of the backbone and of the head.
+        lr, head_lr: of the backbone (of its last layer) and of the head.
         beta, mean_gain: how much the bias counts, where the loss has either.
         step_s, segments_per_s, data_wait_share: over the steps since the last event.
         model_tflop_per_s, mfu: of each rank.

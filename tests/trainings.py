@@ -47,6 +47,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "weight_decay": 0.01,
         "clip_norm": 1.0,
         "ema_decay": 0.0,
+        "layer_lr_decay": 1.0,
         "warmup_fraction": 0.1,
         "final_lr_fraction": 0.02,
         "change": (),
@@ -86,6 +87,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
             final_lr_fraction=knobs["final_lr_fraction"],
             clip_norm=knobs["clip_norm"],
             ema_decay=knobs["ema_decay"],
+            layer_lr_decay=knobs["layer_lr_decay"],
         ),
         engine=EngineConfig(
             zero_stage=knobs["zero_stage"],

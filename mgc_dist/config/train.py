@@ -122,6 +122,11 @@ class OptimConfig:
     """Peak learning rate of the backbone."""
     head_lr: Annotated[float, _RATE, LEARNED] = 1e-3
     """Peak learning rate of the classification head."""
+    layer_lr_decay: Annotated[
+        float, Range(above=0, maximum=1, cure="0.8 to 0.95 is usual, and 1 is one rate"), FIXED
+    ] = 1.0
+    """Factor of the learning rate from an encoder layer to the one below it: --lr is that of the
+    last layer. What lies below the first layer counts as one layer more; the head has --head-lr."""
     weight_decay: Annotated[
         float, Range(minimum=0, maximum=1_000, cure="0.01 is usual"), LEARNED
     ] = 0.01

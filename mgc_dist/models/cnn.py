@@ -155,3 +155,12 @@ class LogMelCnnKind:
     def part_of(self, name: str) -> str:
         """All below the classifier is one part."""
         return "cnn" if ".cnn." in name else "head"
+
+    def layers_above(self, name: str) -> int:
+        """Always refused: it has no encoder layers."""
+        raise UserError(
+            "--layer-lr-decay with --model logmel-cnn",
+            got="a model without encoder layers",
+            expected="one rate below the head, --lr",
+            cure="use --layer-lr-decay 1, or a transformers model",
+        )

@@ -101,6 +101,13 @@ class Kind(Protocol):
     def part_of(self, name: str) -> str:
         """Part of the model that a parameter or module belongs to, by its name."""
 
+    def layers_above(self, name: str) -> int:
+        """Encoder layers that lie above a parameter below the head, by its name.
+
+        Raises:
+            UserError: it has no encoder layers.
+        """
+
 
 KINDS: dict[str, Callable[[PreTrainedModel], Kind]] = {CnnConfig.model_type: LogMelCnnKind}
 """By `model_type`; what is not here is of wav2vec2's family."""

@@ -155,6 +155,19 @@ class WaveClassifier(nn.Module):
         head = [p for p in trained if id(p) not in inner]
         return head, [p for p in trained if id(p) in inner]
 
+    def backbone_by_layer(self) -> dict[int, list[nn.Parameter]]:
+        """Its trainable parameters by how many encoder layers lie above them, the lowest first.
+
+        Raises:
+            UserError: the model has no encoder layers.
+        """
+        inner = {id(p) for p in self.net.base_model.parameters()}
+        found: dict[int, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and id(parameter) in inner:
+                found.setdefault(self.kind.layers_above(name), []).append(parameter)
+        return dict(sorted(found.items(), reverse=True))
+
 
 def build_main(
     name: str,

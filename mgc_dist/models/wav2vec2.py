@@ -99,6 +99,15 @@ class Wav2Vec2Kind:
             return f"layer {layer[1]}"
         return "encoder, besides its layers" if ".encoder." in name else "head"
 
+    def layers_above(self, name: str) -> int:
+        """0 for the last layer and what follows it; all for what lies below the first one."""
+        layers = len(self.net.base_model.encoder.layers)
+        part = self.part_of(name)
+        if part.startswith("layer "):
+            return layers - 1 - int(part.removeprefix("layer "))
+        follows = ".encoder.layer_norm." in name and _norms_last(self.net)
+        return 0 if follows or part == "head" else layers
+
     @property
     def _masks_time(self) -> bool:
         config = self.net.config

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.config import OptimConfig
@@ -41,7 +41,8 @@ class Engine:
         bf16: autocast to bfloat16 over float32 weights.
         bf16_weights: bfloat16 weights, frozen ones too, with float32 copies of the trained ones in
             the optimizer; gradients add up in float32. Stages 2 and 3 only.
-        lr: peak learning rate of the backbone.
+        lr: peak learning rate of the backbone, or of its last encoder layer.
+        layer_lr_decay: factor of that rate from an encoder layer to the one below it.
         head_lr: peak learning rate of the head.
         weight_decay: of AdamW.
         clip_norm: largest norm of the gradient.
@@ -66,10 +67,10 @@ class Engine:
         bf16_weights: bool = False,
         compile_model: bool = False,
         ema_decay: float = 0.0,
+        layer_lr_decay: float = 1.0,
     ) -> None:
         deepspeed = _import_deepspeed(ranks)
-        head, backbone = model.head_and_backbone()
-        groups = [(backbone, lr), (head, head_lr)]
+        groups = _groups(model, lr, head_lr, layer_lr_decay)
         self._peak_lrs = [peak for params, peak in groups if params]
         self.ranks = ranks
         self.zero_stage = zero_stage
@@ -237,6 +238,24 @@ class Engine:
         """
         for hook in getattr(self._engine.optimizer, "_grad_acc_hooks", ()):  # ZeRO-0 has none
             hook.remove()
+
+
+def _groups(
+    model: WaveClassifier, lr: float, head_lr: float, layer_lr_decay: float
+) -> list[tuple[list[nn.Parameter], float]]:
+    """Trainable parameters and their peak learning rates, the head last.
+
+    With a decay, layer l of L has lr * decay^(L - l), and all below layer 1 has lr * decay^L.
+
+    Source: Howard and Ruder, "Universal language model fine-tuning" (ULMFiT), ACL 2018, section
+    3.2, where the decay is 1 / 2.6; Bao et al., "BEiT", ICLR 2022, counts the head as a layer
+    more, which here has a rate of its own.
+    """
+    head, backbone = model.head_and_backbone()
+    if layer_lr_decay == 1:
+        return [(backbone, lr), (head, head_lr)]
+    by_layer = model.backbone_by_layer().items()
+    return [*((each, lr * layer_lr_decay**above) for above, each in by_layer), (head, head_lr)]
 
 
 def _settings(

@@ -185,7 +185,7 @@ def forecast(
 
 
 def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) -> WaveClassifier:
-    return describe_main(
+    model = describe_main(
         config.main.model,
         genres,
         freeze=config.main.freeze,
@@ -196,6 +196,9 @@ def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) 
         spec_augment=config.main.spec_augment,
         revision=config.main.revision,
     )
+    if config.optim.layer_lr_decay != 1:
+        model.backbone_by_layer()  # refused without layers
+    return model
 
 
 def count_parts(model: WaveClassifier) -> dict[str, tuple[int, int]]:

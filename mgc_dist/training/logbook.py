@@ -45,6 +45,13 @@ def say_arithmetic(run: Run, state: State) -> None:
         *(config.engine.zero_stage, _named(run.ranks.device), run.engine.precision),
         config.objective.description,
     )
+    if config.optim.layer_lr_decay != 1:
+        deepest = max(run.model.backbone_by_layer(), default=0)
+        log.info(
+            "peak learning rates: %.3g of the head, %.3g of the last layer, down to %.3g",
+            *(config.optim.head_lr, config.optim.lr),
+            config.optim.lr * config.optim.layer_lr_decay**deepest,
+        )
     log.info("starting at samples_seen %d of %d", state.samples_seen, plan.total)
 
 

@@ -161,6 +161,7 @@ def _engine(
             bf16_weights=config.engine.precision == "bf16-weights",
             compile_model=config.engine.compile,
             ema_decay=config.optim.ema_decay,
+            layer_lr_decay=config.optim.layer_lr_decay,
         )
 
 
