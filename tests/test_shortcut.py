@@ -119,7 +119,7 @@ def test_figures_count_followed_tones_on_conflicting_tracks_only(seed: shortcut.
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_debiasing_gains_on_the_shifted_test(tmp_path: Path) -> None:
-    """Seed 0, whatever it shows: it is not to be chosen. `make shortcut` has five, and all losses."""
+    """Seed 0, whatever it shows: it is not to be chosen. `make shortcut` has five seeds."""
     result = tmp_path / "result.json"
     words = [sys.executable, "benchmarks/shortcut.py", "--seeds", "1", "--losses", "poe-0.5"]
     words += ["--json", str(result), "--work", str(tmp_path / "work")]
