@@ -21,7 +21,7 @@ from mgc_dist.data.reader import Batch, ShardSet
 from mgc_dist.errors import UserError, exit_code_of
 from mgc_dist.events import DoneEvent, StoppedEvent
 from mgc_dist.training import cache, forecast, logbook, loop, run_folder, setup
-from mgc_dist.training.resume import State, restore
+from mgc_dist.training.resume import State, all_choose, base_of, restore
 from mgc_dist.training.setup import Run
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ def train(
         if config.objective.needs_bias:
             bias = table.read(data.table, shards.manifest, shards.keys)
         plan = setup.plan_of(config, shards)
-        own = setup.identity_of(config, shards, bias, plan)
+        base = base_of(config)
+        own = setup.identity_of(config, shards, bias, plan, base)
         meeting.all_same("data", {identity.words(name): str(each) for name, each in own.items()})
         device = ranks.device_of(config.engine.device, meeting.seat.local_rank)
         meeting.all_same("devices", {"device (--device)": device.type})
@@ -87,7 +88,12 @@ def train(
                 done: Outcome = "already complete"
                 return TrainResult(outcome=done, folder=folder, is_first=peers.is_first)
             try:
-                run = setup.build(config, own, shards, bias, plan, peers, stop, pictures)
+                origin = all_choose(config.output, peers) if base else None
+                if origin:
+                    log.info("--model %s is not at hand: %s has it", config.main.model, origin)
+                run = setup.build(
+                    config, own, shards, bias, plan, peers, stop, pictures, base, origin
+                )
             except (RuntimeError, MemoryError) as error:
                 if not _is_short(error):
                     raise
