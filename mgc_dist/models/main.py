@@ -7,6 +7,7 @@ a small model of our own, registered with transformers.
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,24 @@ log = logging.getLogger(__name__)
 TEMPERATURE = "calibration_temperature"
 """In config.json; transformers refuses "temperature" there: "Some generation parameters are set
 in the model config"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What a checkpoint keeps of the model that a run began with, besides weights.
+
+    Attributes:
+        name, revision: as they were given.
+        commit: that the revision stood for; `none` where there is none.
+        settings: its configuration, as in config.json.
+        do_normalize: whether its feature extractor normalises.
+    """
+
+    name: str
+    revision: str | None
+    commit: str
+    settings: dict[str, Any]
+    do_normalize: bool
 
 
 class WaveClassifier(nn.Module):
@@ -121,6 +140,16 @@ class WaveClassifier(nn.Module):
             module.eval()
         return self
 
+    def as_base(self, name: str, revision: str | None, commit: str) -> Base:
+        """What a checkpoint keeps of this model; the arguments are as in `Base`."""
+        return Base(
+            name=name,
+            revision=revision,
+            commit=commit,
+            settings=json.loads(self.net.config.to_json_string(use_diff=False)),
+            do_normalize=self.do_normalize,
+        )
+
     @property
     def genres(self) -> tuple[str, ...]:
         """Names in label order."""
@@ -183,6 +212,7 @@ def build_main(
     cache: str = "none",
     spec_augment: bool = True,
     revision: str | None = None,
+    base: Base | None = None,
 ) -> WaveClassifier:
     """The main model, with a new head.
 
@@ -200,6 +230,7 @@ def build_main(
         cache: `none`, `cnn` or `trunk`: which frozen output it takes in place of waves.
         spec_augment: False switches SpecAugment off.
         revision: branch, tag or commit of a hub model.
+        base: build it from this, with random weights, and look for nothing by name.
 
     Raises:
         UserError: the model cannot be found, does not fit, or has BatchNorm; or the cache would
@@ -209,7 +240,7 @@ def build_main(
     name = hub.located(name)
     labels = _labels(genres, spec_augment)
     seed_everything(seed)
-    config = _new_config(name, sample_rate, labels)
+    config = _kept_config(base, labels) if base else _new_config(name, sample_rate, labels)
     net = _from_config(name, config) if config else _from_checkpoint(name, labels, revision)
     net.config.segment_samples = segment_samples  # ours: what `predict` cuts files into
     kind = kind_of(net)
@@ -217,7 +248,9 @@ def build_main(
         kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing
     )
     normalises = kind.normalises
-    if normalises is None:
+    if normalises is None and base:
+        normalises = base.do_normalize
+    elif normalises is None:
         normalises = hub.feature_extractor(name, sample_rate, revision).do_normalize
     return WaveClassifier(
         net,
@@ -270,7 +303,12 @@ def describe_main(
 
 
 def configuration(
-    name: str, genres: Sequence[str], *, spec_augment: bool = True, revision: str | None = None
+    name: str,
+    genres: Sequence[str],
+    *,
+    spec_augment: bool = True,
+    revision: str | None = None,
+    base: Base | None = None,
 ) -> PretrainedConfig:
     """The configuration of the main model, without its weights; as for `build_main`.
 
@@ -279,7 +317,7 @@ def configuration(
     """
     hub.quiet()
     name, labels = hub.located(name), _labels(genres, spec_augment)
-    config = _new_config(name, 16_000, labels)
+    config = _kept_config(base, labels) if base else _new_config(name, 16_000, labels)
     if config is None:
         try:
             config = AutoConfig.from_pretrained(
@@ -322,6 +360,25 @@ def _labels(genres: Sequence[str], spec_augment: bool) -> dict[str, Any]:
         "layerdrop": 0.0,  # ranks would drop different layers: ZeRO aborts or hangs
     }
     return settings if spec_augment else settings | {"apply_spec_augment": False}
+
+
+def is_at_hand(name: str) -> bool:
+    """Whether a model can be had without a hub: it is a file or folder, or one of our own."""
+    return name == CnnConfig.model_type or Path(hub.located(name)).exists()
+
+
+def is_found(name: str, revision: str | None) -> bool:
+    """Whether a model's configuration can be had, be it from a hub."""
+    try:
+        configuration(name, ["any"], revision=revision)
+    except UserError:
+        return False
+    return True
+
+
+def _kept_config(base: Base, labels: dict[str, Any]) -> PretrainedConfig:
+    config: PretrainedConfig = AutoConfig.for_model(**(base.settings | labels))
+    return config
 
 
 def _new_config(name: str, sample_rate: int, labels: dict[str, Any]) -> PretrainedConfig | None:

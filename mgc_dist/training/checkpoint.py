@@ -221,6 +221,17 @@ def facts(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in _OF_THE_FORMAT}
 
 
+def newest_facts(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint says of itself, not verified; {} where none says anything."""
+    root = run / FOLDER
+    for folder in sorted(_steps(root), reverse=True) or _origin(root):
+        try:
+            return facts(folder)
+        except (OSError, ValueError, AttributeError) as error:
+            log.debug("%s: %s", folder, error)
+    return {}
+
+
 def size_of_newest(root: Path) -> int:
     """Bytes of the newest checkpoint; 0 if there is none."""
     for folder in sorted(_steps(root), reverse=True)[:1]:

@@ -21,7 +21,7 @@ from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError, exit_code_of
 from mgc_dist.events import DoneEvent, StoppedEvent
 from mgc_dist.training import cache, checkpoint, forecast, logbook, loop, run_folder, setup
-from mgc_dist.training.resume import State, restore
+from mgc_dist.training.resume import State, all_choose, base_of, restore
 from mgc_dist.training.setup import Run
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ def train(
         if config.objective.needs_bias:
             bias = table.read(data.table, shards.manifest, shards.keys)
         plan = setup.plan_of(config, shards)
-        found = setup.found_of_model(config, shards.manifest)
+        base = base_of(config)
+        found = setup.found_of_model(config, shards.manifest, base)
         own = setup.identity_of(config, shards, bias, plan)
         own |= {} if isinstance(found, UserError) else found
         meeting.all_same("data", {identity.words(name): str(each) for name, each in own.items()})
@@ -91,7 +92,12 @@ def train(
                 return TrainResult(outcome=done, folder=folder, is_first=peers.is_first)
             _refuse_missing(found)
             try:
-                run = setup.build(config, own, shards, bias, plan, peers, stop, pictures)
+                origin = all_choose(config.output, peers) if base else None
+                if origin:
+                    log.info("--model %s is not at hand: %s has it", config.main.model, origin)
+                run = setup.build(
+                    config, own, shards, bias, plan, peers, stop, pictures, base, origin
+                )
             except (RuntimeError, MemoryError) as error:
                 if not _is_short(error):
                     raise

@@ -297,6 +297,27 @@ def safe_names() -> list[Any]:
     return [LossScaler, ZeroStageEnum, fragment_address]
 
 
+def whole_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights that a verified checkpoint holds outside of the optimizer, whole and on the CPU.
+
+    At stage 3 these are the frozen ones, put together from the parts of all ranks; else all.
+    """
+    files = list(checkpoint.glob("*_model_states.pt"))
+    files.sort(key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])
+    with _refusing_code(checkpoint):
+        states = [
+            torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files
+        ]
+    if not files[0].name.startswith("zero_pp_rank"):
+        return dict(states[0]["module"])
+    return {
+        name: torch.cat([each["frozen_param_fragments"][name] for each in states])[
+            : shape.numel()
+        ].view(shape)
+        for name, shape in (states[0]["frozen_param_shapes"] or {}).items()
+    }
+
+
 def _convert(checkpoint: Path, universal: Path) -> None:
     """Rewrite a checkpoint as DeepSpeed's universal one, which any world size reads (rank 0)."""
     from deepspeed.checkpoint import ds_to_universal

@@ -17,6 +17,7 @@ from mgc_dist.events import (
     ValidationEvent,
 )
 from mgc_dist.models.folder import BEST, BEST_EMA, save_exported
+from mgc_dist.models.main import Base
 from mgc_dist.scoring.score import SplitScores, all_score, fit_temperature
 from mgc_dist.training import checkpoint
 from mgc_dist.training.resume import State
@@ -26,6 +27,11 @@ log = logging.getLogger(__name__)
 
 MAX_FAILED_SAVES = 3
 """Checkpoints in a row that may fail to be written before the run ends."""
+
+
+def _base_of(run: Run) -> Base:
+    main = run.config.main
+    return run.model.as_base(main.model, main.revision, run.identity.get("revision", "none"))
 
 
 class Keeper:
@@ -113,6 +119,7 @@ class Keeper:
                 "world": run.ranks.world,
                 "zero_stage": run.engine.zero_stage,
                 "identity": run.identity,
+                "base": asdict(_base_of(run)),
             },
             keep=run.config.output.keep_checkpoints,
             lease=self._held,

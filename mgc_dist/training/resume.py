@@ -15,6 +15,7 @@ from mgc_dist.errors import EXIT_NO_CHECKPOINT, UserError
 from mgc_dist.events import CheckpointEvent, EmaValidationEvent, ValidationEvent, only
 from mgc_dist.journal import read_events
 from mgc_dist.models.folder import BEST, BEST_EMA, settle
+from mgc_dist.models.main import Base, is_at_hand, is_found
 from mgc_dist.training import checkpoint
 from mgc_dist.training.engine import factor_at
 from mgc_dist.training.setup import Run
@@ -160,6 +161,29 @@ def all_keep_best(output: RunConfig, ranks: Ranks, state: State) -> None:
         state.forget_best(output.select)
     if not holds_ema:
         state.forget_best_average()
+
+
+def base_of(config: TrainConfig) -> Base | None:
+    """What a run that goes on is built from, where its `--model` is not at hand; else None.
+
+    A file or folder that is there is read; so is a model of another name than the run began with.
+    A model of the hub is not looked for again, but under `--precision bf16-weights`, whose
+    checkpoints hold frozen weights as they were rounded.
+    """
+    main, output = config.main, config.output
+    if output.resume == "never" or is_at_hand(main.model):
+        return None
+    if config.engine.precision == "bf16-weights" and is_found(main.model, main.revision):
+        return None
+    named = output.resume not in ("auto", "latest")
+    try:
+        facts = checkpoint.facts(Path(output.resume)) if named else None
+    except (OSError, ValueError, AttributeError):
+        return None  # `all_choose` says what is wrong with it
+    facts = checkpoint.newest_facts(output.run) if facts is None else facts
+    base = Base(**facts["base"]) if "base" in facts else None
+    same = base is not None and (base.name, base.revision) == (main.model, main.revision)
+    return base if same else None
 
 
 def all_choose(config: RunConfig, ranks: Ranks) -> Path | None:

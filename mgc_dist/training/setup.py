@@ -24,6 +24,7 @@ from mgc_dist.errors import UserError
 from mgc_dist.journal import Journal
 from mgc_dist.models.flops import SegmentFlops, count
 from mgc_dist.models.main import (
+    Base,
     WaveClassifier,
     build_main,
     configuration,
@@ -33,6 +34,7 @@ from mgc_dist.models.main import (
 )
 from mgc_dist.training import cache
 from mgc_dist.training.engine import Engine
+from mgc_dist.training.engine_state import whole_weights
 from mgc_dist.training.losses import Objective, class_weights
 
 _LIBRARIES = ("torch", "transformers", "deepspeed")
@@ -88,6 +90,8 @@ def build(
     ranks: Ranks,
     stop: Stop,
     pictures: Mapping[str, Draw] | None = None,
+    base: Base | None = None,
+    origin: Path | None = None,
 ) -> Run:
     """Build the model and DeepSpeed around it (a collective).
 
@@ -100,13 +104,21 @@ def build(
         ranks: peers.
         stop: what asks for a stop.
         pictures: how values of events are drawn for TensorBoard, by key.
+        base: what the model is built from, where `--model` is not at hand.
+        origin: a verified checkpoint, which has the frozen weights then.
+
+    Raises:
+        UserError: the model does not fit; or the checkpoint has no frozen weights.
     """
     layout = lay_out(
         global_batch=config.optim.global_batch,
         world=ranks.world,
         largest_micro_batch=config.engine.micro_batch,
     )
-    model = _main_model(config, shards.manifest).to(ranks.device)
+    model = _main_model(config, shards.manifest, base)
+    if origin:
+        _take_frozen(model, origin)
+    model = model.to(ranks.device)
     bf16, cached = takes_bf16(config, ranks), None
     if model.boundary is not None:
         dtype = config.data.cache_dtype
@@ -204,7 +216,9 @@ def identity_of(
     }
 
 
-def found_of_model(config: TrainConfig, manifest: Manifest) -> dict[str, str] | UserError:
+def found_of_model(
+    config: TrainConfig, manifest: Manifest, base: Base | None = None
+) -> dict[str, str] | UserError:
     """What of the model must be the same for a checkpoint to go on: configuration, revision.
 
     Returns:
@@ -214,11 +228,15 @@ def found_of_model(config: TrainConfig, manifest: Manifest) -> dict[str, str] | 
     main = config.main
     try:
         model = configuration(
-            main.model, manifest.genres, spec_augment=main.spec_augment, revision=main.revision
+            main.model,
+            manifest.genres,
+            spec_augment=main.spec_augment,
+            revision=main.revision,
+            base=base,
         )
     except UserError as error:
         return error
-    commit = getattr(model, "_commit_hash", None)
+    commit = base.commit if base else getattr(model, "_commit_hash", None)
     return {"model": configuration_hash(model), "revision": commit or "none"}
 
 
@@ -226,7 +244,7 @@ def _said(weights: Tensor | None) -> str:
     return "none" if weights is None else " ".join(f"{each:.6g}" for each in weights.tolist())
 
 
-def _main_model(config: TrainConfig, manifest: Manifest) -> WaveClassifier:
+def _main_model(config: TrainConfig, manifest: Manifest, base: Base | None) -> WaveClassifier:
     return build_main(
         config.main.model,
         manifest.genres,
@@ -240,7 +258,25 @@ def _main_model(config: TrainConfig, manifest: Manifest) -> WaveClassifier:
         cache=config.data.cache,
         spec_augment=config.main.spec_augment,
         revision=config.main.revision,
+        base=base,
     )
+
+
+def _take_frozen(model: WaveClassifier, checkpoint: Path) -> None:
+    """Give a model the frozen weights of a checkpoint."""
+    kept = whole_weights(checkpoint)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        found = kept.get(name)
+        if found is None or found.dtype != parameter.dtype:
+            raise UserError(
+                f"frozen weights of --model in checkpoint {checkpoint}",
+                got=f"no {name}" if found is None else f"{name} in {found.dtype}, rounded",
+                expected="them as the model has them, because --model is not at hand",
+                cure="bring the model back to where it was, or name its folder: --model FOLDER",
+            )
+        parameter.data.copy_(found)
 
 
 def precision_of(config: TrainConfig, ranks: Ranks) -> str:
