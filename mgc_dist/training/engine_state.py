@@ -212,19 +212,12 @@ class EngineState:
 
     def all_weights(self) -> dict[str, Tensor]:
         """Full float32 weights on the CPU of rank 0, {} elsewhere (a collective)."""
-        from deepspeed.runtime.zero import GatheredParameters
-
         module: nn.Module = self._engine.module
         weights: dict[str, Tensor] = {}
         for name, parameter in module.named_parameters():
-            if self._settings.get("bf16") and parameter.requires_grad:
-                full = self._in_optimizer(parameter)
-                if self._ranks.is_first:
-                    weights[name] = full.cpu().clone()
-                continue
-            with GatheredParameters([parameter], enabled=self._zero_stage == 3):
-                if self._ranks.is_first:
-                    weights[name] = parameter.detach().float().cpu().clone()
+            full = self._all_of(parameter)
+            if self._ranks.is_first:
+                weights[name] = full.float().cpu().clone()
         if self._ranks.is_first:
             kept = module.state_dict(keep_vars=True)
             for name, buffer in module.named_buffers():
@@ -232,11 +225,25 @@ class EngineState:
                     weights[name] = buffer.detach().cpu().clone()
         return weights
 
-    def _in_optimizer(self, parameter: nn.Parameter) -> Tensor:
-        """The optimizer's float32 copy of a trained weight (a collective)."""
+    def _all_of(
+        self,
+        parameter: Any,  # noqa: ANN401 - DeepSpeed adds to it
+    ) -> Tensor:
+        """A whole weight, where it is trained the optimizer's float32 copy (a collective)."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        full: Tensor = safe_get_full_fp32_param(parameter)
+        full: Tensor
+        if parameter.requires_grad and (self._settings.get("bf16") or self._zero_stage == 3):
+            full = safe_get_full_fp32_param(parameter)
+            return full
+        if self._zero_stage < 3:
+            full = parameter.detach()
+            return full
+        # GatheredParameters gives what a pass left there: under autocast, rounded to bf16
+        part = parameter.ds_tensor.detach()
+        parts = part.new_empty(self._ranks.world * part.numel())
+        torch.distributed.all_gather_into_tensor(parts, part.contiguous())
+        full = parts[: parameter.ds_numel].view(parameter.ds_shape)
         return full
 
 

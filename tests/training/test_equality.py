@@ -242,6 +242,38 @@ def test_the_export_is_the_live_model(stage: int, tiny_model: Path, tmp_path: Pa
         assert by_name[name] == pytest.approx(float(expected[label]), abs=1e-5)
 
 
+def between_steps(file: Path, stage: int, exports: bool) -> tuple[list[float], bool]:
+    """Losses under autocast; whether what was exported between steps was all float32."""
+    with ranks.join("cpu") as peers:
+        engine, (wave, label) = (
+            make_engine(build(file, "layers:1", False), peers, stage, True),
+            drawn(),
+        )
+        losses, rounded = [], False
+        for _ in range(4):
+            engine.train(True)
+            engine.set_lr(1.0)
+            for _ in range(2):
+                loss = nn.functional.cross_entropy(engine(wave[:2]), label[:2], reduction="sum")
+                engine.backward(loss / 6)
+                engine.step()
+            losses.append(loss.item())
+            for _ in range(2 * exports):
+                engine.train(False)
+                with torch.no_grad():
+                    engine(wave)
+                weight = engine.state.all_weights().get("net.projector.weight")
+                rounded |= weight is not None and weight.bfloat16().float().equal(weight)
+        return losses, rounded
+
+
+def test_a_second_export_before_a_step_rounds_nothing(tiny_model: Path) -> None:
+    # GatheredParameters let go of ZeRO-3's weights, and the next pass left them there in bf16
+    found, rounded = run_ranks(2, between_steps, tiny_model, 3, True)[0]
+    assert not rounded
+    assert found == run_ranks(2, between_steps, tiny_model, 3, False)[0][0]
+
+
 def grads_of(model: WaveClassifier) -> Iterator[tuple[str, Tensor]]:
     wave, label = drawn()
     nn.functional.cross_entropy(model.train()(wave), label).backward()
