@@ -33,9 +33,10 @@ _COMMON, _MOST_VOTES = 48, 30_000_000
 """Landmarks that occur more often tell little; so many pairs of landmarks fit into memory."""
 _VOTES, _SHARE, _TOGETHER = 6, 0.006, 12
 """Landmarks that a pair must share, at one distance in time, give or take so many frames."""
-_PARTNERS, _PLACES, _IN_VAIN = 32, 4, 8
-"""Pairs of a track, and distances in time of a pair, that are looked at: those of most votes. So
-many pairs of a track are looked at in vain; its copies do not count."""
+_PARTNERS, _PLACES, _IN_VAIN = 32, 8, 6
+"""Pairs of a track, and distances in time of a pair, that are looked at: those of most votes, where
+music that repeats itself may have the true one fifth. So many pairs of a track are looked at in
+vain; its copies do not count."""
 _ONE_UP = 128 * 128 * 32 * 32
 """What the key of a landmark grows by when its lowest peak is a step of an octave higher."""
 _SPEEDS = tuple(round(1 + step / 200, 3) for step in range(-5, 6))
