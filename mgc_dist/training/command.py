@@ -90,6 +90,7 @@ def train(
             if peers.all_decide(lambda: run_folder.is_complete(config, own)):
                 done: Outcome = "already complete"
                 return TrainResult(outcome=done, folder=folder, is_first=peers.is_first)
+            setup.layout_of(config, peers.world)  # refused before a model that is far away
             _refuse_missing(found)
             try:
                 origin = all_choose(config.output, peers) if base else None

@@ -110,11 +110,7 @@ def build(
     Raises:
         UserError: the model does not fit; or the checkpoint has no frozen weights.
     """
-    layout = lay_out(
-        global_batch=config.optim.global_batch,
-        world=ranks.world,
-        largest_micro_batch=config.engine.micro_batch,
-    )
+    layout = layout_of(config, ranks.world)
     model = _main_model(config, shards.manifest, base)
     if origin:
         _take_frozen(model, origin)
@@ -194,6 +190,19 @@ def plan_of(config: TrainConfig, shards: ShardSet) -> Plan:
         seed=config.output.seed,
         window_shards=config.data.window_shards,
         shard_rows=shards.shard_rows_of("train"),
+    )
+
+
+def layout_of(config: TrainConfig, world: int) -> Layout:
+    """How a global batch is divided among ranks.
+
+    Raises:
+        UserError: a rank would get no row.
+    """
+    return lay_out(
+        global_batch=config.optim.global_batch,
+        world=world,
+        largest_micro_batch=config.engine.micro_batch,
     )
 
 
