@@ -60,6 +60,7 @@ speed: .venv/installed  ## a step against the original's and Hugging Face's Trai
 	$(RUN) python benchmarks/step.py --json benchmarks/results/step.json
 	$(RUN) python benchmarks/scaling.py --json benchmarks/results/scaling.json
 	$(RUN) python benchmarks/startup.py --json benchmarks/results/startup.json
+	$(RUN) python benchmarks/masks.py --json benchmarks/results/masks.json
 	for name in step scaling startup; do \
 	  $(RUN) python benchmarks/$$name.py --render benchmarks/results/$$name.json || exit 1; done
 	$(RUN) python benchmarks/dataplane.py --json benchmarks/results/dataplane.json

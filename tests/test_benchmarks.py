@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
+import masks  # noqa: E402
 import scaling  # noqa: E402
 import startup  # noqa: E402
 import step  # noqa: E402
@@ -161,9 +162,9 @@ def test_the_model_of_a_step() -> None:
     assert scaling.predict(0, 4, 3, **knobs) == pytest.approx(10.0 + 1.2e-6 + 2e-3)
 
 
-def test_the_page_shows_the_scaling_and_the_way_to_a_model() -> None:
+def test_the_page_shows_masks_scaling_and_the_way_to_a_model() -> None:
     page = step.PAGE.read_text(encoding="utf-8")
-    for benchmark in (scaling, startup):
+    for benchmark in (masks, scaling, startup):
         results = ROOT / "benchmarks" / "results" / f"{benchmark.__name__}.json"
         assert benchmark.render(json.loads(results.read_text()), page) == page, results.name
 
