@@ -145,7 +145,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _aside(path)
     temporary.mkdir()
-    old = path.with_name(path.name + ".old")
+    old = replaced(path)
     try:
         yield temporary
         if path.exists():
@@ -156,6 +156,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # at once: it may be what fills the disk
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def replaced(path: Path) -> Path:
+    """Where `replacing_folder` puts the folder before it, between its two renames."""
+    return path.with_name(path.name + ".old")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from transformers import (
 
 from mgc_dist import cli
 from mgc_dist.errors import UserError
-from mgc_dist.files import replacing_folder
+from mgc_dist.files import replaced, replacing_folder
 from mgc_dist.models import hub
 from mgc_dist.models.main import TEMPERATURE, WaveClassifier
 
@@ -46,19 +46,15 @@ def find_exported(run_or_export: Path, *, ema: bool = False) -> Path:
 
 def best_of(run: Path, name: str = BEST) -> Path:
     """The best model of a run; between two renames of `save_exported`, the one before it."""
-    best, old = run / name, _old(run / name)
+    best, old = run / name, replaced(run / name)
     return old if old.is_dir() and not best.exists() else best
 
 
 def settle(folder: Path) -> None:
     """Give a model its name back that a kill between two renames of `save_exported` took."""
-    old = _old(folder)
+    old = replaced(folder)
     if old.is_dir() and not folder.exists():
         old.rename(folder)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
 
 
 def load_exported(folder: Path) -> WaveClassifier:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the constants of splitmix64 as signed numbers
 _MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
 _SHIFTS = (30, 27, 31)
-_TIME, _FEATURE = 1, 2
-"""Streams of numbers of a row."""
+_STREAMS = {"time": 1, "feature": 2}
+"""Streams of numbers of a row, by axis."""
 
 
 class RowMasks:
@@ -57,25 +57,20 @@ class RowMasks:
         if draw is None:
             draw = torch.randint(1 << 62, (rows,), device=hidden_states.device)
         if config.mask_time_prob > 0:
-            mask = spans(
-                _mixed(draw, _TIME),
-                frames,
-                share=config.mask_time_prob,
-                length=config.mask_time_length,
-                least=config.mask_time_min_masks,
-            )
+            mask = self._spans(draw, "time", frames)
             filler = base.masked_spec_embed.to(hidden_states.dtype)
             hidden_states = torch.where(mask[:, :, None], filler, hidden_states)
         if config.mask_feature_prob > 0:
-            mask = spans(
-                _mixed(draw, _FEATURE),
-                width,
-                share=config.mask_feature_prob,
-                length=config.mask_feature_length,
-                least=config.mask_feature_min_masks,
-            )
+            mask = self._spans(draw, "feature", width)
             hidden_states = hidden_states.masked_fill(mask[:, None, :], 0)
         return hidden_states
+
+    def _spans(self, draw: Tensor, axis: str, size: int) -> Tensor:
+        """Masked spans of an axis, as the configuration has them: bool [B, size]."""
+        share, length, least = (
+            getattr(self._config, f"mask_{axis}_{name}") for name in ("prob", "length", "min_masks")
+        )
+        return spans(_mixed(draw, _STREAMS[axis]), size, share=share, length=length, least=least)
 
 
 def spans(draw: Tensor, size: int, *, share: float, length: int, least: int) -> Tensor:

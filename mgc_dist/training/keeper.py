@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mgc_dist.cluster.lease import Lease
 from mgc_dist.cluster.watch import Watch
@@ -32,6 +33,15 @@ MAX_FAILED_SAVES = 3
 def _base_of(run: Run) -> Base:
     main = run.config.main
     return run.model.as_base(main.model, main.revision, run.identity.get("revision", "none"))
+
+
+def _say(what: str, result: SplitScores, better: bool) -> None:
+    track = result.track
+    log.info(
+        "%s: track NLL %.4f accuracy %.3f macro-F1 %.3f, segment accuracy %.3f%s",
+        *(what, track.nll, track.accuracy, track.macro_f1, result.segment.accuracy),
+        " (best)" if better else "",
+    )
 
 
 class Keeper:
@@ -143,72 +153,40 @@ class Keeper:
         self.validate_s = max(self.validate_s, time.perf_counter() - started)
 
     def _all_validate_weights(self, step: int, state: State) -> None:
-        run, result = self._run, self._all_scored(step)
-        select, broken = run.config.output.select, result.rows_not_finite
-        loss, least = result.loss_by(select), state.best_loss
-        better = not broken and (least is None or loss <= least)
-        exported = better and self._all_export(step, result, BEST)
-        if exported:
-            state.best_by, state.best_loss = select, loss
+        run, least = self._run, state.best_loss
+        result, better, figures = self._all_judge(step, state, least, BEST)
+        loss, broken = figures["select_loss"], result.rows_not_finite
+        if figures["exported"]:
+            state.best_by, state.best_loss = figures["select"], loss
             state.best_samples_seen = state.samples_seen
         state.no_better = 0 if least is None or loss < least else state.no_better + 1
-        epoch, track = state.samples_seen / run.plan.rows, result.track
         if broken and run.ranks.is_first:
             log.warning(
                 "the logits of %d of %d validation segments are not finite: this model is not kept",
                 *(broken, len(result.logits)),
             )
-        event = ValidationEvent(
-            exported=exported,
-            select=select,
-            select_loss=loss,
-            segments_not_finite=broken,
-            samples_seen=state.samples_seen,
-            epoch=round(epoch, 4),
-            track_accuracy=track.accuracy,
-            track_macro_f1=track.macro_f1,
-            track_nll=track.nll,
-            segment_accuracy=result.segment.accuracy,
-            confusion=track.confusion.tolist(),
-        )
-        run.journal.write(event)
-        log.info(
-            "validation after epoch %.2f: track NLL %.4f accuracy %.3f macro-F1 %.3f, "
-            "segment accuracy %.3f%s",
-            *(epoch, track.nll, track.accuracy, track.macro_f1, result.segment.accuracy),
-            " (best)" if better else "",
-        )
+        run.journal.write(ValidationEvent(**figures, confusion=result.track.confusion.tolist()))
+        epoch = state.samples_seen / run.plan.rows
+        _say(f"validation after epoch {epoch:.2f}", result, better)
 
     def _all_validate_average(self, step: int, state: State) -> None:
-        run, result = self._run, self._all_scored(step)
-        select, broken, track = run.config.output.select, result.rows_not_finite, result.track
-        loss = result.loss_by(select)
-        better = not broken and (state.ema_loss is None or loss <= state.ema_loss)
-        exported = better and self._all_export(step, result, BEST_EMA)
-        if exported:
-            state.ema_loss, state.ema_samples_seen = loss, state.samples_seen
-        event = EmaValidationEvent(
-            exported=exported,
-            select=select,
-            select_loss=loss,
-            segments_not_finite=broken,
-            samples_seen=state.samples_seen,
-            epoch=round(state.samples_seen / run.plan.rows, 4),
-            track_accuracy=track.accuracy,
-            track_macro_f1=track.macro_f1,
-            track_nll=track.nll,
-            segment_accuracy=result.segment.accuracy,
-        )
-        run.journal.write(event)
-        log.info(
-            "averaged weights: track NLL %.4f accuracy %.3f macro-F1 %.3f, segment accuracy %.3f%s",
-            *(track.nll, track.accuracy, track.macro_f1, result.segment.accuracy),
-            " (best)" if better else "",
-        )
+        result, better, figures = self._all_judge(step, state, state.ema_loss, BEST_EMA)
+        if figures["exported"]:
+            state.ema_loss = figures["select_loss"]
+            state.ema_samples_seen = state.samples_seen
+        self._run.journal.write(EmaValidationEvent(**figures))
+        _say("averaged weights", result, better)
 
-    def _all_scored(self, step: int) -> SplitScores:
+    def _all_judge(
+        self, step: int, state: State, least: float | None, name: str
+    ) -> tuple[SplitScores, bool, dict[str, Any]]:
+        """Walk the split with what the engine computes with, and export it if it is the best.
+
+        Returns:
+            The scores, whether none was better, and what an event says of them.
+        """
         run = self._run
-        return all_score(
+        result = all_score(
             run.engine,
             run.shards,
             "validation",
@@ -217,6 +195,22 @@ class Keeper:
             progress=lambda batches: self._watched(step, batches),
             features=run.features,
         )
+        select, broken, track = run.config.output.select, result.rows_not_finite, result.track
+        loss = result.loss_by(select)
+        better = not broken and (least is None or loss <= least)
+        figures = {
+            "exported": better and self._all_export(step, result, name),
+            "select": select,
+            "select_loss": loss,
+            "segments_not_finite": broken,
+            "samples_seen": state.samples_seen,
+            "epoch": round(state.samples_seen / run.plan.rows, 4),
+            "track_accuracy": track.accuracy,
+            "track_macro_f1": track.macro_f1,
+            "track_nll": track.nll,
+            "segment_accuracy": result.segment.accuracy,
+        }
+        return result, better, figures
 
     def _watched(self, step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:

@@ -173,8 +173,6 @@ def base_of(config: TrainConfig) -> Base | None:
     main, output = config.main, config.output
     if output.resume == "never" or is_at_hand(main.model):
         return None
-    if config.engine.precision == "bf16-weights" and is_found(main.model, main.revision):
-        return None
     named = output.resume not in ("auto", "latest")
     try:
         facts = checkpoint.facts(Path(output.resume)) if named else None
@@ -182,8 +180,10 @@ def base_of(config: TrainConfig) -> Base | None:
         return None  # `all_choose` says what is wrong with it
     facts = checkpoint.newest_facts(output.run) if facts is None else facts
     base = Base(**facts["base"]) if "base" in facts else None
-    same = base is not None and (base.name, base.revision) == (main.model, main.revision)
-    return base if same else None
+    if base is None or (base.name, base.revision) != (main.model, main.revision):
+        return None
+    rounded = config.engine.precision == "bf16-weights"
+    return None if rounded and is_found(main.model, main.revision) else base
 
 
 def all_choose(config: RunConfig, ranks: Ranks) -> Path | None:
