@@ -4,20 +4,18 @@ import copy
 import errno
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoFeatureExtractor,
-    AutoModelForAudioClassification,
-    Wav2Vec2FeatureExtractor,
-)
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
 from mgc_dist import cli
 from mgc_dist.errors import UserError
 from mgc_dist.files import replacing_folder
 from mgc_dist.models import hub
+from mgc_dist.models.kind import kind_of
 from mgc_dist.models.main import TEMPERATURE, WaveClassifier
 
 WEIGHTS = "model.safetensors"
@@ -83,7 +81,8 @@ def load_exported(folder: Path) -> WaveClassifier:
             expected="an audio classifier that mgc_dist has exported",
             cure="export the run again: python -m mgc_dist.export RUN OUT",
         )
-    return WaveClassifier(net, do_normalize=_saved_extractor(folder).do_normalize).eval()
+    normalises = kind_of(net).take(_saved_extractor(folder))
+    return WaveClassifier(net, do_normalize=normalises).eval()
 
 
 def sample_rate_of(folder: Path) -> int:
@@ -117,12 +116,7 @@ def save_exported(
         fresh = AutoModelForAudioClassification.from_config(config)
     of_net = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
     fresh.load_state_dict(of_net, strict=True, assign=True)
-    extractor = Wav2Vec2FeatureExtractor(
-        feature_size=1,
-        sampling_rate=sample_rate,
-        do_normalize=model.do_normalize,
-        return_attention_mask=getattr(model.net.config, "feat_extract_norm", "") == "layer",
-    )
+    extractor = model.kind.extractor(sample_rate, model.do_normalize)
     with replacing_folder(folder) as temporary:
         try:
             fresh.save_pretrained(temporary)
@@ -143,12 +137,12 @@ def save_calibrated(model: WaveClassifier, folder: Path, sample_rate: int) -> No
     """
     assert model.temperature is not None
     weights = dict(model.state_dict())
-    for name in ("net.classifier.weight", "net.classifier.bias"):
+    for name in (f"net.{model.kind.head}.{part}" for part in ("weight", "bias")):
         weights[name] = weights[name] / model.temperature
     save_exported(model, weights, folder, sample_rate)
 
 
-def _saved_extractor(folder: Path) -> Wav2Vec2FeatureExtractor:
+def _saved_extractor(folder: Path) -> Any:  # noqa: ANN401 - one of several of transformers
     try:
         return AutoFeatureExtractor.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -13,7 +13,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoFeatureExtractor, PreTrainedModel, Wav2Vec2FeatureExtractor
+from transformers import (
+    AutoFeatureExtractor,
+    PretrainedConfig,
+    PreTrainedModel,
+    Wav2Vec2FeatureExtractor,
+)
 
 from mgc_dist.config.identity import OLD_MODEL
 from mgc_dist.errors import UserError
@@ -114,13 +119,30 @@ def feature_extractor(
         except (OSError, ValueError) as error:
             raise not_found(name, error) from error
     if extractor.sampling_rate != sample_rate:
-        raise UserError(
-            f"sample rate of the shards for {name}",
-            got=f"{sample_rate} Hz",
-            expected=f"{extractor.sampling_rate} Hz",
-            cure=f"pack again: python -m mgc_dist.shard --sample-rate {extractor.sampling_rate}",
-        )
+        raise other_rate(name, sample_rate, extractor.sampling_rate)
     return extractor
+
+
+def other_rate(name: str, got: int, wanted: int) -> UserError:
+    """What to say when a model wants waves of another sample rate; in Hz."""
+    return UserError(
+        f"sample rate of the shards for {name}",
+        got=f"{got} Hz",
+        expected=f"{wanted} Hz",
+        cure=f"pack again: python -m mgc_dist.shard --sample-rate {wanted}",
+    )
+
+
+def wave_extractor(
+    sample_rate: int, do_normalize: bool, config: PretrainedConfig
+) -> Wav2Vec2FeatureExtractor:
+    """The feature extractor of a model over waves; the large flavour's gives an attention mask."""
+    return Wav2Vec2FeatureExtractor(
+        feature_size=1,
+        sampling_rate=sample_rate,
+        do_normalize=do_normalize,
+        return_attention_mask=getattr(config, "feat_extract_norm", "") == "layer",
+    )
 
 
 def refuse_no_encoder(flag: str, net: PreTrainedModel) -> None:
@@ -151,6 +173,27 @@ def refuse_short(name: str, segment_samples: int, *, frames: int, needed: int) -
             expected=f"at least {needed} (its SpecAugment mask, or its pooling)",
             cure="pack longer segments: python -m mgc_dist.shard --segment-s 3",
         )
+
+
+def too_long(name: str, segment_samples: int, longest: int, rate: int) -> UserError:
+    """What to say of segments that a model has no positions for; in samples, at a rate in Hz."""
+    return UserError(
+        f"segments of {segment_samples} samples for {name}",
+        got=f"{segment_samples / rate:g} s",
+        expected=f"at most {longest / rate:g} s, for which it has positions",
+        cure="pack shorter segments: python -m mgc_dist.shard "
+        f"--segment-s {min(longest // rate, 3) or longest / rate:g}",
+    )
+
+
+def too_many_layers(asked: int, layers: int) -> UserError:
+    """What to say when more layers are to be frozen than there are."""
+    return UserError(
+        f"--freeze layers:{asked}",
+        got=asked,
+        expected=f"1 to {layers} for this model",
+        cure="--freeze backbone freezes everything below the head",
+    )
 
 
 def inexact(flag: str, got: str, cure: str) -> UserError:

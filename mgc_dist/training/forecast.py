@@ -275,7 +275,8 @@ def activation_bytes(model: WaveClassifier, rows: int, segment_samples: int) -> 
 
     model.net.config.apply_spec_augment = False  # it looks at numbers, of which there are none
     wave = torch.zeros((rows, segment_samples), dtype=torch.int16, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.device("meta"), hooks:
         output = model.train()(wave)
     del output
     return sum(kept.values())
