@@ -3,6 +3,7 @@
 With its neighbours the only modules that know transformers.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -12,7 +13,7 @@ from pickle import UnpicklingError
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoFeatureExtractor,
     PretrainedConfig,
@@ -92,8 +93,37 @@ def load(
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise  # memory may be short
         raise not_found(name, error) from error
+    _remake_unsaved(net)
     missing = set(info["missing_keys"]) | {item[0] for item in info["mismatched_keys"]}
     return net, missing
+
+
+def _remake_unsaved(net: PreTrainedModel) -> None:
+    """Give a loaded model the tensors that no checkpoint holds, as its own code makes them.
+
+    transformers builds on the meta device, where nothing has a value. What is neither a weight nor
+    a saved buffer, such as the table of a rotary embedding, then holds whatever lay in memory.
+    """
+    saved = set(net.state_dict())
+    unsaved = [name for name in _tensors(net) if name not in saved]
+    if not unsaved:
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        made = _tensors(type(net)(copy.deepcopy(net.config)))
+    for name in unsaved:
+        owner, _, own_name = name.rpartition(".")
+        setattr(net.get_submodule(owner), own_name, made[name].detach())
+
+
+def _tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Buffers and plain attributes of all modules, by name."""
+    return {
+        f"{owner}.{name}".removeprefix("."): value
+        for owner, module in net.named_modules()
+        for name, value in (vars(module) | module._buffers).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def feature_extractor(

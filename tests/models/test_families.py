@@ -15,10 +15,13 @@ from transformers import (
     ASTFeatureExtractor,
     AutoModel,
     PretrainedConfig,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
     pipeline,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
 
 from mgc_dist.errors import UserError
@@ -320,3 +323,41 @@ def test_each_takes_two_steps(
     assert len(losses(tmp_path / "run")) == 2
     told = exported.load_exported(exported.find_exported(tmp_path / "run"))
     assert told(waves()).shape[0] == 2
+
+
+class PlantedConfig(Wav2Vec2Config):
+    """As custom code has them."""
+
+    model_type = "planted"
+
+
+class Planted(Wav2Vec2ForSequenceClassification):
+    """With tensors that no checkpoint holds."""
+
+    config_class = PlantedConfig
+
+    def __init__(self, config: PlantedConfig) -> None:
+        super().__init__(config)
+        table = torch.arange(1.0, 1.0 + config.classifier_proj_size)
+        self.projector.register_buffer("table", table, persistent=False)
+        self.projector.plain = table / 2
+        self.projector.register_forward_hook(lambda m, i, out: out * m.table + m.plain)
+
+
+def test_tensors_that_no_checkpoint_holds_are_what_the_code_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are left as memory happens to be, because models are built on the meta device."""
+    classes = MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
+    monkeypatch.setitem(classes._extra_content, PlantedConfig, Planted)
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "planted", PlantedConfig)
+    settings = small("wav2vec2") | {"model_type": "planted"}
+    (tmp_path / "planted.json").write_text(json.dumps(settings))
+    classifier = build_tiny(tmp_path / "planted.json", GENRES).eval()
+    exported.save_exported(classifier, dict(classifier.state_dict()), tmp_path / "best", RATE)
+    first, second = (exported.load_exported(tmp_path / "best") for _ in range(2))
+    assert first.net.projector.table.tolist() == [float(n) for n in range(1, 17)]
+    with torch.no_grad():
+        wanted = classifier(waves())
+        assert first(waves()).equal(wanted)
+        assert second(waves()).equal(wanted)
