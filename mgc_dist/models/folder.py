@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+from transformers import AutoFeatureExtractor
 
 from mgc_dist import cli
 from mgc_dist.errors import UserError
 from mgc_dist.files import replacing_folder
-from mgc_dist.models import hub
+from mgc_dist.models import custom, hub
 from mgc_dist.models.kind import kind_of
 from mgc_dist.models.main import TEMPERATURE, WaveClassifier
 
@@ -59,8 +59,12 @@ def _old(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
-def load_exported(folder: Path) -> WaveClassifier:
+def load_exported(folder: Path, *, trust_remote_code: bool = False) -> WaveClassifier:
     """A classifier from a folder that `save_exported` or `save_pretrained` wrote, in eval mode.
+
+    Args:
+        folder: as above.
+        trust_remote_code: run code that lies beside the weights.
 
     Raises:
         UserError: no such folder, or weights are missing in it.
@@ -73,7 +77,8 @@ def load_exported(folder: Path) -> WaveClassifier:
             expected="a run folder with best/, or an exported model",
             cure=f"train first: {cli.launched('train')}",
         )
-    net, missing = hub.load(AutoModelForAudioClassification, str(folder))
+    config = custom.read_config(str(folder), None, trusted=trust_remote_code)
+    net, missing = hub.load(custom.loader(config), str(folder), config=config)
     if missing or not hasattr(net.config, "segment_samples"):
         raise UserError(
             f"model folder {folder}",
@@ -112,8 +117,11 @@ def save_exported(
     """
     config = copy.deepcopy(model.net.config)  # from_config would share it with the live model
     setattr(config, TEMPERATURE, temperature)
+    is_custom = custom.is_custom(config)
+    if is_custom:  # a model of the hub names its repository there: "m-a-p/MERT--modeling.Model"
+        config.auto_map = {k: v.rpartition("--")[2] for k, v in config.auto_map.items()}
     with torch.device("meta"):  # random weights of 300 M elements would take seconds
-        fresh = AutoModelForAudioClassification.from_config(config)
+        fresh = type(model.net)(config)
     of_net = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
     fresh.load_state_dict(of_net, strict=True, assign=True)
     extractor = model.kind.extractor(sample_rate, model.do_normalize)
@@ -123,6 +131,8 @@ def save_exported(
         except (SafetensorError, RuntimeError) as error:  # a full disk is no OSError there
             raise OSError(errno.EIO, str(error), str(folder)) from error
         extractor.save_pretrained(temporary)
+        if is_custom:
+            custom.copy_code(model.net, temporary)
         for path in temporary.iterdir():  # safetensors writes 0600, whatever the umask
             path.chmod(temporary.stat().st_mode & 0o666)
 

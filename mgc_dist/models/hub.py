@@ -127,7 +127,7 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
 
 
 def feature_extractor(
-    name: str, sample_rate: int, revision: str | None = None
+    name: str, sample_rate: int, revision: str | None = None, *, trusted: bool = False
 ) -> Wav2Vec2FeatureExtractor:
     """The feature extractor of a model; one that normalises where it has none of its own.
 
@@ -135,6 +135,7 @@ def feature_extractor(
         name: hub name, folder or config .json.
         sample_rate: of the shards in Hz.
         revision: branch, tag or commit of a hub model.
+        trusted: run its code, if it has some; only after `custom.read_config`.
 
     Raises:
         UserError: it cannot be found, or wants another sample rate.
@@ -144,7 +145,7 @@ def feature_extractor(
     if has_own or not (Path(name).exists() or name.endswith(".json")):
         try:
             extractor = AutoFeatureExtractor.from_pretrained(
-                name, trust_remote_code=False, revision=revision or "main"
+                name, trust_remote_code=trusted, revision=revision or "main"
             )
         except (OSError, ValueError) as error:
             raise not_found(name, error) from error
@@ -236,13 +237,20 @@ def inexact(flag: str, got: str, cure: str) -> UserError:
     )
 
 
+def is_custom_code(error: Exception) -> bool:
+    """Whether transformers says that it would have to run a model's own code."""
+    return "trust_remote_code" in str(
+        error
+    )  # "... contains custom code which must be executed ..."
+
+
 def not_found(name: str, error: Exception) -> UserError:
     """What to say when transformers cannot find or read a model, or would run code for it."""
-    if "trust_remote_code" in str(error):  # "... contains custom code which must be executed ..."
+    if is_custom_code(error):
         return UserError(
             f"model {name}",
             got="a model with custom code (`auto_map` in its config.json)",
-            expected="a model whose code is in transformers: custom code is not supported yet",
+            expected="a model whose code is in transformers: only main models may have their own",
             cure="choose wav2vec2, hubert, wavlm, data2vec-audio or the like",
         )
     if isinstance(error, UnpicklingError | LookupError | EOFError):

@@ -24,7 +24,7 @@ from transformers import (
 
 from mgc_dist.cluster.ranks import seed_everything
 from mgc_dist.errors import UserError
-from mgc_dist.models import hub
+from mgc_dist.models import custom, hub
 from mgc_dist.models.bands import MEAN, SCALE
 from mgc_dist.models.cnn import CnnConfig
 from mgc_dist.models.hub import normalise
@@ -214,6 +214,7 @@ def build_main(
     cache: str = "none",
     spec_augment: bool = True,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     base: Base | None = None,
 ) -> WaveClassifier:
     """The main model, with a new head.
@@ -232,6 +233,7 @@ def build_main(
         cache: `none`, `cnn` or `trunk`: which frozen output it takes in place of waves.
         spec_augment: False switches SpecAugment off.
         revision: branch, tag or commit of a hub model.
+        trust_remote_code: run code that lies beside the weights.
         base: build it from this, with random weights, and look for nothing by name.
 
     Raises:
@@ -243,7 +245,10 @@ def build_main(
     labels = _labels(genres, spec_augment)
     seed_everything(seed)
     config = _kept_config(base, labels) if base else _new_config(name, sample_rate, labels)
-    net = _from_config(name, config) if config else _from_checkpoint(name, labels, revision)
+    if config:
+        net = _from_config(name, config)
+    else:
+        net = _from_checkpoint(name, labels, revision, trust_remote_code)
     net.config.segment_samples = segment_samples  # ours: what `predict` cuts files into
     kind = kind_of(net)
     frozen = _make_ready(
@@ -253,7 +258,8 @@ def build_main(
     if normalises is None and base:
         normalises = base.do_normalize
     elif normalises is None:
-        normalises = kind.take(hub.feature_extractor(name, sample_rate, revision))
+        extractor = hub.feature_extractor(name, sample_rate, revision, trusted=trust_remote_code)
+        normalises = kind.take(extractor)
     return WaveClassifier(
         net,
         do_normalize=normalises,
@@ -274,6 +280,7 @@ def describe_main(
     cache: str = "none",
     spec_augment: bool = True,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> WaveClassifier:
     """The main model of `build_main` without its weights: on torch's meta device, in a second.
 
@@ -287,13 +294,20 @@ def describe_main(
         cache: as for `build_main`.
         spec_augment: as for `build_main`.
         revision: as for `build_main`.
+        trust_remote_code: as for `build_main`.
 
     Raises:
         UserError: the model's configuration cannot be found, or does not fit; or the cache would
             not be exact.
     """
     name = hub.located(name)
-    config = configuration(name, genres, spec_augment=spec_augment, revision=revision)
+    config = configuration(
+        name,
+        genres,
+        spec_augment=spec_augment,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     with torch.device("meta"):
         net = _from_config(name, config).to("meta")
     kind = kind_of(net)
@@ -310,6 +324,7 @@ def configuration(
     *,
     spec_augment: bool = True,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     base: Base | None = None,
 ) -> PretrainedConfig:
     """The configuration of the main model, without its weights; as for `build_main`.
@@ -320,13 +335,15 @@ def configuration(
     hub.quiet()
     name, labels = hub.located(name), _labels(genres, spec_augment)
     config = _kept_config(base, labels) if base else _new_config(name, 16_000, labels)
-    return config or _saved_config(name, labels, revision)
+    return config or _saved_config(name, labels, revision, trust_remote_code)
 
 
 def configuration_hash(config: PretrainedConfig) -> str:
     """Hash of what a configuration says of the model, not of where it lies or who wrote it."""
     said = config.to_dict()
     content = {name: value for name, value in said.items() if name not in _OF_THE_FILE}
+    if custom.is_custom(config):
+        content["code"] = custom.code_of(config)
     text = json.dumps(content, sort_keys=True, default=str)
     return f"{config.model_type} {xxhash.xxh3_128_hexdigest(text.encode())}"
 
@@ -372,18 +389,15 @@ def is_found(name: str, revision: str | None) -> bool:
     return True
 
 
-def _saved_config(name: str, labels: dict[str, Any], revision: str | None) -> PretrainedConfig:
+def _saved_config(
+    name: str, labels: dict[str, Any], revision: str | None, trusted: bool
+) -> PretrainedConfig:
     """The configuration of a checkpoint, with what a run decides on.
 
     transformers hands what a configuration does not name on to the model: "__init__() got an
     unexpected keyword argument 'layerdrop'" (AST).
     """
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            name, trust_remote_code=False, revision=revision or "main", **labels
-        )
-    except (OSError, ValueError) as error:
-        raise hub.not_found(name, error) from error
+    config = custom.read_config(name, revision, trusted=trusted, **labels)
     for setting in ("layerdrop", "apply_spec_augment"):
         if setting in labels:
             setattr(config, setting, labels[setting])
@@ -411,7 +425,11 @@ def _new_config(name: str, sample_rate: int, labels: dict[str, Any]) -> Pretrain
 
 def _from_config(name: str, config: PretrainedConfig) -> PreTrainedModel:
     try:
-        net: PreTrainedModel = AutoModelForAudioClassification.from_config(config)
+        net: PreTrainedModel = (
+            custom.CustomAudioClassifier(config)
+            if custom.is_custom(config)
+            else AutoModelForAudioClassification.from_config(config)
+        )
     except _BAD_CONFIG as error:
         raise _refused_config(name, error) from error
     return net
@@ -474,9 +492,11 @@ def frozen_fingerprint(model: WaveClassifier) -> str:
     return digest.hexdigest() if frozen else "none"
 
 
-def _from_checkpoint(name: str, labels: dict[str, Any], revision: str | None) -> PreTrainedModel:
-    config = _saved_config(name, labels, revision)
-    net, missing = hub.load(AutoModelForAudioClassification, name, revision, config=config)
+def _from_checkpoint(
+    name: str, labels: dict[str, Any], revision: str | None, trusted: bool
+) -> PreTrainedModel:
+    config = _saved_config(name, labels, revision, trusted)
+    net, missing = hub.load(custom.loader(config), name, revision, config=config)
     kind = kind_of(net)
     inner = next(f"{part}." for part, module in net.named_modules() if module is kind.base)
     lost = sorted(
@@ -485,20 +505,18 @@ def _from_checkpoint(name: str, labels: dict[str, Any], revision: str | None) ->
     if lost:
         raise hub.incomplete(name, lost)
     if not missing & {f"{kind.head}.weight", f"{kind.head}.bias"}:
-        missing |= _judge_head(name, kind, revision)
+        own = _saved_config(name, {}, revision, trusted).id2label
+        missing |= _judge_head(name, kind, own)
     log.info("new weights, the rest from %s: %s", name, ", ".join(sorted(missing)) or "none")
     return net
 
 
-def _judge_head(name: str, kind: Kind, revision: str | None) -> set[str]:
+def _judge_head(name: str, kind: Kind, own: Mapping[int, str]) -> set[str]:
     """Keep the head of a checkpoint only if its labels are our genres, in order.
 
     Returns:
         The names of its weights, where they are drawn anew.
     """
-    own = AutoConfig.from_pretrained(
-        name, trust_remote_code=False, revision=revision or "main"
-    ).id2label
     labels = (own, kind.net.config.id2label)
     theirs, ours = ([each[label] for label in sorted(each)] for each in labels)
     if theirs == ours:

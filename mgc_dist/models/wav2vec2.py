@@ -30,13 +30,13 @@ class Wav2Vec2Kind:
     """
 
     normalises: bool | None = None
-    needs_our_code = False
     head = "classifier"
 
     def __init__(self, net: PreTrainedModel) -> None:
         self.net = net
         self.cut = Wav2Vec2Cut(net)
         self.masks = RowMasks.of(net)
+        self.needs_our_code = not type(net).__module__.startswith("transformers.")
 
     @property
     def base(self) -> nn.Module:
@@ -67,7 +67,9 @@ class Wav2Vec2Kind:
     def refuse_unfit(self, name: str, segment_samples: int) -> None:
         """Refuse what takes no raw audio, or gets too few frames."""
         hub.refuse_no_encoder(f"--model {name}", self.net)
-        lengths = self.net._get_feat_extract_output_lengths(torch.tensor(segment_samples))
+        lengths = self.net.base_model._get_feat_extract_output_lengths(
+            torch.tensor(segment_samples)
+        )
         needed = self.net.config.mask_time_length if self._masks_time else 1
         hub.refuse_short(name, segment_samples, frames=int(lengths), needed=needed)
 
@@ -82,7 +84,7 @@ class Wav2Vec2Kind:
             base.masked_spec_embed.requires_grad_(False)  # unused: ZeRO-3 repeats its last gradient
         if freeze == "none":
             return []
-        self.net.freeze_feature_encoder()
+        base.feature_extractor._freeze_parameters()
         if freeze == "feature_encoder":
             return [base.feature_extractor]
         if freeze == "backbone":

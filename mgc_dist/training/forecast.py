@@ -195,6 +195,7 @@ def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) 
         cache=config.data.cache,
         spec_augment=config.main.spec_augment,
         revision=config.main.revision,
+        trust_remote_code=config.main.trust_remote_code,
     )
     if config.optim.layer_lr_decay != 1:
         model.backbone_by_layer()  # refused without layers

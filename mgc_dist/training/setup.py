@@ -232,6 +232,7 @@ def found_of_model(
             manifest.genres,
             spec_augment=main.spec_augment,
             revision=main.revision,
+            trust_remote_code=main.trust_remote_code,
             base=base,
         )
     except UserError as error:
@@ -258,6 +259,7 @@ def _main_model(config: TrainConfig, manifest: Manifest, base: Base | None) -> W
         cache=config.data.cache,
         spec_augment=config.main.spec_augment,
         revision=config.main.revision,
+        trust_remote_code=config.main.trust_remote_code,
         base=base,
     )
 

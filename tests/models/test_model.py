@@ -392,7 +392,9 @@ def test_custom_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         lambda: exported.load_exported(Path(folder)),
     )
     for load in loads:
-        with pytest.raises(UserError, match="custom code is not supported yet") as error:
+        with pytest.raises(
+            UserError, match="expected a model whose code is in transformers"
+        ) as error:
             load()
         assert "a model with custom code (`auto_map` in its config.json)" in str(error.value)
         assert "hf download" not in str(error.value)
