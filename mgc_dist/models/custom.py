@@ -28,7 +28,7 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_class_from_d
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mgc_dist.errors import UserError
-from mgc_dist.models import hub
+from mgc_dist.models import load_errors
 
 _PROJECTED = 256
 """Width of the head's first layer: `classifier_proj_size` of wav2vec2."""
@@ -81,9 +81,9 @@ def read_config(
                 name, trust_remote_code=trusted, revision=revision or "main", **settings
             )
     except (OSError, ValueError) as error:
-        if hub.is_custom_code(error):
+        if load_errors.is_custom_code(error):
             raise _untrusted(name) from error
-        raise hub.not_found(name, error) from error
+        raise load_errors.explained(name, error) from error
     if not is_custom(config):
         return config
     config.code_revision = None if Path(name).is_dir() else revision

@@ -14,7 +14,7 @@ from transformers import AutoFeatureExtractor
 from mgc_dist import cli
 from mgc_dist.errors import UserError
 from mgc_dist.files import replacing_folder
-from mgc_dist.models import custom, hub
+from mgc_dist.models import custom, hub, load_errors
 from mgc_dist.models.kind import kind_of
 from mgc_dist.models.main import TEMPERATURE, WaveClassifier
 
@@ -156,4 +156,4 @@ def _saved_extractor(folder: Path) -> Any:  # noqa: ANN401 - one of several of t
     try:
         return AutoFeatureExtractor.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise hub.not_found(str(folder), error) from error
+        raise load_errors.explained(str(folder), error) from error

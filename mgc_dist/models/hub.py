@@ -23,6 +23,7 @@ from transformers import (
 
 from mgc_dist.config.identity import OLD_MODEL
 from mgc_dist.errors import UserError
+from mgc_dist.models import load_errors
 
 _UNREADABLE = (OSError, ValueError, LookupError, EOFError, SafetensorError, UnpicklingError)
 """What transformers and torch raise for files that are missing, cut or no weights."""
@@ -92,7 +93,7 @@ def load(
     except (*_UNREADABLE, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise  # memory may be short
-        raise not_found(name, error) from error
+        raise load_errors.explained(name, error) from error
     _remake_unsaved(net)
     missing = set(info["missing_keys"]) | {item[0] for item in info["mismatched_keys"]}
     return net, missing
@@ -148,7 +149,7 @@ def feature_extractor(
                 name, trust_remote_code=trusted, revision=revision or "main"
             )
         except (OSError, ValueError) as error:
-            raise not_found(name, error) from error
+            raise load_errors.explained(name, error) from error
     if extractor.sampling_rate != sample_rate:
         raise other_rate(name, sample_rate, extractor.sampling_rate)
     return extractor
@@ -234,39 +235,6 @@ def inexact(flag: str, got: str, cure: str) -> UserError:
         got=got,
         expected="a frozen part that gives the same for a segment at every step",
         cure=f"use {cure}",
-    )
-
-
-def is_custom_code(error: Exception) -> bool:
-    """Whether transformers says that it would have to run a model's own code."""
-    return "trust_remote_code" in str(
-        error
-    )  # "... contains custom code which must be executed ..."
-
-
-def not_found(name: str, error: Exception) -> UserError:
-    """What to say when transformers cannot find or read a model, or would run code for it."""
-    if is_custom_code(error):
-        return UserError(
-            f"model {name}",
-            got="a model with custom code (`auto_map` in its config.json)",
-            expected="a model whose code is in transformers: only main models may have their own",
-            cure="choose wav2vec2, hubert, wavlm, data2vec-audio or the like",
-        )
-    if isinstance(error, UnpicklingError | LookupError | EOFError):
-        return UserError(
-            f"model {name}",
-            got=f"weights that would run code, or are none ({type(error).__name__})",
-            expected="tensors: model.safetensors, or a .bin of nothing else",
-            cure="download it again; do not use it if it came from a stranger",
-        )
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return UserError(
-        f"model {name}",
-        got=lines[0][:200] if lines else type(error).__name__,
-        expected="a folder with config.json and weights, or a hub name and a network",
-        cure=f"on a machine with a network: hf download {name} --local-dir models/"
-        f"{Path(name).name}; bring that folder and give its path instead",
     )
 
 
