@@ -162,8 +162,9 @@ def _refuse_unpinned(name: str, revision: str | None) -> None:
                 f"--trust-remote-code with model {name}",
                 got=f"code of another repository, {owner}, which no --revision pins",
                 expected="code beside the weights",
-                cure=f"hf download {name} and {owner} into one folder, take `{owner}--` out of "
-                "its config.json, and give that folder as the model",
+                cure=f"hf download {name} --local-dir models/own; hf download {owner} --include "
+                f"'*.py' --local-dir models/own; take `{owner}--` out of models/own/config.json, "
+                "read the code, and give models/own as the model",
             )
 
 

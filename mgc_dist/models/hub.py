@@ -128,7 +128,7 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
 
 
 def feature_extractor(
-    name: str, sample_rate: int, revision: str | None = None, *, trusted: bool = False
+    name: str, sample_rate: int, revision: str | None = None
 ) -> Wav2Vec2FeatureExtractor:
     """The feature extractor of a model; one that normalises where it has none of its own.
 
@@ -136,7 +136,6 @@ def feature_extractor(
         name: hub name, folder or config .json.
         sample_rate: of the shards in Hz.
         revision: branch, tag or commit of a hub model.
-        trusted: run its code, if it has some; only after `custom.read_config`.
 
     Raises:
         UserError: it cannot be found, or wants another sample rate.
@@ -146,7 +145,7 @@ def feature_extractor(
     if has_own or not (Path(name).exists() or name.endswith(".json")):
         try:
             extractor = AutoFeatureExtractor.from_pretrained(
-                name, trust_remote_code=trusted, revision=revision or "main"
+                name, trust_remote_code=False, revision=revision or "main"
             )
         except (OSError, ValueError) as error:
             raise load_errors.explained(name, error) from error

@@ -35,7 +35,7 @@ def explained(name: str, error: Exception) -> UserError:
         return _refused(
             name,
             "a model with custom code (`auto_map` in its config.json)",
-            "a model whose code is in transformers: only main models may have their own",
+            "a model whose code is in transformers; only a main model's network may have its own",
             "choose wav2vec2, hubert, wavlm, data2vec-audio or the like",
         )
     folder = Path(name)

@@ -258,8 +258,7 @@ def build_main(
     if normalises is None and base:
         normalises = base.do_normalize
     elif normalises is None:
-        extractor = hub.feature_extractor(name, sample_rate, revision, trusted=trust_remote_code)
-        normalises = kind.take(extractor)
+        normalises = kind.take(hub.feature_extractor(name, sample_rate, revision))
     return WaveClassifier(
         net,
         do_normalize=normalises,

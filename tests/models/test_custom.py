@@ -1,6 +1,7 @@
 """Models with code of their own: what runs when, and what becomes of them. Layout of MERT v1."""
 
 import json
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def test_a_change_of_the_code_is_another_model(tmp_path: Path) -> None:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A hub of two commits of m-a-p/MERT, the newer one hostile: name -> commit."""
     cache = tmp_path / "hub"
-    commits = {"good": "a" * 40, "hostile": "b" * 40}
+    # transformers keeps code by commit, from one session to the next
+    commits = {"good": secrets.token_hex(20), "hostile": secrets.token_hex(20)}
     home = cache / "models--m-a-p--MERT"
     for name, commit in commits.items():
         mark = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n" if name == "hostile" else ""
@@ -156,6 +158,18 @@ def test_code_of_another_repository_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(written))
     with pytest.raises(UserError, match="someone/else, which no --revision pins"):
         build(name)
+
+
+def test_a_feature_extractor_runs_no_code(tmp_path: Path) -> None:
+    """Trust is for the network: no --revision pins what this names."""
+    name, mark = write_mert(tmp_path / "MERT"), tmp_path / "ran"
+    file = name / "preprocessor_config.json"
+    code = {"auto_map": {"AutoFeatureExtractor": "theirs.Extractor"}}
+    file.write_text(json.dumps(code | {"feature_extractor_type": "Extractor"}))
+    (name / "theirs.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    with pytest.raises(UserError, match="only a main model's network may have its own"):
+        build(name)
+    assert not mark.exists()
 
 
 def test_code_without_a_model_is_refused(tmp_path: Path) -> None:
