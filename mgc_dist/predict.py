@@ -53,7 +53,12 @@ def _run(config: PredictConfig) -> int:
 
     files = _files(config)
     pictures = _pictures(config, files)
-    predictor = Predictor.load(config.run, device_of(config.device, 0), ema=config.ema)
+    predictor = Predictor.load(
+        config.run,
+        device_of(config.device, 0),
+        ema=config.ema,
+        trust_remote_code=config.trust_remote_code,
+    )
     failed: dict[Path, UserError] = {}
     with (
         _writer(config, predictor.genres) as tell,

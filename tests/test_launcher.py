@@ -201,7 +201,7 @@ def test_errors_of_the_data(packed: Path, tmp_path: Path) -> None:
 def test_errors_of_models_presets_and_arithmetic(packed: Path, tmp_path: Path) -> None:
     shards, run = packed / "shards", tmp_path / "run"
     common = ("launch/train.py", "--shards", shards, "--loss", "ce", "--run", run)
-    refused(call(*common, "--model", tmp_path / "none"), "bring that folder")
+    refused(call(*common, "--model", tmp_path / "none"), "correct the path")
     assert not run.exists()  # the next try may use the name
     refused(call("launch/bias.py", "--shards", shards), "facebook/wav2vec2-base", "a network")
     (tmp_path / "p.yaml").write_text("train: {optim: {global_bach: 3}}\n")

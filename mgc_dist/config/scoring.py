@@ -44,6 +44,8 @@ class EvaluateConfig:
     """Split to measure."""
     ema: bool = False
     """Measure the averaged weights, RUN/best-ema, of a run that was trained with --ema-decay."""
+    trust_remote_code: bool = False
+    """Run the code that lies beside the model's weights."""
     data: Path | None = None
     """Shards to measure on; the run's own by default. Genres that the model does not know are left
     out, and probabilities are renormalised over those in common."""
@@ -160,6 +162,8 @@ class PredictConfig:
     """Audio files, folders of them, or `-` for a list of paths on standard input."""
     ema: bool = False
     """Ask the averaged weights, RUN/best-ema."""
+    trust_remote_code: bool = False
+    """Run the code that lies beside the model's weights."""
     top: Annotated[int, Range(minimum=1, maximum=1_000_000, cure="3 is usual")] = 3
     """Genres to print for a file."""
     json: bool = False

@@ -83,6 +83,9 @@ class ModelConfig:
     `logmel-cnn`: a small CNN on log-mel bands, for tests and benchmarks."""
     revision: Annotated[str | None, FOUND] = None
     """Branch, tag or commit of a hub model; the run keeps the commit that it stood for."""
+    trust_remote_code: Annotated[bool, FOUND] = False
+    """Run the code that lies beside a model's weights: that of a folder, or of the commit of the
+    hub that `--revision` names."""
     freeze: Annotated[str, FIXED] = "feature_encoder"
     """`none`, `feature_encoder`, `layers:N` (the CNN and the lower N layers) or `backbone`."""
     spec_augment: Annotated[bool, FIXED] = True

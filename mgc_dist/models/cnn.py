@@ -5,7 +5,6 @@ the statistics of batch norm would depend on padding and on the ranks.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from mgc_dist.errors import UserError
 from mgc_dist.models import hub
 from mgc_dist.models.masks import RowMasks
-from mgc_dist.models.mel import MelSpectrogram
+from mgc_dist.models.mel import MelSpectrogram, without_autocast
 
 BANDS, HOP = 40, 256
 GROUPS = 4
@@ -59,19 +58,12 @@ class LogMelCnn(nn.Module):
 
     def forward(self, wave: Tensor) -> Tensor:
         """Normalised float32 [B, T] -> [B, D], 0 or more."""
-        with _without_autocast(wave.device.type):
+        with without_autocast(wave.device.type):
             bands = torch.log(self.mel(wave) + FLOOR)  # [B, 40, F]
             bands = (bands - MEAN) / SCALE
         planes = self.blocks(bands[:, None])  # [B, C, 5, F / 8]
         pooled = torch.cat([planes.mean(dim=(2, 3)), planes.amax(dim=(2, 3))], dim=1)  # [B, 2 C]
         return torch.relu(self.projector(pooled))  # [B, D]
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Float32 for the bands: the mel matrix product would lose them in bfloat16."""
-    if torch.amp.autocast_mode.is_autocast_available(device_type):  # not on the meta device
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 class CnnConfig(PretrainedConfig):  # type: ignore[misc]
@@ -127,12 +119,34 @@ class LogMelCnnKind:
 
     normalises: bool | None = True
     needs_our_code = True
+    head = "classifier"
     fuses_attention = False
     cut = None
     masks: RowMasks | None = None
 
     def __init__(self, net: PreTrainedModel) -> None:
         self.net = net
+
+    @property
+    def base(self) -> nn.Module:
+        """All below the head."""
+        base: nn.Module = self.net.base_model
+        return base
+
+    def inputs(self, wave: Tensor) -> Tensor:
+        """The waves themselves."""
+        return wave
+
+    def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
+        """Whether waves are normalised."""
+        return bool(extractor.do_normalize)
+
+    def extractor(self, sample_rate: int, do_normalize: bool) -> Any:  # noqa: ANN401
+        """It is never used; `predict` reads its sample rate."""
+        return hub.wave_extractor(sample_rate, do_normalize, self.net.config)
+
+    def fit(self, segment_samples: int) -> None:
+        """Nothing: it takes segments of any length."""
 
     def refuse_unfit(self, name: str, segment_samples: int) -> None:
         """Refuse segments that three poolings leave nothing of."""

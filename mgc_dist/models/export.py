@@ -9,7 +9,7 @@ from mgc_dist.config import TrainConfig
 from mgc_dist.errors import UserError
 from mgc_dist.files import replace_text, replacing_folder
 from mgc_dist.journal import read_environment
-from mgc_dist.models import exported, folder
+from mgc_dist.models import custom, exported, folder
 
 CARD = """---
 pipeline_tag: audio-classification
@@ -85,14 +85,11 @@ def export(run: Path, out: Path, *, ema: bool = False) -> Export:
             expected="a new or empty folder",
             cure="choose another name",
         )
+    if custom.has_code(source):
+        raise _needs_our_code(run, source, "a model with code of its own")
     classifier = folder.load_exported(source)  # refuses a folder that lacks weights
     if classifier.needs_our_code:
-        raise UserError(
-            f"main model of {run}",
-            got="logmel-cnn, which transformers cannot load without our code",
-            expected="a model of transformers",
-            cure=f"`predict` and `evaluate` take {source} as it is",
-        )
+        raise _needs_our_code(run, source, classifier.net.config.model_type)
     trained = cli.parse("train", TrainConfig, ["--config", str(run / "config.yaml")])
     environment = read_environment(run)
     sample_rate, temperature = folder.sample_rate_of(source), classifier.temperature
@@ -117,3 +114,12 @@ def export(run: Path, out: Path, *, ema: bool = False) -> Export:
         shutil.copyfile(Path(exported.__file__), aside / "genre.py")
         replace_text(aside / "README.md", card)
     return Export(folder=out, temperature=temperature)
+
+
+def _needs_our_code(run: Path, source: Path, kind: str) -> UserError:
+    return UserError(
+        f"main model of {run}",
+        got=f"{kind}, which transformers cannot load without our code",
+        expected="a model of transformers",
+        cure=f"`predict` and `evaluate` take {source} as it is",
+    )

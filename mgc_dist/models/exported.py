@@ -75,7 +75,7 @@ class GenreClassifier:
                 return_tensors="pt",
             )
             with torch.inference_mode():
-                logits = self._model(rows.input_values.to(self._device)).logits
+                logits = self._model(**rows.to(self._device)).logits
             found.append(logits.double().softmax(dim=1).cpu().numpy())
         mean = np.concatenate(found).mean(axis=0)
         names = [self._model.config.id2label[number] for number in range(len(mean))]

@@ -175,6 +175,7 @@ def _forward_on_meta(
             kept.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
         kept.enter_context(torch.random.fork_rng(devices=[]))
         kept.enter_context(torch.enable_grad())
+        kept.enter_context(torch.device("meta"))  # SEW-D makes scalars, on no device of its input's
         kept.enter_context(sdpa_kernel(SDPBackend.MATH))  # the counter does not know all others
         counter = kept.enter_context(FlopCounterMode(display=False))
         gain = {"with_gain": model.gain is not None}

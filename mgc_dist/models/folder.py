@@ -4,20 +4,18 @@ import copy
 import errno
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoFeatureExtractor,
-    AutoModelForAudioClassification,
-    Wav2Vec2FeatureExtractor,
-)
+from transformers import AutoFeatureExtractor
 
 from mgc_dist import cli
 from mgc_dist.errors import UserError
 from mgc_dist.files import replaced, replacing_folder
-from mgc_dist.models import hub
+from mgc_dist.models import custom, hub, load_errors
+from mgc_dist.models.kind import kind_of
 from mgc_dist.models.main import TEMPERATURE, WaveClassifier
 
 WEIGHTS = "model.safetensors"
@@ -57,8 +55,12 @@ def settle(folder: Path) -> None:
         old.rename(folder)
 
 
-def load_exported(folder: Path) -> WaveClassifier:
+def load_exported(folder: Path, *, trust_remote_code: bool = False) -> WaveClassifier:
     """A classifier from a folder that `save_exported` or `save_pretrained` wrote, in eval mode.
+
+    Args:
+        folder: as above.
+        trust_remote_code: run code that lies beside the weights.
 
     Raises:
         UserError: no such folder, or weights are missing in it.
@@ -71,7 +73,8 @@ def load_exported(folder: Path) -> WaveClassifier:
             expected="a run folder with best/, or an exported model",
             cure=f"train first: {cli.launched('train')}",
         )
-    net, missing = hub.load(AutoModelForAudioClassification, str(folder))
+    config = custom.read_config(str(folder), None, trusted=trust_remote_code)
+    net, missing = hub.load(custom.loader(config), str(folder), config=config)
     if missing or not hasattr(net.config, "segment_samples"):
         raise UserError(
             f"model folder {folder}",
@@ -79,7 +82,8 @@ def load_exported(folder: Path) -> WaveClassifier:
             expected="an audio classifier that mgc_dist has exported",
             cure="export the run again: python -m mgc_dist.export RUN OUT",
         )
-    return WaveClassifier(net, do_normalize=_saved_extractor(folder).do_normalize).eval()
+    normalises = kind_of(net).take(_saved_extractor(folder))
+    return WaveClassifier(net, do_normalize=normalises).eval()
 
 
 def sample_rate_of(folder: Path) -> int:
@@ -109,22 +113,22 @@ def save_exported(
     """
     config = copy.deepcopy(model.net.config)  # from_config would share it with the live model
     setattr(config, TEMPERATURE, temperature)
+    is_custom = custom.is_custom(config)
+    if is_custom:  # a model of the hub names its repository there: "m-a-p/MERT--modeling.Model"
+        config.auto_map = {k: v.rpartition("--")[2] for k, v in config.auto_map.items()}
     with torch.device("meta"):  # random weights of 300 M elements would take seconds
-        fresh = AutoModelForAudioClassification.from_config(config)
+        fresh = type(model.net)(config)
     of_net = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
     fresh.load_state_dict(of_net, strict=True, assign=True)
-    extractor = Wav2Vec2FeatureExtractor(
-        feature_size=1,
-        sampling_rate=sample_rate,
-        do_normalize=model.do_normalize,
-        return_attention_mask=getattr(model.net.config, "feat_extract_norm", "") == "layer",
-    )
+    extractor = model.kind.extractor(sample_rate, model.do_normalize)
     with replacing_folder(folder) as temporary:
         try:
             fresh.save_pretrained(temporary)
         except (SafetensorError, RuntimeError) as error:  # a full disk is no OSError there
             raise OSError(errno.EIO, str(error), str(folder)) from error
         extractor.save_pretrained(temporary)
+        if is_custom:
+            custom.copy_code(model.net, temporary)
         for path in temporary.iterdir():  # safetensors writes 0600, whatever the umask
             path.chmod(temporary.stat().st_mode & 0o666)
 
@@ -139,13 +143,13 @@ def save_calibrated(model: WaveClassifier, folder: Path, sample_rate: int) -> No
     """
     assert model.temperature is not None
     weights = dict(model.state_dict())
-    for name in ("net.classifier.weight", "net.classifier.bias"):
+    for name in (f"net.{model.kind.head}.{part}" for part in ("weight", "bias")):
         weights[name] = weights[name] / model.temperature
     save_exported(model, weights, folder, sample_rate)
 
 
-def _saved_extractor(folder: Path) -> Wav2Vec2FeatureExtractor:
+def _saved_extractor(folder: Path) -> Any:  # noqa: ANN401 - one of several of transformers
     try:
         return AutoFeatureExtractor.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise hub.not_found(str(folder), error) from error
+        raise load_errors.explained(str(folder), error) from error

@@ -3,6 +3,7 @@
 With its neighbours the only modules that know transformers.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -12,11 +13,17 @@ from pickle import UnpicklingError
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoFeatureExtractor, PreTrainedModel, Wav2Vec2FeatureExtractor
+from torch import Tensor, nn
+from transformers import (
+    AutoFeatureExtractor,
+    PretrainedConfig,
+    PreTrainedModel,
+    Wav2Vec2FeatureExtractor,
+)
 
 from mgc_dist.config.identity import OLD_MODEL
 from mgc_dist.errors import UserError
+from mgc_dist.models import load_errors
 
 _UNREADABLE = (OSError, ValueError, LookupError, EOFError, SafetensorError, UnpicklingError)
 """What transformers and torch raise for files that are missing, cut or no weights."""
@@ -86,9 +93,38 @@ def load(
     except (*_UNREADABLE, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise  # memory may be short
-        raise not_found(name, error) from error
+        raise load_errors.explained(name, error) from error
+    _remake_unsaved(net)
     missing = set(info["missing_keys"]) | {item[0] for item in info["mismatched_keys"]}
     return net, missing
+
+
+def _remake_unsaved(net: PreTrainedModel) -> None:
+    """Give a loaded model the tensors that no checkpoint holds, as its own code makes them.
+
+    transformers builds on the meta device, where nothing has a value. What is neither a weight nor
+    a saved buffer, such as the table of a rotary embedding, then holds whatever lay in memory.
+    """
+    saved = set(net.state_dict())
+    unsaved = [name for name in _tensors(net) if name not in saved]
+    if not unsaved:
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        made = _tensors(type(net)(copy.deepcopy(net.config)))
+    for name in unsaved:
+        owner, _, own_name = name.rpartition(".")
+        setattr(net.get_submodule(owner), own_name, made[name].detach())
+
+
+def _tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Buffers and plain attributes of all modules, by name."""
+    return {
+        f"{owner}.{name}".removeprefix("."): value
+        for owner, module in net.named_modules()
+        for name, value in (vars(module) | module._buffers).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def feature_extractor(
@@ -112,15 +148,32 @@ def feature_extractor(
                 name, trust_remote_code=False, revision=revision or "main"
             )
         except (OSError, ValueError) as error:
-            raise not_found(name, error) from error
+            raise load_errors.explained(name, error) from error
     if extractor.sampling_rate != sample_rate:
-        raise UserError(
-            f"sample rate of the shards for {name}",
-            got=f"{sample_rate} Hz",
-            expected=f"{extractor.sampling_rate} Hz",
-            cure=f"pack again: python -m mgc_dist.shard --sample-rate {extractor.sampling_rate}",
-        )
+        raise other_rate(name, sample_rate, extractor.sampling_rate)
     return extractor
+
+
+def other_rate(name: str, got: int, wanted: int) -> UserError:
+    """What to say when a model wants waves of another sample rate; in Hz."""
+    return UserError(
+        f"sample rate of the shards for {name}",
+        got=f"{got} Hz",
+        expected=f"{wanted} Hz",
+        cure=f"pack again: python -m mgc_dist.shard --sample-rate {wanted}",
+    )
+
+
+def wave_extractor(
+    sample_rate: int, do_normalize: bool, config: PretrainedConfig
+) -> Wav2Vec2FeatureExtractor:
+    """The feature extractor of a model over waves; the large flavour's gives an attention mask."""
+    return Wav2Vec2FeatureExtractor(
+        feature_size=1,
+        sampling_rate=sample_rate,
+        do_normalize=do_normalize,
+        return_attention_mask=getattr(config, "feat_extract_norm", "") == "layer",
+    )
 
 
 def refuse_no_encoder(flag: str, net: PreTrainedModel) -> None:
@@ -153,6 +206,27 @@ def refuse_short(name: str, segment_samples: int, *, frames: int, needed: int) -
         )
 
 
+def too_long(name: str, segment_samples: int, longest: int, rate: int) -> UserError:
+    """What to say of segments that a model has no positions for; in samples, at a rate in Hz."""
+    return UserError(
+        f"segments of {segment_samples} samples for {name}",
+        got=f"{segment_samples / rate:g} s",
+        expected=f"at most {longest / rate:g} s, for which it has positions",
+        cure="pack shorter segments: python -m mgc_dist.shard "
+        f"--segment-s {min(longest // rate, 3) or longest / rate:g}",
+    )
+
+
+def too_many_layers(asked: int, layers: int) -> UserError:
+    """What to say when more layers are to be frozen than there are."""
+    return UserError(
+        f"--freeze layers:{asked}",
+        got=asked,
+        expected=f"1 to {layers} for this model",
+        cure="--freeze backbone freezes everything below the head",
+    )
+
+
 def inexact(flag: str, got: str, cure: str) -> UserError:
     """What to say when a frozen part gives something else for a segment at every step."""
     return UserError(
@@ -160,32 +234,6 @@ def inexact(flag: str, got: str, cure: str) -> UserError:
         got=got,
         expected="a frozen part that gives the same for a segment at every step",
         cure=f"use {cure}",
-    )
-
-
-def not_found(name: str, error: Exception) -> UserError:
-    """What to say when transformers cannot find or read a model, or would run code for it."""
-    if "trust_remote_code" in str(error):  # "... contains custom code which must be executed ..."
-        return UserError(
-            f"model {name}",
-            got="a model with custom code (`auto_map` in its config.json)",
-            expected="a model whose code is in transformers: custom code is not supported yet",
-            cure="choose wav2vec2, hubert, wavlm, data2vec-audio or the like",
-        )
-    if isinstance(error, UnpicklingError | LookupError | EOFError):
-        return UserError(
-            f"model {name}",
-            got=f"weights that would run code, or are none ({type(error).__name__})",
-            expected="tensors: model.safetensors, or a .bin of nothing else",
-            cure="download it again; do not use it if it came from a stranger",
-        )
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return UserError(
-        f"model {name}",
-        got=lines[0][:200] if lines else type(error).__name__,
-        expected="a folder with config.json and weights, or a hub name and a network",
-        cure=f"on a machine with a network: hf download {name} --local-dir models/"
-        f"{Path(name).name}; bring that folder and give its path instead",
     )
 
 

@@ -8,7 +8,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mgc_dist.models import hub
+from mgc_dist.models.bands import LAYOUTS, BandsKind
 from mgc_dist.models.cnn import CnnConfig, LogMelCnnKind
 from mgc_dist.models.masks import RowMasks
 from mgc_dist.models.wav2vec2 import Wav2Vec2Kind
@@ -47,7 +48,7 @@ class Cut(Protocol):
         """Make ready to be given what lies at a boundary, in place of waves."""
 
     def below(self, at: str, x: Tensor) -> Tensor:
-        """What the frozen part gives: float32 waves [B, T] -> [B, F, D], of autocast's dtype."""
+        """What the frozen part gives: the model's inputs -> [B, F, D], of autocast's dtype."""
 
     def above(self, at: str, hidden: Tensor) -> Tensor:
         """What the rest makes of it: [B, F, D] -> logits [B, K], once `open_at` was called."""
@@ -65,8 +66,10 @@ class Kind(Protocol):
     Attributes:
         net: the model.
         cut: where it can be cut in two; None if it cannot.
-        normalises: whether its input has zero mean and unit variance; None where its feature
+        normalises: whether its waves have zero mean and unit variance; None where its feature
             extractor says so.
+        base: all below the head.
+        head: name of its last linear layer, in the model.
         needs_our_code: whether transformers alone cannot load it.
         masks: its SpecAugment, drawn by row; None if it has none.
     """
@@ -79,6 +82,30 @@ class Kind(Protocol):
     @property
     def cut(self) -> Cut | None:
         """As above."""
+
+    @property
+    def base(self) -> nn.Module:
+        """As above."""
+
+    @property
+    def head(self) -> str:
+        """As above."""
+
+    def inputs(self, wave: Tensor) -> Tensor:
+        """What the model takes: float32 waves [B, T], or bands of them."""
+
+    def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
+        """Keep what a feature extractor decides; returns whether waves are normalised.
+
+        Raises:
+            UserError: it wants another sample rate than the kind.
+        """
+
+    def extractor(self, sample_rate: int, do_normalize: bool) -> Any:  # noqa: ANN401
+        """The feature extractor with which transformers gives the model the same inputs."""
+
+    def fit(self, segment_samples: int) -> None:
+        """Take from a model what segments of T samples never reach."""
 
     @property
     def fuses_attention(self) -> bool:
@@ -109,7 +136,10 @@ class Kind(Protocol):
         """
 
 
-KINDS: dict[str, Callable[[PreTrainedModel], Kind]] = {CnnConfig.model_type: LogMelCnnKind}
+KINDS: dict[str, Callable[[PreTrainedModel], Kind]] = {
+    CnnConfig.model_type: LogMelCnnKind,
+    **dict.fromkeys(LAYOUTS, BandsKind),
+}
 """By `model_type`; what is not here is of wav2vec2's family."""
 
 

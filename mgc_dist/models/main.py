@@ -24,7 +24,8 @@ from transformers import (
 
 from mgc_dist.cluster.ranks import seed_everything
 from mgc_dist.errors import UserError
-from mgc_dist.models import hub
+from mgc_dist.models import custom, hub
+from mgc_dist.models.bands import MEAN, SCALE
 from mgc_dist.models.cnn import CnnConfig
 from mgc_dist.models.hub import normalise
 from mgc_dist.models.kind import Kind, kind_of, open_boundary
@@ -86,10 +87,11 @@ class WaveClassifier(nn.Module):
         self.boundary_dtype = torch.float32
         self.do_normalize = do_normalize
         self._frozen = list(frozen)
-        self.gain = nn.Linear(net.classifier.in_features, 1) if learns_gain else None
+        head = net.get_submodule(self.kind.head)
+        self.gain = nn.Linear(head.in_features, 1) if learns_gain else None
         self._below_head: Tensor | None = None
         if self.gain is not None:
-            net.classifier.register_forward_pre_hook(self._keep_below_head)
+            head.register_forward_pre_hook(self._keep_below_head)
 
     def _keep_below_head(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._below_head = inputs[0]  # [B, D]
@@ -118,7 +120,7 @@ class WaveClassifier(nn.Module):
             logits = self.kind.cut.above(self.boundary, wave.to(self.boundary_dtype))  # [B, K]
         else:
             x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
-            x = x.to(self.net.dtype)
+            x = self.kind.inputs(x).to(self.net.dtype)
             if only_below:
                 assert self.boundary is not None
                 assert self.kind.cut is not None
@@ -179,7 +181,7 @@ class WaveClassifier(nn.Module):
 
     def head_and_backbone(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Trainable parameters of the head (everything above the base model) and below."""
-        inner = {id(p) for p in self.net.base_model.parameters()}
+        inner = {id(p) for p in self.kind.base.parameters()}
         trained = [p for p in self.parameters() if p.requires_grad]
         head = [p for p in trained if id(p) not in inner]
         return head, [p for p in trained if id(p) in inner]
@@ -190,7 +192,7 @@ class WaveClassifier(nn.Module):
         Raises:
             UserError: the model has no encoder layers.
         """
-        inner = {id(p) for p in self.net.base_model.parameters()}
+        inner = {id(p) for p in self.kind.base.parameters()}
         found: dict[int, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad and id(parameter) in inner:
@@ -212,6 +214,7 @@ def build_main(
     cache: str = "none",
     spec_augment: bool = True,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     base: Base | None = None,
 ) -> WaveClassifier:
     """The main model, with a new head.
@@ -230,6 +233,7 @@ def build_main(
         cache: `none`, `cnn` or `trunk`: which frozen output it takes in place of waves.
         spec_augment: False switches SpecAugment off.
         revision: branch, tag or commit of a hub model.
+        trust_remote_code: run code that lies beside the weights.
         base: build it from this, with random weights, and look for nothing by name.
 
     Raises:
@@ -241,7 +245,10 @@ def build_main(
     labels = _labels(genres, spec_augment)
     seed_everything(seed)
     config = _kept_config(base, labels) if base else _new_config(name, sample_rate, labels)
-    net = _from_config(name, config) if config else _from_checkpoint(name, labels, revision)
+    if config:
+        net = _from_config(name, config)
+    else:
+        net = _from_checkpoint(name, labels, revision, trust_remote_code)
     net.config.segment_samples = segment_samples  # ours: what `predict` cuts files into
     kind = kind_of(net)
     frozen = _make_ready(
@@ -251,7 +258,7 @@ def build_main(
     if normalises is None and base:
         normalises = base.do_normalize
     elif normalises is None:
-        normalises = hub.feature_extractor(name, sample_rate, revision).do_normalize
+        normalises = kind.take(hub.feature_extractor(name, sample_rate, revision))
     return WaveClassifier(
         net,
         do_normalize=normalises,
@@ -272,6 +279,7 @@ def describe_main(
     cache: str = "none",
     spec_augment: bool = True,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> WaveClassifier:
     """The main model of `build_main` without its weights: on torch's meta device, in a second.
 
@@ -285,13 +293,20 @@ def describe_main(
         cache: as for `build_main`.
         spec_augment: as for `build_main`.
         revision: as for `build_main`.
+        trust_remote_code: as for `build_main`.
 
     Raises:
         UserError: the model's configuration cannot be found, or does not fit; or the cache would
             not be exact.
     """
     name = hub.located(name)
-    config = configuration(name, genres, spec_augment=spec_augment, revision=revision)
+    config = configuration(
+        name,
+        genres,
+        spec_augment=spec_augment,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     with torch.device("meta"):
         net = _from_config(name, config).to("meta")
     kind = kind_of(net)
@@ -308,6 +323,7 @@ def configuration(
     *,
     spec_augment: bool = True,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     base: Base | None = None,
 ) -> PretrainedConfig:
     """The configuration of the main model, without its weights; as for `build_main`.
@@ -318,20 +334,15 @@ def configuration(
     hub.quiet()
     name, labels = hub.located(name), _labels(genres, spec_augment)
     config = _kept_config(base, labels) if base else _new_config(name, 16_000, labels)
-    if config is None:
-        try:
-            config = AutoConfig.from_pretrained(
-                name, trust_remote_code=False, revision=revision or "main", **labels
-            )
-        except (OSError, ValueError) as error:
-            raise hub.not_found(name, error) from error
-    return config
+    return config or _saved_config(name, labels, revision, trust_remote_code)
 
 
 def configuration_hash(config: PretrainedConfig) -> str:
     """Hash of what a configuration says of the model, not of where it lies or who wrote it."""
     said = config.to_dict()
     content = {name: value for name, value in said.items() if name not in _OF_THE_FILE}
+    if custom.is_custom(config):
+        content["code"] = custom.code_of(config)
     text = json.dumps(content, sort_keys=True, default=str)
     return f"{config.model_type} {xxhash.xxh3_128_hexdigest(text.encode())}"
 
@@ -339,6 +350,7 @@ def configuration_hash(config: PretrainedConfig) -> str:
 _OF_THE_FILE = (
     *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype"),
     *("segment_samples", TEMPERATURE, "sample_rate"),
+    *(MEAN, SCALE, "max_source_positions", "encoder_layerdrop"),  # what `Kind` finds and fits
 )
 
 
@@ -347,7 +359,7 @@ def draws_dropout(config: PretrainedConfig) -> bool:
     return any(
         isinstance(value, float) and value > 0
         for name, value in config.to_dict().items()
-        if name.endswith("dropout")
+        if name.removesuffix("_prob").endswith("dropout")
     )
 
 
@@ -376,6 +388,21 @@ def is_found(name: str, revision: str | None) -> bool:
     return True
 
 
+def _saved_config(
+    name: str, labels: dict[str, Any], revision: str | None, trusted: bool
+) -> PretrainedConfig:
+    """The configuration of a checkpoint, with what a run decides on.
+
+    transformers hands what a configuration does not name on to the model: "__init__() got an
+    unexpected keyword argument 'layerdrop'" (AST).
+    """
+    config = custom.read_config(name, revision, trusted=trusted, **labels)
+    for setting in ("layerdrop", "apply_spec_augment"):
+        if setting in labels:
+            setattr(config, setting, labels[setting])
+    return config
+
+
 def _kept_config(base: Base, labels: dict[str, Any]) -> PretrainedConfig:
     config: PretrainedConfig = AutoConfig.for_model(**(base.settings | labels))
     return config
@@ -397,7 +424,11 @@ def _new_config(name: str, sample_rate: int, labels: dict[str, Any]) -> Pretrain
 
 def _from_config(name: str, config: PretrainedConfig) -> PreTrainedModel:
     try:
-        net: PreTrainedModel = AutoModelForAudioClassification.from_config(config)
+        net: PreTrainedModel = (
+            custom.CustomAudioClassifier(config)
+            if custom.is_custom(config)
+            else AutoModelForAudioClassification.from_config(config)
+        )
     except _BAD_CONFIG as error:
         raise _refused_config(name, error) from error
     return net
@@ -425,11 +456,25 @@ def _make_ready(
 ) -> list[nn.Module]:
     """Refuse a model that does not fit, freeze parts of it, and return them."""
     kind.refuse_unfit(name, segment_samples)
+    kind.fit(segment_samples)
     frozen = kind.freeze(freeze, frozen_layers)
+    _refuse_trained_batch_norm(name, kind.net, frozen)
     if activation_checkpointing:
         # the reentrant kind drops gradients above a frozen prefix, silently
         kind.net.activation_checkpointing_enable({"use_reentrant": False})
     return frozen
+
+
+def _refuse_trained_batch_norm(name: str, net: PreTrainedModel, frozen: list[nn.Module]) -> None:
+    kept = {id(each) for part in frozen for each in part.modules()}
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if any(id(norm) not in kept for norm in norms):
+        raise UserError(
+            f"--model {name}",
+            got="BatchNorm layers in training, whose statistics depend on padding and ranks",
+            expected="layer norm or group norm, or BatchNorm layers that are all frozen",
+            cure="use --freeze backbone, or another model",
+        )
 
 
 def frozen_fingerprint(model: WaveClassifier) -> str:
@@ -446,29 +491,33 @@ def frozen_fingerprint(model: WaveClassifier) -> str:
     return digest.hexdigest() if frozen else "none"
 
 
-def _from_checkpoint(name: str, labels: dict[str, object], revision: str | None) -> PreTrainedModel:
-    net, missing = hub.load(AutoModelForAudioClassification, name, revision, **labels)
+def _from_checkpoint(
+    name: str, labels: dict[str, Any], revision: str | None, trusted: bool
+) -> PreTrainedModel:
+    config = _saved_config(name, labels, revision, trusted)
+    net, missing = hub.load(custom.loader(config), name, revision, config=config)
+    kind = kind_of(net)
+    inner = next(f"{part}." for part, module in net.named_modules() if module is kind.base)
     lost = sorted(
-        key
-        for key in missing
-        if key.startswith(f"{net.base_model_prefix}.") and not key.endswith("masked_spec_embed")
+        key for key in missing if key.startswith(inner) and not key.endswith("masked_spec_embed")
     )
     if lost:
         raise hub.incomplete(name, lost)
-    if not missing & {f"classifier.{part}" for part, _ in net.classifier.named_parameters()}:
-        missing |= _judge_head(name, net)
+    if not missing & {f"{kind.head}.weight", f"{kind.head}.bias"}:
+        own = _saved_config(name, {}, revision, trusted).id2label
+        missing |= _judge_head(name, kind, own)
     log.info("new weights, the rest from %s: %s", name, ", ".join(sorted(missing)) or "none")
     return net
 
 
-def _judge_head(name: str, net: PreTrainedModel) -> set[str]:
+def _judge_head(name: str, kind: Kind, own: Mapping[int, str]) -> set[str]:
     """Keep the head of a checkpoint only if its labels are our genres, in order.
 
     Returns:
         The names of its weights, where they are drawn anew.
     """
-    own = AutoConfig.from_pretrained(name, trust_remote_code=False).id2label
-    theirs, ours = ([each[label] for label in sorted(each)] for each in (own, net.config.id2label))
+    labels = (own, kind.net.config.id2label)
+    theirs, ours = ([each[label] for label in sorted(each)] for each in labels)
     if theirs == ours:
         log.info("the head of %s is kept: its labels are the genres of the shards", name)
         return set()
@@ -476,7 +525,8 @@ def _judge_head(name: str, net: PreTrainedModel) -> set[str]:
         "the head of %s is renewed: its labels are %s, and the genres of the shards %s",
         *(name, ", ".join(map(str, theirs)), ", ".join(ours)),
     )
-    for parameter in net.classifier.parameters():
+    head = kind.net.get_submodule(kind.head)
+    for parameter in head.parameters():
         parameter._is_hf_initialized = False  # else transformers leaves it as it is
-    net._init_weights(net.classifier)
-    return {f"classifier.{part}" for part, _ in net.classifier.named_parameters()}
+    kind.net._init_weights(head)
+    return {f"{kind.head}.{part}" for part, _ in head.named_parameters()}

@@ -10,7 +10,7 @@ Source: Park et al., "SpecAugment", Interspeech 2019; Baevski et al., "wav2vec 2
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the constants of splitmix64 as signed numbers
 _MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
@@ -50,7 +50,7 @@ class RowMasks:
     ) -> Tensor:
         """What transformers calls: [B, F, D] -> [B, F, D] with some frames and features masked."""
         config, base = self._config, self._base
-        if not (base.training and config.apply_spec_augment):
+        if not (base.training and applies_masks(config)):
             return hidden_states
         rows, frames, width = hidden_states.shape
         draw = self.draw
@@ -71,6 +71,11 @@ class RowMasks:
             getattr(self._config, f"mask_{axis}_{name}") for name in ("prob", "length", "min_masks")
         )
         return spans(_mixed(draw, _STREAMS[axis]), size, share=share, length=length, least=least)
+
+
+def applies_masks(config: PretrainedConfig) -> bool:
+    """Whether a model masks in training; what says nothing of it does (data2vec-audio)."""
+    return bool(getattr(config, "apply_spec_augment", True))
 
 
 def spans(draw: Tensor, size: int, *, share: float, length: int, least: int) -> Tensor:

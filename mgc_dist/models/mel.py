@@ -5,6 +5,7 @@ tables, checkpoints and exports from when torchaudio computed them agree to the 
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -77,3 +78,10 @@ def mel_filters(sample_rate: int, bins: int, bands: int) -> Tensor:
     rising = -1.0 * distances[:, :-2] / widths[:-1]
     falling = distances[:, 2:] / widths[1:]
     return torch.max(torch.zeros(1), torch.min(rising, falling))  # [bins, bands]
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Float32 for a block: the mel matrix product would lose its bands in bfloat16."""
+    if torch.amp.autocast_mode.is_autocast_available(device_type):  # not on the meta device
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

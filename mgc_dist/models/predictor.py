@@ -87,14 +87,22 @@ class Predictor:
         return self._classifier.genres
 
     @classmethod
-    def load(cls, run_or_export: Path, device: torch.device, *, ema: bool = False) -> "Predictor":
+    def load(
+        cls,
+        run_or_export: Path,
+        device: torch.device,
+        *,
+        ema: bool = False,
+        trust_remote_code: bool = False,
+    ) -> "Predictor":
         """The best model of a run folder, or with `ema` its averaged weights, or an exported one.
 
         Raises:
             UserError: there is none.
         """
         exported = folder.find_exported(run_or_export, ema=ema)
-        return cls(folder.load_exported(exported).to(device), folder.sample_rate_of(exported))
+        classifier = folder.load_exported(exported, trust_remote_code=trust_remote_code)
+        return cls(classifier.to(device), folder.sample_rate_of(exported))
 
     def predict(self, path: Path, *, hop_s: float, batch: int) -> Prediction:
         """The genre of a file of any length, format, rate and number of channels.

@@ -1,22 +1,25 @@
 """The family of wav2vec2: a convolutional feature encoder over raw audio below a transformer.
 
-wav2vec2, HuBERT, WavLM, data2vec-audio, UniSpeech. Segments have one length, so no attention mask
-is ever given: the base flavour (group norm) must not get one, and for the large flavour (layer
-norm) a mask of ones changes nothing.
+wav2vec2, HuBERT, WavLM, data2vec-audio, UniSpeech, SEW, SEW-D, wav2vec2-conformer. Segments have
+one length, so no attention mask is ever given: the base flavour (group norm) must not get one, and
+for the large flavour (layer norm) a mask of ones changes nothing.
 
 The parts above a boundary are called as the model itself calls them, in the same order, so that
 dropout above it draws the same numbers with a cache and without one.
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mgc_dist.errors import UserError
 from mgc_dist.models import hub
-from mgc_dist.models.masks import RowMasks
+from mgc_dist.models.masks import RowMasks, applies_masks
+
+_CALLED_AS_A_WHOLE = ("sew", "sew-d", "wav2vec2-conformer")
+"""Their layers see other frames than the head, or get positions that their encoder makes."""
 
 
 class Wav2Vec2Kind:
@@ -27,12 +30,34 @@ class Wav2Vec2Kind:
     """
 
     normalises: bool | None = None
-    needs_our_code = False
+    head = "classifier"
 
     def __init__(self, net: PreTrainedModel) -> None:
         self.net = net
         self.cut = Wav2Vec2Cut(net)
         self.masks = RowMasks.of(net)
+        self.needs_our_code = not type(net).__module__.startswith("transformers.")
+
+    @property
+    def base(self) -> nn.Module:
+        """All below the head."""
+        base: nn.Module = self.net.base_model
+        return base
+
+    def inputs(self, wave: Tensor) -> Tensor:
+        """The waves themselves."""
+        return wave
+
+    def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
+        """Whether waves are normalised."""
+        return bool(extractor.do_normalize)
+
+    def extractor(self, sample_rate: int, do_normalize: bool) -> Any:  # noqa: ANN401
+        """An attention mask is for the large flavour only."""
+        return hub.wave_extractor(sample_rate, do_normalize, self.net.config)
+
+    def fit(self, segment_samples: int) -> None:
+        """Nothing: it takes segments of any length."""
 
     @property
     def fuses_attention(self) -> bool:
@@ -40,17 +65,11 @@ class Wav2Vec2Kind:
         return bool(self.net.config._attn_implementation != "eager")
 
     def refuse_unfit(self, name: str, segment_samples: int) -> None:
-        """Refuse what takes no raw audio, has BatchNorm, or gets too few frames."""
+        """Refuse what takes no raw audio, or gets too few frames."""
         hub.refuse_no_encoder(f"--model {name}", self.net)
-        if any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in self.net.modules()):
-            raise UserError(
-                f"--model {name}",
-                got="a BatchNorm layer",
-                expected="layer norm or group norm",
-                cure="padding and per-rank statistics would change the result; choose another "
-                "model",
-            )
-        lengths = self.net._get_feat_extract_output_lengths(torch.tensor(segment_samples))
+        lengths = self.net.base_model._get_feat_extract_output_lengths(
+            torch.tensor(segment_samples)
+        )
         needed = self.net.config.mask_time_length if self._masks_time else 1
         hub.refuse_short(name, segment_samples, frames=int(lengths), needed=needed)
 
@@ -60,29 +79,21 @@ class Wav2Vec2Kind:
         The feature encoder marks its input as requiring gradients unless it is told (1.49 x the
         time at half the layers frozen).
         """
-        base, encoder = self.net.base_model, self.net.base_model.encoder
+        base, layers = self.net.base_model, _layers(self.net)
         if hasattr(base, "masked_spec_embed") and not self._masks_time:
             base.masked_spec_embed.requires_grad_(False)  # unused: ZeRO-3 repeats its last gradient
         if freeze == "none":
             return []
-        self.net.freeze_feature_encoder()
+        base.feature_extractor._freeze_parameters()
         if freeze == "feature_encoder":
             return [base.feature_extractor]
         if freeze == "backbone":
             base.requires_grad_(False)
             return [base]
         assert frozen_layers is not None
-        if frozen_layers > len(encoder.layers):
-            raise UserError(
-                f"--freeze layers:{frozen_layers}",
-                got=frozen_layers,
-                expected=f"1 to {len(encoder.layers)} for this model",
-                cure="--freeze backbone freezes everything below the head",
-            )
-        parts = [base.feature_extractor, base.feature_projection, encoder.pos_conv_embed]
-        parts += [encoder.dropout, *encoder.layers[:frozen_layers]]
-        if not _norms_last(self.net):
-            parts.append(encoder.layer_norm)  # stands before the layers in the post-norm flavour
+        if frozen_layers > len(layers):
+            raise hub.too_many_layers(frozen_layers, len(layers))
+        parts = [*_before_layers(self.net), *layers[:frozen_layers]]
         for part in parts:
             part.requires_grad_(False)
         if hasattr(base, "masked_spec_embed"):
@@ -94,24 +105,27 @@ class Wav2Vec2Kind:
         for part in ("feature_extractor", "feature_projection", "masked_spec_embed"):
             if f".{part}" in name:
                 return part
-        layer = re.search(r"\.encoder\.layers\.(\d+)\.", name)
+        if f".{self.net.base_model_prefix}.layer_norm." in name:
+            return "feature_projection"  # of SEW, which has its norm beside it
+        layer = re.search(r"\.encoder\.(?:layers|encoder\.layer)\.(\d+)\.", name)
         if layer:
             return f"layer {layer[1]}"
         return "encoder, besides its layers" if ".encoder." in name else "head"
 
     def layers_above(self, name: str) -> int:
         """0 for the last layer and what follows it; all for what lies below the first one."""
-        layers = len(self.net.base_model.encoder.layers)
+        layers = len(_layers(self.net))
         part = self.part_of(name)
         if part.startswith("layer "):
             return layers - 1 - int(part.removeprefix("layer "))
-        follows = ".encoder.layer_norm." in name and _norms_last(self.net)
+        follows = ".encoder.upsample." in name
+        follows |= ".encoder.layer_norm." in name and _norms_last(self.net)
         return 0 if follows or part == "head" else layers
 
     @property
     def _masks_time(self) -> bool:
         config = self.net.config
-        return bool(config.apply_spec_augment and config.mask_time_prob > 0)
+        return applies_masks(config) and config.mask_time_prob > 0
 
 
 class Wav2Vec2Cut:
@@ -140,8 +154,11 @@ class Wav2Vec2Cut:
             raise hub.inexact(flag, "a head that reads the states of all layers", "--cache cnn")
         if at == "backbone":
             return  # in eval mode as a whole: no SpecAugment, no dropout
+        if config.model_type in _CALLED_AS_A_WHOLE:
+            got = f"layers of {config.model_type}, which only its encoder as a whole can call"
+            raise hub.inexact(flag, got, "--cache cnn")
         masks = max(config.mask_time_prob, config.mask_feature_prob) > 0
-        if config.apply_spec_augment and masks:
+        if applies_masks(config) and masks:
             raise hub.inexact(
                 flag,
                 "SpecAugment (mask_time_prob or mask_feature_prob of the model's config), which "
@@ -227,7 +244,29 @@ def _norms_last(net: PreTrainedModel) -> bool:
     By the encoder that was built: a config may carry do_stable_layer_norm to a model that does
     not look at it (data2vec-audio).
     """
-    return "StableLayerNorm" in type(net.base_model.encoder).__name__
+    name = type(net.base_model.encoder).__name__
+    return "StableLayerNorm" in name or "Conformer" in name
+
+
+def _layers(net: PreTrainedModel) -> nn.ModuleList:
+    """The encoder's layers, the lowest first."""
+    encoder = net.base_model.encoder
+    layers: nn.ModuleList = encoder.encoder.layer if hasattr(encoder, "encoder") else encoder.layers
+    return layers
+
+
+def _before_layers(net: PreTrainedModel) -> list[nn.Module]:
+    """All that lies below the encoder's first layer, or is shared by its layers."""
+    base, encoder = net.base_model, net.base_model.encoder
+    names = ["pos_conv_embed", "dropout"]  # the norm stands there in the post-norm flavour
+    names += [] if _norms_last(net) else ["layer_norm"]
+    owners: list[tuple[nn.Module, tuple[str, ...]]]
+    owners = [(base, ("feature_extractor", "feature_projection", "layer_norm", "feature_dropout"))]
+    owners += [(encoder, tuple(names))]
+    if hasattr(encoder, "encoder"):  # SEW-D: positions of all layers, a convolution at the first
+        owners += [(encoder.encoder, ("rel_embeddings", "LayerNorm", "conv"))]
+    parts = [getattr(owner, name, None) for owner, of_it in owners for name in of_it]
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def _layers_below(at: str) -> int:

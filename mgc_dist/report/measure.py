@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig, meeting: Meeting) -> Evaluation:
             or a table of subgroups does not fit.
     """
     exported = folder.find_exported(config.run, ema=config.ema)
-    classifier = folder.load_exported(exported)
+    classifier = folder.load_exported(exported, trust_remote_code=config.trust_remote_code)
     at_hand = fetch.at_hand(config.data or _own_shards(config), config.source)
     fold = config.source.fold if config.data else _trained_with(config.run).data.source.fold
     with ShardSet(at_hand, fold) as shards:

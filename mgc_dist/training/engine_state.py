@@ -307,7 +307,7 @@ def safe_names() -> list[Any]:
 def whole_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Weights that a verified checkpoint holds outside of the optimizer, whole and on the CPU.
 
-    At stage 3 these are the frozen ones, put together from the parts of all ranks; else all.
+    At stage 3 these are buffers, and the frozen ones, put together from the parts of all ranks.
     """
     files = list(checkpoint.glob("*_model_states.pt"))
     files.sort(key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])
@@ -317,7 +317,8 @@ def whole_weights(checkpoint: Path) -> dict[str, Tensor]:
         ]
     if not files[0].name.startswith("zero_pp_rank"):
         return dict(states[0]["module"])
-    return {
+    buffers = {name: states[0]["module"][name] for name in states[0]["buffer_names"]}
+    return buffers | {
         name: torch.cat([each["frozen_param_fragments"][name] for each in states])[
             : shape.numel()
         ].view(shape)

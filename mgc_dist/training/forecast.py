@@ -195,6 +195,7 @@ def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) 
         cache=config.data.cache,
         spec_augment=config.main.spec_augment,
         revision=config.main.revision,
+        trust_remote_code=config.main.trust_remote_code,
     )
     if config.optim.layer_lr_decay != 1:
         model.backbone_by_layer()  # refused without layers
@@ -275,7 +276,8 @@ def activation_bytes(model: WaveClassifier, rows: int, segment_samples: int) -> 
 
     model.net.config.apply_spec_augment = False  # it looks at numbers, of which there are none
     wave = torch.zeros((rows, segment_samples), dtype=torch.int16, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.device("meta"), hooks:
         output = model.train()(wave)
     del output
     return sum(kept.values())

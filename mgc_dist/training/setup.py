@@ -241,6 +241,7 @@ def found_of_model(
             manifest.genres,
             spec_augment=main.spec_augment,
             revision=main.revision,
+            trust_remote_code=main.trust_remote_code,
             base=base,
         )
     except UserError as error:
@@ -267,6 +268,7 @@ def _main_model(config: TrainConfig, manifest: Manifest, base: Base | None) -> W
         cache=config.data.cache,
         spec_augment=config.main.spec_augment,
         revision=config.main.revision,
+        trust_remote_code=config.main.trust_remote_code,
         base=base,
     )
 
@@ -274,18 +276,19 @@ def _main_model(config: TrainConfig, manifest: Manifest, base: Base | None) -> W
 def _take_frozen(model: WaveClassifier, checkpoint: Path) -> None:
     """Give a model the frozen weights of a checkpoint."""
     kept = whole_weights(checkpoint)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, value in model.state_dict(keep_vars=True).items():  # statistics of norms too
+        if name in trained:
             continue
         found = kept.get(name)
-        if found is None or found.dtype != parameter.dtype:
+        if found is None or found.dtype != value.dtype:
             raise UserError(
                 f"frozen weights of --model in checkpoint {checkpoint}",
                 got=f"no {name}" if found is None else f"{name} in {found.dtype}, rounded",
                 expected="them as the model has them, because --model is not at hand",
                 cure="bring the model back to where it was, or name its folder: --model FOLDER",
             )
-        parameter.data.copy_(found)
+        value.data.copy_(found)
 
 
 def precision_of(config: TrainConfig, ranks: Ranks) -> str:

@@ -256,8 +256,6 @@ def test_export_without_all_weights_is_refused(tiny_model: Path, tmp_path: Path)
 def test_missing_models_say_how_to_bring_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"facebook/wav2vec2-large.*\n.*bring that folder"):
         build("facebook/wav2vec2-large-960h-lv60-self")
-    with pytest.raises(UserError, match="bring that folder"):
-        build(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"--model .*none\.json"):
         build(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text('{"model_type": "wav3vec"}')
@@ -268,9 +266,9 @@ def test_missing_models_say_how_to_bring_a_folder(tmp_path: Path) -> None:
 def test_half_a_download_is_refused(checkpoint: Path) -> None:
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(UserError, match="bring that folder"):
+    with pytest.raises(UserError, match=r"files that cannot be read.*\n.*download it again"):
         build(checkpoint)
-    with pytest.raises(UserError, match="bring that folder"):
+    with pytest.raises(UserError, match=r"files that cannot be read.*\n.*download it again"):
         build_bias(str(checkpoint), sample_rate=RATE)
 
 
@@ -280,12 +278,6 @@ def test_models_that_would_be_wrong_are_refused(tiny_model: Path, tmp_path: Path
     masked = write_model(tmp_path / "m.json", apply_spec_augment=True, mask_time_prob=0.1)
     with pytest.raises(UserError, match="at least 10"):
         build(masked, segment_samples=3200)
-    (tmp_path / "ast.json").write_text(
-        '{"model_type": "audio-spectrogram-transformer", "hidden_size": 16, '
-        '"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}'
-    )
-    with pytest.raises(UserError, match="no feature encoder over raw audio"):
-        build(tmp_path / "ast.json")
 
 
 def test_another_sample_rate_is_refused(checkpoint: Path) -> None:
@@ -398,7 +390,9 @@ def test_custom_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         lambda: exported.load_exported(Path(folder)),
     )
     for load in loads:
-        with pytest.raises(UserError, match="custom code is not supported yet") as error:
+        with pytest.raises(
+            UserError, match="expected a model whose code is in transformers"
+        ) as error:
             load()
         assert "a model with custom code (`auto_map` in its config.json)" in str(error.value)
         assert "hf download" not in str(error.value)

@@ -68,6 +68,30 @@ def test_a_run_goes_on_to_the_bit_without_its_model(
         assert losses(work / "other") == pytest.approx(losses(whole), abs=1e-5)
 
 
+@pytest.mark.parametrize("stage", [2, slow(3)])
+def test_the_statistics_of_frozen_norms_come_from_the_checkpoint(
+    stage: int, shards: Path, table: Path, work: Path
+) -> None:
+    """A conformer has BatchNorm, whose means and variances are no parameters."""
+    shutil.rmtree(BASE)
+    settings = {"model_type": "wav2vec2-conformer", "position_embeddings_type": None}
+    name = write_model(work / "conformer.json", **settings)
+    net = build_tiny(name, freeze="backbone").net
+    for part, buffer in net.named_buffers():
+        if part.endswith("running_mean"):
+            buffer.fill_(0.5)
+    net.save_pretrained(BASE)
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(BASE)
+    run, knobs = work / "run", {"zero_stage": stage, "epochs": 1.0, "freeze": "backbone"}
+    assert run_ranks(2, train_until, 2, config(shards, BASE, run, **knobs)) == [0, 0]
+    shutil.rmtree(BASE)
+    train_on(1, config(shards, BASE, run, resume="auto", **knobs))
+    kept = load_file(run / "best" / "model.safetensors")
+    means = [value for name, value in kept.items() if name.endswith("running_mean")]
+    assert means
+    assert all(bool((value == 0.5).all()) for value in means)
+
+
 def test_what_no_checkpoint_holds_is_asked_for(
     shards: Path, table: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
