@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from io import FileIO
 from pathlib import Path
@@ -287,7 +287,7 @@ def _decode(
         source_bytes=size,
         source_xxh3=fingerprint(path),
         checksum=xxhash.xxh3_64_intdigest(wave.data),
-        about=asdict(source),
+        about=dict(vars(source)),
     )
 
 
