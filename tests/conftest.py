@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Asking whether there is a GPU starts CUDA, which no fork survives; asking the driver does not.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
+import gc
+import importlib
 import json
 import multiprocessing
 import shutil
@@ -25,19 +27,30 @@ import pytest
 import soundfile
 import torch
 from gpu_marker import device, pytest_configure, pytest_runtest_setup, tell  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from mgc_dist import shard
 from mgc_dist.config import BiasConfig, ShardConfig
 from mgc_dist.models.main import WaveClassifier, build_main
 from mgc_dist.packing import music
+from mgc_dist.training import engine
 
 if TYPE_CHECKING:
     from cluster import Cluster
 
 torch.set_num_threads(1)
 
-_NEEDED = ("deepspeed", "transformers.models.wav2vec2.modeling_wav2vec2", "mgc_dist.training.loop")
-"""What a rank imports, in 10 s: once, in a server that ranks are forked from."""
+_NEEDED = (
+    "deepspeed",
+    "transformers.models.wav2vec2.modeling_wav2vec2",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "torch.utils.tensorboard",
+    "mgc_dist.training.command",
+    "mgc_dist.evaluate",
+    "mgc_dist.bias",
+)
+"""What a rank imports, in 10 s: once, in the process that ranks are forked from."""
 
 
 @cache
@@ -49,6 +62,19 @@ def afresh() -> str:
     multiprocessing.set_forkserver_preload(list(_NEEDED))
     (starts,) = run_ranks(1, torch.cuda._is_in_bad_fork, method="forkserver")
     return "spawn" if starts else "forkserver"
+
+
+@cache
+def import_once() -> None:
+    """Before the first fork of a process that hides GPUs: what ranks would import, each anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        for name in _NEEDED:
+            importlib.import_module(name)
+        engine._import_muon()
+        get_checkpoint_conversion_mapping("wav2vec2")  # compiles 1,000 regular expressions
+    gc.collect()
+    gc.freeze()  # forks need not look at them again
 
 
 TINY = {
@@ -94,6 +120,8 @@ def run_ranks(
 
     Ranks that use a GPU need the method `afresh()`, and a body that another process can import.
     """
+    if method == "fork":
+        import_once()
     port = _free_port()
     context: Any = multiprocessing.get_context(method)
     pipes, processes = [], []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_ranks
-from test_launcher import call
+from test_launcher import answer
 
 from mgc_dist import doctor
 from mgc_dist.config import DoctorConfig
@@ -12,7 +12,7 @@ from mgc_dist.errors import UserError
 
 
 def test_alone(shards: Path, table: Path, tmp_path: Path) -> None:
-    done = call("-m", "mgc_dist.doctor", "--shards", shards, "--run", tmp_path / "run")
+    done = answer("-m", "mgc_dist.doctor", "--shards", shards, "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["ok"] * len(lines)
@@ -23,7 +23,7 @@ def test_alone(shards: Path, table: Path, tmp_path: Path) -> None:
 def test_damaged_data_is_wrong(copy: Path, tmp_path: Path) -> None:
     shard = next(copy.glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    done = call("-m", "mgc_dist.doctor", "--shards", copy, "--run", tmp_path / "run")
+    done = answer("-m", "mgc_dist.doctor", "--shards", copy, "--run", tmp_path / "run")
     assert done.returncode == 2
     assert "WRONG  data         " in done.stdout
     assert f"{shard}: got {shard.stat().st_size} bytes" in done.stdout
@@ -31,14 +31,14 @@ def test_damaged_data_is_wrong(copy: Path, tmp_path: Path) -> None:
 
 
 def test_no_data_yet_is_worth_a_note(tmp_path: Path) -> None:
-    done = call("-m", "mgc_dist.doctor", "--shards", tmp_path, "--run", tmp_path / "run")
+    done = answer("-m", "mgc_dist.doctor", "--shards", tmp_path, "--run", tmp_path / "run")
     assert done.returncode == 0
     assert f"note   data         no data set in {tmp_path} yet" in done.stdout
 
 
 def test_a_device_that_is_not_there_is_wrong(tmp_path: Path) -> None:
     words = ("--shards", tmp_path, "--run", tmp_path / "run", "--device", "cuda")
-    done = call("-m", "mgc_dist.doctor", *words)
+    done = answer("-m", "mgc_dist.doctor", *words)
     assert done.returncode == 2
     assert "WRONG  device" in done.stdout
 

@@ -1,14 +1,19 @@
 """The way a user goes: real processes, the real deepspeed launcher, errors and exit codes."""
 
+import importlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
-from conftest import _free_port, shard_config, write_model, write_tracks
+from conftest import _free_port, import_once, shard_config, write_model, write_tracks
 
 from mgc_dist import shard
 
@@ -40,6 +45,45 @@ def call(
     )
 
 
+def answer(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """As `call` without ranks, in a fork: imports take five seconds, and are not the point."""
+    import_once()
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            become([*map(str, words)], out, err)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
+
+
+def become(words: list[str], out: Path, err: Path) -> NoReturn:
+    """End this fork as `python WORDS` would end."""
+    code: object = 1
+    try:
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+        os.chdir(ROOT)
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        module = words[0] == "-m"
+        sys.argv = words[module:]
+        if module:
+            importlib.import_module(words[1]).main()
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
 def test_smoke_preset_through_the_launcher(tmp_path: Path) -> None:
     data, shards, run = tmp_path / "data", tmp_path / "shards", tmp_path / "run"
     steps = [
@@ -66,7 +110,7 @@ def test_smoke_preset_through_the_launcher(tmp_path: Path) -> None:
     ]
     shown = []
     for ranks, *words in steps:
-        done = call(*words, ranks=ranks)
+        done = call(*words, ranks=ranks) if ranks else answer(*words)
         assert done.returncode == 0, done.stdout + done.stderr
         shown.append(done.stdout)
     assert "Bias report: logmel" in shown[2]
@@ -116,8 +160,12 @@ def test_own_folder_on_one_process_as_readme_says(packed: Path, tmp_path: Path) 
         ("launch/evaluate.py", run),
     ]
     for words in steps:
-        done = call(*words)
+        training = words[0] == "launch/train.py"
+        done = call("-X", "importtime", *words) if training else answer(*words)
         assert done.returncode == 0, done.stdout + done.stderr
+        if training:
+            assert " deepspeed.runtime.engine" in done.stderr
+            assert " torch._inductor.compile_fx" not in done.stderr, "a second a start"
     assert (run / "evaluation" / "confusion-test.png").is_file()
     assert json.loads((run / "env.json").read_text())["world"] == 1
 
@@ -133,28 +181,28 @@ def test_shards_from_elsewhere_are_staged_by_two_ranks(packed: Path, tmp_path: P
     names = {path.name for path in (packed / "shards").glob("*.tar")}
     assert {path.name for path in node.glob("*.tar")} == names
     heads = ("--backbone", "logmel", "--folds", "2")
-    done = call("launch/evaluate.py", run, "--shards-from", source)
+    done = answer("launch/evaluate.py", run, "--shards-from", source)
     assert done.returncode == 0, done.stdout + done.stderr
-    done = call("launch/bias.py", "--shards", node, "--shards-from", source, *heads)
+    done = answer("launch/bias.py", "--shards", node, "--shards-from", source, *heads)
     assert done.returncode == 0, done.stdout + done.stderr
     refused(
-        call("launch/bias.py", "--shards", tmp_path / "n2", "--shards-from", "s3://bucket/x"),
+        answer("launch/bias.py", "--shards", tmp_path / "n2", "--shards-from", "s3://bucket/x"),
         "--shards-from s3://bucket/x",
         "pipe:aws s3 cp",
     )
 
 
 def test_verify_and_info(packed: Path, tmp_path: Path) -> None:
-    done = call("-m", "mgc_dist.shard", "info", packed / "shards")
+    done = answer("-m", "mgc_dist.shard", "info", packed / "shards")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tracks by genre" in done.stdout
-    done = call("-m", "mgc_dist.shard", "verify", packed / "shards")
+    done = answer("-m", "mgc_dist.shard", "verify", packed / "shards")
     assert done.returncode == 0, done.stdout + done.stderr
     copy = Path(shutil.copytree(packed / "shards", tmp_path / "copy"))
     content = bytearray((copy / "test-000000.tar").read_bytes())
     content[-1] ^= 1
     (copy / "test-000000.tar").write_bytes(content)
-    done = call("-m", "mgc_dist.shard", "verify", copy)
+    done = answer("-m", "mgc_dist.shard", "verify", copy)
     refused(done, "test-000000.tar: archive tail: got byte 1", "sha256")
 
 
@@ -169,9 +217,9 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
 
 
 def test_errors_of_the_data(packed: Path, tmp_path: Path) -> None:
-    refused(call("-m", "mgc_dist.shard", "--data", tmp_path), "no audio files in its sub-folders")
+    refused(answer("-m", "mgc_dist.shard", "--data", tmp_path), "no audio files in its sub-folders")
     (tmp_path / "file").touch()
-    done = call(
+    done = answer(
         "-m",
         "mgc_dist.shard",
         "--data",
@@ -187,13 +235,15 @@ def test_errors_of_the_data(packed: Path, tmp_path: Path) -> None:
     broken = tmp_path / "in" / "rock"
     broken.mkdir(parents=True)
     (broken / "rock.1.wav").write_bytes(b"no audio")
-    refused(call("-m", "mgc_dist.shard", "--data", tmp_path / "in"), "rock.1.wav", "--allow-bad 1")
+    refused(
+        answer("-m", "mgc_dist.shard", "--data", tmp_path / "in"), "rock.1.wav", "--allow-bad 1"
+    )
     nothing = tmp_path / "nothing"
     for script in ("launch/train.py", "launch/bias.py"):
-        done = call(script, "--shards", nothing)
+        done = answer(script, "--shards", nothing)
         refused(done, f"data set {nothing}", "python -m mgc_dist.shard --data")
     shards = packed / "shards"
-    done = call("launch/train.py", "--shards", shards, "--run", tmp_path / "run")
+    done = answer("launch/train.py", "--shards", shards, "--run", tmp_path / "run")
     refused(done, "no such table", "deepspeed launch/bias.py")
     assert not (tmp_path / "run").exists()
 
@@ -201,20 +251,20 @@ def test_errors_of_the_data(packed: Path, tmp_path: Path) -> None:
 def test_errors_of_models_presets_and_arithmetic(packed: Path, tmp_path: Path) -> None:
     shards, run = packed / "shards", tmp_path / "run"
     common = ("launch/train.py", "--shards", shards, "--loss", "ce", "--run", run)
-    refused(call(*common, "--model", tmp_path / "none"), "correct the path")
+    refused(answer(*common, "--model", tmp_path / "none"), "correct the path")
     assert not run.exists()  # the next try may use the name
-    refused(call("launch/bias.py", "--shards", shards), "facebook/wav2vec2-base", "a network")
+    refused(answer("launch/bias.py", "--shards", shards), "facebook/wav2vec2-base", "a network")
     (tmp_path / "p.yaml").write_text("train: {optim: {global_bach: 3}}\n")
-    refused(call(*common, "--preset", tmp_path / "p.yaml"), "did you mean global_batch?")
-    assert call(*common, "--lrr", "1").returncode == 2
-    refused(call(*common, "--global-batch", "0"), "--global-batch", "1 to 1000000")
+    refused(answer(*common, "--preset", tmp_path / "p.yaml"), "did you mean global_batch?")
+    assert answer(*common, "--lrr", "1").returncode == 2
+    refused(answer(*common, "--global-batch", "0"), "--global-batch", "1 to 1000000")
     few = call(*common, "--global-batch", "1", "--micro-batch", "1", ranks=2)
     refused(few, "--global-batch 1 on 2 ranks", "at least one row a rank")
 
 
 def test_errors_of_tables_and_runs(packed: Path, tmp_path: Path) -> None:
     shards = packed / "shards"
-    made = call(
+    made = answer(
         "launch/bias.py",
         "--shards",
         shards,
@@ -229,10 +279,10 @@ def test_errors_of_tables_and_runs(packed: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shard.run(shard_config(packed / "tracks", other, hop_s=0.1))
     common = ("launch/train.py", "--bias-table", tmp_path / "bias", "--run", tmp_path / "run")
-    refused(call(*common, "--shards", other), "a table of data set", "launch/bias.py --overwrite")
+    refused(answer(*common, "--shards", other), "a table of data set", "launch/bias.py --overwrite")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    refused(call(*common, "--shards", shards), "not empty", "--resume auto")
-    refused(call("launch/evaluate.py", tmp_path / "run"), "model folder")
+    refused(answer(*common, "--shards", shards), "not empty", "--resume auto")
+    refused(answer("launch/evaluate.py", tmp_path / "run"), "model folder")
     shutil.rmtree(tmp_path / "run")
-    refused(call("-m", "mgc_dist.predict", tmp_path / "run", "x.wav"), "no such folder")
+    refused(answer("-m", "mgc_dist.predict", tmp_path / "run", "x.wav"), "no such folder")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_launcher import call
+from test_launcher import answer
 from test_pack import digests
 
 from mgc_dist.bias_model import table as tables
@@ -374,7 +374,7 @@ def test_every_command_reads_the_nodes_copy(shards: Path, table: Path, tmp_path:
         ["train", "--shards", data, "--run", run, "--epochs", "0.4", *small, *staged],
         ["evaluate", run, *staged],
     ):
-        done = call(f"launch/{words[0]}.py", *words[1:], "--device", "cpu")
+        done = answer(f"launch/{words[0]}.py", *words[1:], "--device", "cpu")
         assert done.returncode == 0, done.stderr
     copied = node / f"mgc-{os.geteuid()}" / manifest.read(data).dataset_id[:16]
     assert manifest.read(copied) == manifest.read(data)

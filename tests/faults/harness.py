@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from conftest import _free_port
+from conftest import _free_port, import_once
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from metrics import read_metrics
 
@@ -77,6 +77,7 @@ class Job:
 
 def start(settings: TrainConfig, work: Path, *, world: int = 2, patch: Patch | None = None) -> Job:
     """Start the ranks of a training run."""
+    import_once()
     file, environments = prepare(settings, work, world)
     pids = []
     for rank, environment in enumerate(environments):
