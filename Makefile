@@ -18,8 +18,9 @@ demo: .venv/installed  ## the whole way on synthetic music, two ranks on the CPU
 test: .venv/installed  ## everything but the slow tests, the cluster's and the GPU's
 	$(RUN) $(PYTEST) -m "not slow and not slurm and not gpu"
 
-test-slow: .venv/installed  ## the real size with random weights: 16 GB of memory, 10 GB of disk
-	$(RUN) $(PYTEST) -m "slow and not slurm and not gpu"
+SLOW_TESTS ?= slow and not slurm and not gpu
+test-slow: .venv/installed  ## the real size with random weights, whole grids: 16 GB of memory, 10 GB of disk
+	$(RUN) $(PYTEST) -m "$(SLOW_TESTS)"
 
 # One test at a time: they time signals, and share a cluster. It installs slurm-wlm where it is missing.
 SLURM_TESTS ?= slurm

@@ -37,8 +37,8 @@ Patch = Callable[[int], None]
 
 
 def slow(*values: Any) -> Any:
-    """Parameters of a test that `make test-slow` runs, and `make test` does not."""
-    return pytest.param(*values, marks=pytest.mark.slow)
+    """The rest of a grid, for `make test-slow`; `make test` and .ci/run have its other parameters."""
+    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.grid])
 
 
 @dataclass
