@@ -7,7 +7,7 @@ robust audio fingerprinting system", ISMIR 2002). The phases of all frequencies 
 is composed alike shares tones, but a recording shares its noise too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -278,26 +278,52 @@ def _placed(
 ) -> list[tuple[float, float]]:
     """Speeds of the second track and its starts in the first in seconds, where most signs agree.
 
-    Two places at most, the best one first: of music that repeats itself, the signs of another bar
-    may agree better than those of the same one, but its phases do not.
+    Each place is looked for in coarse steps, then in fine ones: a frame off draws the speed off
+    too. Two places at most, the best one first: of music that repeats itself, the signs of another
+    bar may agree better than those of the same one, but its phases do not.
     """
-    best: dict[int, tuple[float, float, float]] = {}
     plain = mine[_SPEEDS.index(1.0)]
-    moved = np.arange(-_TOGETHER, _TOGETHER + 1, 2)[:, None]
-    for speed, signs in zip(_SPEEDS, theirs, strict=True):
-        signs = signs[::2]  # neighbours say nearly the same
-        played = np.rint(2 * speed * np.arange(len(signs))).astype(np.int64)
-        for number, start in enumerate(starts):
-            place = start + moved + played  # [13, F / 2]
-            both = (place >= 0) & (place < len(plain))
-            differing = np.bitwise_count(plain[np.where(both, place, 0)] ^ signs)
-            shared = both.sum(axis=1)
-            share = (differing * both).sum(axis=1) / np.maximum(32 * shared, 1)
-            share[2 * shared * _HOP_S < _SHORTEST_S] = 1.0
-            at = int(share.argmin())
-            here = (float(share[at]), speed, float(start + moved[at, 0]) * _HOP_S)
-            best[number] = min(best.get(number, here), here)
-    return [each[1:] for each in sorted(best.values())[:_TRIED] if each[0] < _DIFFERING]
+    halves = [signs[::2] for signs in theirs]  # neighbours say nearly the same
+    best = []
+    for start in starts:
+        coarse = start + np.arange(-_TOGETHER, _TOGETHER + 1, 2)
+        _, speed, frame = _closest(plain, halves, range(len(_SPEEDS)), coarse)
+        beside = range(max(0, speed - 1), min(len(_SPEEDS), speed + 2))
+        best.append(_closest(plain, halves, beside, np.arange(frame - 1, frame + 2)))
+    return [
+        (_SPEEDS[speed], frame * _HOP_S)
+        for share, speed, frame in sorted(best)[:_TRIED]
+        if share < _DIFFERING
+    ]
+
+
+def _closest(
+    plain: NDArray[np.uint32],
+    halves: Sequence[NDArray[np.uint32]],
+    speeds: Iterable[int],
+    starts: NDArray[np.int64],
+) -> tuple[float, int, int]:
+    """The least share of signs that differ, the number of its speed, and its start in frames.
+
+    Args:
+        plain: signs of the first track, [F].
+        halves: every second frame of those of the second one, at each speed.
+        speeds: numbers of those to try.
+        starts: of the second track in the first, to try.
+    """
+    best = (1.0, _SPEEDS.index(1.0), int(starts[0]))
+    for number in speeds:
+        signs = halves[number]
+        played = np.rint(2 * _SPEEDS[number] * np.arange(len(signs))).astype(np.int64)
+        place = starts[:, None] + played  # [S, F / 2]
+        both = (place >= 0) & (place < len(plain))
+        differing = np.bitwise_count(plain[np.where(both, place, 0)] ^ signs)
+        shared = both.sum(axis=1)
+        share = (differing * both).sum(axis=1) / np.maximum(32 * shared, 1)
+        share[2 * shared * _HOP_S < _SHORTEST_S] = 1.0
+        at = int(share.argmin())
+        best = min(best, (float(share[at]), number, int(starts[at])))
+    return best
 
 
 def _judged(

@@ -37,7 +37,7 @@ Patch = Callable[[int], None]
 
 
 def slow(*values: Any) -> Any:
-    """The rest of a grid, for `make test-slow`; `make test` and .ci/run have its other parameters."""
+    """The rest of a grid, for `make test-slow`; .ci/run leaves it out."""
     return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.grid])
 
 

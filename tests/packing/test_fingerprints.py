@@ -71,6 +71,14 @@ def test_a_changed_recording_is_found_where_it_is(change: str, others: list[Wave
     assert pair.start_s == pytest.approx(start_s, abs=0.005 + (0.04 if change == "MP3" else 0))
 
 
+@pytest.mark.parametrize("start", range(-4, 5))
+def test_a_place_is_found_to_the_frame_and_the_speed_with_it(
+    start: int, others: list[Wave]
+) -> None:
+    signs = [fingerprints._signs(wave, RATE) for wave in (others[5], faster(others[5], 1.02))]
+    assert fingerprints._placed(signs[0], signs[1], [start]) == [(1.02, 0.0)]
+
+
 def test_music_that_is_alike_is_no_pair(others: list[Wave]) -> None:
     assert pairs_of(others) == []
 
