@@ -58,6 +58,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "cache_dir": None,
         "activation_checkpointing": False,
         "spec_augment": True,
+        "lora": None,
         "compile": False,
         "device": "cpu",
     } | changes
@@ -75,6 +76,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
             freeze=knobs["freeze"],
             activation_checkpointing=knobs["activation_checkpointing"],
             spec_augment=knobs["spec_augment"],
+            lora=knobs["lora"],
         ),
         objective=LossConfig(loss=knobs["loss"]),
         optim=OptimConfig(

@@ -20,6 +20,7 @@ from mgc_dist.config.knobs import (
     check,
     require,
 )
+from mgc_dist.config.lora import Lora
 from mgc_dist.config.losses import LossConfig
 from mgc_dist.config.source import BATCH, SEED, WEEK_S, Device, RunFolder, SourceConfig, table_of
 
@@ -88,6 +89,10 @@ class ModelConfig:
     hub that `--revision` names."""
     freeze: Annotated[str, FIXED] = "feature_encoder"
     """`none`, `feature_encoder`, `layers:N` (the CNN and the lower N layers) or `backbone`."""
+    lora: Annotated[str | None, FIXED] = None
+    """Train low-rank adapters (LoRA) in place of the weights below the head, at --lr (1e-4 to 1e-3
+    is usual): `r=16`, or `r=16,alpha=32,targets=q_proj,v_proj` with ends of names of linear layers.
+    What --freeze names is not adapted. Checkpoints hold adapters and head only."""
     spec_augment: Annotated[bool, FIXED] = True
     """Mask frames in training where the model's config asks for it (SpecAugment), above the CNN and
     below layer 1; `--cache trunk` with `--freeze layers:N` needs `--no-spec-augment`."""
@@ -100,6 +105,11 @@ class ModelConfig:
         match = re.fullmatch(r"layers:([0-9]{1,4})", self.freeze)
         return int(match[1]) if match else None
 
+    @property
+    def adapters(self) -> Lora | None:
+        """What `--lora` says."""
+        return None if self.lora is None else Lora.parsed(self.lora)
+
     def __post_init__(self) -> None:
         require(
             "--freeze",
@@ -108,6 +118,13 @@ class ModelConfig:
             self.freeze,
             "none, feature_encoder, layers:N with N > 0, or backbone",
             "for example --freeze layers:12",
+        )
+        require(
+            f"--lora with --freeze {self.freeze}",
+            self.adapters is None or self.freeze not in ("none", "backbone"),
+            "both",
+            "--freeze feature_encoder or layers:N, above which adapters are trained",
+            "leave --lora out, or use --freeze feature_encoder",
         )
 
 

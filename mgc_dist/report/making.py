@@ -73,9 +73,12 @@ def training(dossier: Dossier) -> Section:
     if precision == "auto" and "torch_autocast" in dossier.engine:
         precision += ", bf16 autocast" if dossier.engine["torch_autocast"]["enabled"] else ", fp32"
     versions = ", ".join(f"{name} {value}" for name, value in env.get("versions", {}).items())
+    frozen = "nothing" if config.main.freeze == "none" else config.main.freeze
+    if config.main.lora:
+        frozen += f", and all above it but the head and adapters ({config.main.lora})"
     facts = (
         ("main model", config.main.model),
-        ("frozen", "nothing" if config.main.freeze == "none" else config.main.freeze),
+        ("frozen", frozen),
         ("loss", config.objective.description),
         ("bias table", _table(dossier, config)),
         ("epochs", f"{config.optim.epochs:g}"),

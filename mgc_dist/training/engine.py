@@ -104,6 +104,7 @@ class Engine:
             settings=self.config,
             peak_lrs=self._peak_lrs,
             ema_decay=ema_decay,
+            keeps_frozen=not model.is_adapted,
         )
         self._norm: float | Tensor | None = None
         if compile_model:

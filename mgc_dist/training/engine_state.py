@@ -36,6 +36,8 @@ class EngineState:
         settings: the configuration that DeepSpeed was given.
         peak_lrs: of the parameter groups.
         ema_decay: of the averages of the trained weights; 0 keeps none.
+        keeps_frozen: checkpoints hold frozen weights too; else the model must have the same
+            already when they are loaded, as its fingerprint in a run's identity says.
 
     Attributes:
         average: of the weights; None where none is kept.
@@ -50,7 +52,9 @@ class EngineState:
         settings: dict[str, Any],
         peak_lrs: Sequence[float],
         ema_decay: float = 0.0,
+        keeps_frozen: bool = True,
     ) -> None:
+        self._keeps_frozen = keeps_frozen
         self._engine = engine
         self._ranks = ranks
         self._zero_stage = zero_stage
@@ -74,7 +78,11 @@ class EngineState:
         """
         self._files.begin()
         self._engine.save_checkpoint(
-            str(folder), tag=tag, client_state={"mgc_dist": state}, save_latest=False
+            str(folder),
+            tag=tag,
+            client_state={"mgc_dist": state},
+            save_latest=False,
+            exclude_frozen_parameters=not self._keeps_frozen,
         )
         if self.average and (self._zero_stage > 0 or self._ranks.is_first):
             name = average.FILES.replace("*", f"{self._ranks.rank:05d}")
@@ -133,7 +141,9 @@ class EngineState:
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
         with _refusing_code(checkpoint), _without_patterns(checkpoint.parent) as root:
-            path, client = self._engine.load_checkpoint(str(root), tag=checkpoint.name)
+            path, client = self._engine.load_checkpoint(
+                str(root), tag=checkpoint.name, load_module_strict=self._keeps_frozen
+            )
         if path is None:
             raise RuntimeError(f"DeepSpeed loaded nothing from {checkpoint}")
         self._keep_settings()

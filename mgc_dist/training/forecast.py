@@ -154,7 +154,8 @@ def forecast(
     counted = flops.count(model, segment_samples)
     activations = activation_bytes(model, layout.micro_batch, segment_samples)
     states = memory[stage].all
-    checkpoint = checkpoint_bytes(every, trained, averaged=averaged)
+    kept = trained if model.is_adapted else every
+    checkpoint = checkpoint_bytes(kept, trained, averaged=averaged)
     disk = (config.output.keep_checkpoints + 1) * checkpoint + (2 + averaged) * 4 * every
     run = config.output.run.resolve()
     free = _free_bytes(run)
@@ -196,6 +197,7 @@ def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) 
         spec_augment=config.main.spec_augment,
         revision=config.main.revision,
         trust_remote_code=config.main.trust_remote_code,
+        lora=config.main.adapters,
     )
     if config.optim.layer_lr_decay != 1:
         model.backbone_by_layer()  # refused without layers
@@ -248,12 +250,14 @@ def memory_of(
     )
 
 
-def checkpoint_bytes(every: int, trained: int, *, averaged: bool = False) -> int:
-    """Bytes of a checkpoint: all weights; the optimizer's copy, moments, averages of the trained.
+def checkpoint_bytes(kept: int, trained: int, *, averaged: bool = False) -> int:
+    """Bytes of a checkpoint: kept weights; the optimizer's copy, moments, averages of the trained.
+
+    All weights are kept, but with adapters only the trained ones.
 
     At stage 0 there is no copy and at stage 3 the trained weights are in the copy only: less.
     """
-    return 4 * every + (12 + 4 * averaged) * trained
+    return 4 * kept + (12 + 4 * averaged) * trained
 
 
 def activation_bytes(model: WaveClassifier, rows: int, segment_samples: int) -> int:

@@ -269,6 +269,7 @@ def _main_model(config: TrainConfig, manifest: Manifest, base: Base | None) -> W
         spec_augment=config.main.spec_augment,
         revision=config.main.revision,
         trust_remote_code=config.main.trust_remote_code,
+        lora=config.main.adapters,
         base=base,
     )
 
