@@ -24,7 +24,7 @@ from mgc_dist.config.lora import Lora
 from mgc_dist.config.losses import LossConfig
 from mgc_dist.config.source import BATCH, SEED, WEEK_S, Device, RunFolder, SourceConfig, table_of
 
-Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "bf16-weights"]
 Select = Literal["nll", "macro-f1", "last"]
 Cache = Literal["none", "cnn", "trunk"]
 Schedule = Literal["cosine", "linear", "constant", "inverse-sqrt"]
@@ -194,8 +194,9 @@ class EngineConfig:
     eval_batch: Annotated[int, BATCH] = 32
     """Segments in a batch of validation, which keeps nothing for a backward pass."""
     precision: Annotated[Precision, Effect(identity=False)] = "auto"
-    """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it. `bf16-weights`
-    leaves fp32 ones to the optimizer: less memory, coarser gradients."""
+    """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it, and elsewhere
+    `fp16`, which scales the loss, on a GPU with tensor cores (V100, T4) without a cache.
+    `bf16-weights` leaves fp32 ones to the optimizer: less memory, coarser gradients."""
     device: Device = "auto"
     """Where the ranks compute."""
     bucket_elements: Annotated[int, Range(minimum=1_000, maximum=2**31, cure="5e7 is usual")] = (
@@ -333,6 +334,13 @@ class TrainConfig:
             "--freeze none",
             "a frozen part, whose output is a constant",
             "use --freeze feature_encoder or layers:N, or --cache none",
+        )
+        require(
+            "--precision fp16",
+            self.engine.precision != "fp16" or self.data.cache == "none",
+            f"--cache {self.data.cache}",
+            "no cache",
+            "use --precision fp32, or --cache none",
         )
         if self.engine.precision == "bf16-weights":
             plain = self.data.cache == "none" and self.main.model != "logmel-cnn"

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.errors import EXIT_IO, UserError
 from mgc_dist.training import average
 from mgc_dist.training.average import Average, Part
+from mgc_dist.training.loss_scale import LossScale
 
 
 class EngineState:
@@ -38,8 +40,10 @@ class EngineState:
         ema_decay: of the averages of the trained weights; 0 keeps none.
         keeps_frozen: checkpoints hold frozen weights too; else the model must have the same
             already when they are loaded, as its fingerprint in a run's identity says.
+        loss_scale: of the loss in float16; None elsewhere.
 
     Attributes:
+        loss_scale: as given; a checkpoint brings its own.
         average: of the weights; None where none is kept.
     """
 
@@ -53,7 +57,9 @@ class EngineState:
         peak_lrs: Sequence[float],
         ema_decay: float = 0.0,
         keeps_frozen: bool = True,
+        loss_scale: LossScale | None = None,
     ) -> None:
+        self.loss_scale = loss_scale
         self._keeps_frozen = keeps_frozen
         self._engine = engine
         self._ranks = ranks
@@ -77,10 +83,13 @@ class EngineState:
                 of the collectives nevertheless.
         """
         self._files.begin()
+        client: dict[str, Any] = {"mgc_dist": state}
+        if self.loss_scale:
+            client["mgc_dist_loss_scale"] = asdict(self.loss_scale)
         self._engine.save_checkpoint(
             str(folder),
             tag=tag,
-            client_state={"mgc_dist": state},
+            client_state=client,
             save_latest=False,
             exclude_frozen_parameters=not self._keeps_frozen,
         )
@@ -147,6 +156,8 @@ class EngineState:
         if path is None:
             raise RuntimeError(f"DeepSpeed loaded nothing from {checkpoint}")
         self._keep_settings()
+        if self.loss_scale:  # without one, `--change precision` has asked for float16
+            self.loss_scale = LossScale(**client.get("mgc_dist_loss_scale", {}))
         state: dict[str, Any] = client["mgc_dist"]
         return state
 
