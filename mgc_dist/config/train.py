@@ -197,6 +197,9 @@ class EngineConfig:
     """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it, and elsewhere
     `fp16`, which scales the loss, on a GPU with tensor cores (V100, T4) without a cache.
     `bf16-weights` leaves fp32 ones to the optimizer: less memory, coarser gradients."""
+    offload: Annotated[Literal["none", "optimizer"], COMPARED] = "none"
+    """`optimizer` keeps AdamW's weights and moments in the memory of the host, and steps there:
+    less memory of a GPU, slower steps. At stages 2 and 3."""
     device: Device = "auto"
     """Where the ranks compute."""
     bucket_elements: Annotated[int, Range(minimum=1_000, maximum=2**31, cure="5e7 is usual")] = (
@@ -226,6 +229,13 @@ class EngineConfig:
             "both",
             "a compiled model at stage 0, 1 or 2",
             "ZeRO-3 loses nearly all gradients of a compiled model, silently; use --zero-stage 2",
+        )
+        require(
+            f"--offload optimizer with --zero-stage {self.zero_stage}",
+            self.offload == "none" or self.zero_stage >= 2,
+            "both",
+            "--zero-stage 2 or 3",
+            "use --zero-stage 2, or --offload none",
         )
         require(
             f"--precision bf16-weights with --zero-stage {self.zero_stage}",

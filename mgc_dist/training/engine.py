@@ -51,6 +51,7 @@ class Engine:
         bucket_elements: of ZeRO's communication.
         compile_model: through torch.compile; not at stage 3, which then loses gradients.
         ema_decay: of the averages of the trained weights; 0 keeps none.
+        offload: the optimizer's weights, moments and step are on the host; stages 2 and 3 only.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Engine:
         bucket_elements: int,
         bf16_weights: bool = False,
         fp16: bool = False,
+        offload: bool = False,
         compile_model: bool = False,
         ema_decay: float = 0.0,
         layer_lr_decay: float = 1.0,
@@ -86,6 +88,9 @@ class Engine:
             clip_norm=clip_norm,
             bucket_elements=bucket_elements,
         )
+        if offload:
+            assert zero_stage >= 2
+            self.config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         dtype = "float16" if fp16 else "bfloat16"
         self.config["torch_autocast"] = {"enabled": bf16 or fp16, "dtype": dtype}
         if bf16_weights:

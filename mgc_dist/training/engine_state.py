@@ -202,14 +202,14 @@ class EngineState:
         parameter: Any,  # noqa: ANN401 - DeepSpeed adds to it
     ) -> tuple[int, Tensor] | None:
         """First element, and float32 memory [n]; None where this rank owns nothing of it."""
-        from deepspeed.utils import safe_get_local_fp32_param
-
         if self._zero_stage == 0:
             return 0, parameter.view(-1)
         if self._zero_stage < 3:
             mapping = parameter._hp_mapping
             return mapping and (mapping.lp_fragment_address.start, mapping.get_hp_fragment())
-        mine = safe_get_local_fp32_param(parameter)
+        # safe_get_local_fp32_param copies what lies on the host
+        find = self._engine.optimizer._get_fp32_opt_state_partition
+        mine, _ = find(parameter, release_swap_buffers=True)
         start = self._ranks.rank * mine.numel()
         length = min(mine.numel(), parameter.ds_numel - start)  # the last ones are padded
         return (start, mine[:length]) if length > 0 else None

@@ -8,7 +8,7 @@ what autograd would keep for the backward pass, in float32; bf16 autocast keeps 
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,16 +39,18 @@ class Memory:
         weights: float32, and at stages 1 to 3 this rank's share of the optimizer's own copy.
         gradients, optimizer: of the trained weights; AdamW's two moments, and the averages.
         buckets: of communication.
+        host: of the host in place of the device, with `--offload optimizer`.
     """
 
     weights: int
     gradients: int
     optimizer: int
     buckets: int
+    host: int = 0
 
     @property
     def all(self) -> int:
-        """Their sum, without activations."""
+        """Their sum but for the host's, without activations."""
         return self.weights + self.gradients + self.optimizer + self.buckets
 
 
@@ -148,7 +150,16 @@ def forecast(
     each = 2 if config.engine.precision == "bf16-weights" else 4
     averaged = config.optim.ema_decay > 0
     memory = {
-        s: memory_of(s, every, trained, world, bucket, weight_bytes=each, averaged=averaged)
+        s: memory_of(
+            s,
+            every,
+            trained,
+            world,
+            bucket,
+            weight_bytes=each,
+            averaged=averaged,
+            offload=config.engine.offload == "optimizer",
+        )
         for s in STAGES
     }
     counted = flops.count(model, segment_samples)
@@ -223,6 +234,7 @@ def memory_of(
     *,
     weight_bytes: int = 4,
     averaged: bool = False,
+    offload: bool = False,
 ) -> Memory:
     """Bytes of a rank, activations apart.
 
@@ -234,6 +246,7 @@ def memory_of(
         bucket: elements of a communication bucket.
         weight_bytes: of an element of the weights that are computed with, 4 or 2.
         averaged: averages of the trained weights are kept.
+        offload: what the optimizer has is on the host, at stages 2 and 3.
 
     Source: Rajbhandari et al., "ZeRO", SC 2020, section 5, for float32 weights; stages 1 to 3
     of DeepSpeed 0.19 keep a float32 copy of the trained weights in the optimizer, and a whole
@@ -242,11 +255,28 @@ def memory_of(
     share = -(-trained // world)
     copy = 4 * share if stage else 0
     gathered = min(bucket, trained) if world > 1 else 0
-    return Memory(
+    whole = Memory(
         weights=weight_bytes * (-(-every // world) if stage == 3 else every) + copy,
         gradients=4 * (share if stage >= 2 else trained),
         optimizer=(8 + 4 * averaged) * (share if stage else trained),
         buckets=4 * (gathered + (bucket if stage else 0)),
+    )
+    return _offloaded(whole, stage, share, weight_bytes) if offload and stage >= 2 else whole
+
+
+def _offloaded(whole: Memory, stage: int, share: int, weight_bytes: int) -> Memory:
+    """The same with what is moved, and buffers of DeepSpeed's for the way.
+
+    Gradients that add up in another type than the weights have, at stage 2, stay on the device.
+    """
+    stays = stage == 2 and weight_bytes != 4
+    buffers = weight_bytes * share + (0 if stays else 4 * share) if stage == 2 else 4 * share
+    return replace(
+        whole,
+        weights=whole.weights - 4 * share,
+        gradients=whole.gradients if stays else 0,
+        optimizer=0,
+        host=8 * share + whole.optimizer + buffers,
     )
 
 
@@ -392,12 +422,15 @@ def show(planned: Forecast) -> None:
         f"{100 * planned.flops.frozen / planned.flops.training:.0f} % of it in the frozen part"
     )
     table = Table(title="Memory of a rank, estimated")
-    for column in ("ZeRO", "weights", "gradients", "optimizer", "buckets", "activations", "all"):
+    offloads = any(memory.host for memory in planned.memory.values())
+    columns = ("ZeRO", "weights", "gradients", "optimizer", "buckets", "activations", "all")
+    for column in columns + ("host",) * offloads:
         table.add_column(column, justify="right")
     for stage, memory in planned.memory.items():
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.buckets)
         total = memory.all + planned.activation_bytes
-        cells = map(_size, (*sizes, planned.activation_bytes, total))
+        host = (memory.host,) * offloads
+        cells = map(_size, (*sizes, planned.activation_bytes, total, *host))
         table.add_row(f"{'-> ' if stage == planned.stage else ''}{stage}", *cells)
     console.print(table)
     console.print(

@@ -173,6 +173,7 @@ def _engine(
             compile_model=config.engine.compile,
             ema_decay=config.optim.ema_decay,
             layer_lr_decay=config.optim.layer_lr_decay,
+            offload=config.engine.offload == "optimizer",
         )
 
 

@@ -43,13 +43,13 @@ def test_float16_follows_plain_autograd_at_every_stage(stage: int, tiny_model: P
         assert float(np.abs(grads[name] - grad).max()) < 0.03 * size, name
 
 
-def overflowing(file: Path, stage: int) -> tuple[list[tuple[bool, float]], list[bool]]:
+def overflowing(
+    file: Path, stage: int, offload: bool = False
+) -> tuple[list[tuple[bool, float]], list[bool]]:
     """Steps of which rank 1 alone overflows: applied, scale; whether weights were as before."""
     with ranks.join("cpu") as peers:
-        engine, (wave, label) = (
-            make_engine(build(file, "feature_encoder", False), peers, stage, False, fp16=True),
-            drawn(),
-        )
+        model, (wave, label) = build(file, "feature_encoder", False), drawn()
+        engine = make_engine(model, peers, stage, False, fp16=True, offload=offload)
         engine.train(True)
         engine.set_lr(1.0)
         told, still = [], []
@@ -66,9 +66,13 @@ def overflowing(file: Path, stage: int) -> tuple[list[tuple[bool, float]], list[
         return told, still
 
 
-@pytest.mark.parametrize("stage", [0, slow(1), 2, 3])
-def test_what_overflows_on_one_rank_is_skipped_on_all(stage: int, tiny_model: Path) -> None:
-    (told, still), (others, _) = run_ranks(2, overflowing, tiny_model, stage)
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(0, False), slow(1, False), (2, False), (3, False), (2, True), (3, True)]
+)
+def test_what_overflows_on_one_rank_is_skipped_on_all(
+    stage: int, offload: bool, tiny_model: Path
+) -> None:
+    (told, still), (others, _) = run_ranks(2, overflowing, tiny_model, stage, offload)
     start = 2.0**16
     quarter, eighth = start / 4, start / 8
     applied = [(False, start / 2), (False, quarter), (True, quarter), (False, eighth)]
