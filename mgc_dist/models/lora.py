@@ -34,6 +34,13 @@ def adapt(kind: Kind, lora: Lora, frozen: Sequence[nn.Module]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     net, layers = kind.net, _layers(kind, frozen)
+    if not layers:
+        raise UserError(
+            "--lora",
+            got="no linear layer below the head that --freeze leaves",
+            expected="at least one, which adapters can change",
+            cure="freeze less: --freeze feature_encoder",
+        )
     targets = lora.targets or kind.adapted
     for target in targets:
         if not any(_ends(name, target) for name in layers):

@@ -422,17 +422,17 @@ def show(planned: Forecast) -> None:
         f"{100 * planned.flops.frozen / planned.flops.training:.0f} % of it in the frozen part"
     )
     table = Table(title="Memory of a rank, estimated")
-    offloads = any(memory.host for memory in planned.memory.values())
-    columns = ("ZeRO", "weights", "gradients", "optimizer", "buckets", "activations", "all")
-    for column in columns + ("host",) * offloads:
+    for column in ("ZeRO", "weights", "gradients", "optimizer", "buckets", "activations", "all"):
         table.add_column(column, justify="right")
     for stage, memory in planned.memory.items():
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.buckets)
         total = memory.all + planned.activation_bytes
-        host = (memory.host,) * offloads
-        cells = map(_size, (*sizes, planned.activation_bytes, total, *host))
+        cells = map(_size, (*sizes, planned.activation_bytes, total))
         table.add_row(f"{'-> ' if stage == planned.stage else ''}{stage}", *cells)
     console.print(table)
+    host = planned.memory[planned.stage].host
+    if host:
+        console.print(f"--offload optimizer: {_size(host)} more of the host's memory, a rank")
     console.print(
         f"activations in float32, less under bf16 autocast; a checkpoint is "
         f"{_size(planned.checkpoint_bytes)}, all that is kept {_size(planned.disk_bytes)}, free "

@@ -133,6 +133,12 @@ def test_a_target_that_the_model_does_not_have_is_refused(tiny_model: Path) -> N
     assert adapted(tiny_model, lora=Lora(r=4, alpha=8.0, targets=tuple(names.split(", "))))
 
 
+def test_a_model_of_which_all_layers_are_frozen_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=r"--lora: got no linear layer.*\n  freeze less: --f"):
+        adapted(tiny_model, freeze="layers:2", frozen_layers=2)
+    assert adapted(tiny_model, freeze="feature_encoder")
+
+
 def test_a_cache_with_adapters_below_its_cut_is_refused(tiny_model: Path) -> None:
     below = Lora(r=4, alpha=8.0, targets=("feature_projection.projection",))
     settings: dict[str, Any] = {"freeze": "layers:1", "frozen_layers": 1, "cache": "trunk"}

@@ -136,6 +136,19 @@ def test_a_run_goes_on_to_the_bit_and_on_fewer_ranks_to_rounding(
     assert_exported(parts)
 
 
+def test_a_run_with_bf16_base_weights_goes_on_to_the_bit(
+    shards: Path, table: Path, noisy: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    knobs = knobs_of(2, precision="bf16-weights")
+    train_on(2, config(shards, noisy, whole, **knobs))
+    assert run_ranks(2, train_until, 2, config(shards, noisy, parts, **knobs)) == [0, 0]
+    train_on(2, config(shards, noisy, parts, resume="auto", **knobs))
+    assert losses(parts) == losses(whole)
+    assert weights_hash(parts) == weights_hash(whole)
+    assert_exported(parts)
+
+
 def assert_holds_adapters_and_head(run: Path) -> None:
     folder = max((run / "checkpoints").glob("step-*"))
     for file in folder.glob("*_model_states.pt"):
