@@ -116,9 +116,9 @@ class Engine:
             keeps_frozen=not model.is_adapted,
             loss_scale=LossScale() if fp16 else None,
         )
-        if fp16:
-            self._engine.torch_autocast_z0_gradscaler = None
-            self._engine.optimizer.torch_autocast_gradscaler = None
+        # ours takes their place; and who comes after float16 in a process would get one, unused
+        self._engine.torch_autocast_z0_gradscaler = None
+        self._engine.optimizer.torch_autocast_gradscaler = None
         self._norm: float | Tensor | None = None
         if compile_model:
             assert zero_stage < 3
