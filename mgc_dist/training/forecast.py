@@ -146,22 +146,8 @@ def forecast(
     model = _model_of(config, genres, segment_samples)
     parts = count_parts(model)
     every, trained = (sum(counts) for counts in zip(*parts.values(), strict=True))
-    bucket = config.engine.bucket_elements
-    each = 2 if config.engine.precision == "bf16-weights" else 4
     averaged = config.optim.ema_decay > 0
-    memory = {
-        s: memory_of(
-            s,
-            every,
-            trained,
-            world,
-            bucket,
-            weight_bytes=each,
-            averaged=averaged,
-            offload=config.engine.offload == "optimizer",
-        )
-        for s in STAGES
-    }
+    memory = _memory_by_stage(config, every, trained, world)
     counted = flops.count(model, segment_samples)
     activations = activation_bytes(model, layout.micro_batch, segment_samples)
     states = memory[stage].all
@@ -194,6 +180,24 @@ def forecast(
             *_room(layout, states, activations),
         ),
     )
+
+
+def _memory_by_stage(
+    config: TrainConfig, every: int, trained: int, world: int
+) -> dict[int, Memory]:
+    return {
+        stage: memory_of(
+            stage,
+            every,
+            trained,
+            world,
+            config.engine.bucket_elements,
+            weight_bytes=2 if config.engine.precision == "bf16-weights" else 4,
+            averaged=config.optim.ema_decay > 0,
+            offload=config.engine.offload == "optimizer",
+        )
+        for stage in STAGES
+    }
 
 
 def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) -> WaveClassifier:
