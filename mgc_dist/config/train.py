@@ -20,10 +20,11 @@ from mgc_dist.config.knobs import (
     check,
     require,
 )
+from mgc_dist.config.lora import Lora
 from mgc_dist.config.losses import LossConfig
 from mgc_dist.config.source import BATCH, SEED, WEEK_S, Device, RunFolder, SourceConfig, table_of
 
-Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "bf16-weights"]
 Select = Literal["nll", "macro-f1", "last"]
 Cache = Literal["none", "cnn", "trunk"]
 Schedule = Literal["cosine", "linear", "constant", "inverse-sqrt"]
@@ -88,6 +89,10 @@ class ModelConfig:
     hub that `--revision` names."""
     freeze: Annotated[str, FIXED] = "feature_encoder"
     """`none`, `feature_encoder`, `layers:N` (the CNN and the lower N layers) or `backbone`."""
+    lora: Annotated[str | None, FIXED] = None
+    """Train low-rank adapters (LoRA) in place of the weights below the head, at --lr (1e-4 to 1e-3
+    is usual): `r=16`, or `r=16,alpha=32,targets=q_proj,v_proj` with ends of names of linear layers.
+    What --freeze names is not adapted. Checkpoints hold adapters and head only."""
     spec_augment: Annotated[bool, FIXED] = True
     """Mask frames in training where the model's config asks for it (SpecAugment), above the CNN and
     below layer 1; `--cache trunk` with `--freeze layers:N` needs `--no-spec-augment`."""
@@ -100,6 +105,11 @@ class ModelConfig:
         match = re.fullmatch(r"layers:([0-9]{1,4})", self.freeze)
         return int(match[1]) if match else None
 
+    @property
+    def adapters(self) -> Lora | None:
+        """What `--lora` says."""
+        return None if self.lora is None else Lora.parsed(self.lora)
+
     def __post_init__(self) -> None:
         require(
             "--freeze",
@@ -108,6 +118,13 @@ class ModelConfig:
             self.freeze,
             "none, feature_encoder, layers:N with N > 0, or backbone",
             "for example --freeze layers:12",
+        )
+        require(
+            f"--lora with --freeze {self.freeze}",
+            self.adapters is None or self.freeze not in ("none", "backbone"),
+            "both",
+            "--freeze feature_encoder or layers:N, above which adapters are trained",
+            "leave --lora out, or use --freeze feature_encoder",
         )
 
 
@@ -177,8 +194,12 @@ class EngineConfig:
     eval_batch: Annotated[int, BATCH] = 32
     """Segments in a batch of validation, which keeps nothing for a backward pass."""
     precision: Annotated[Precision, Effect(identity=False)] = "auto"
-    """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it. `bf16-weights`
-    leaves fp32 ones to the optimizer: less memory, coarser gradients."""
+    """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it, and elsewhere
+    `fp16`, which scales the loss, on a GPU with tensor cores (V100, T4) without a cache.
+    `bf16-weights` leaves fp32 ones to the optimizer: less memory, coarser gradients."""
+    offload: Annotated[Literal["none", "optimizer"], COMPARED] = "none"
+    """`optimizer` keeps AdamW's weights and moments in the memory of the host, and steps there:
+    less memory of a GPU, slower steps. At stages 2 and 3."""
     device: Device = "auto"
     """Where the ranks compute."""
     bucket_elements: Annotated[int, Range(minimum=1_000, maximum=2**31, cure="5e7 is usual")] = (
@@ -208,6 +229,13 @@ class EngineConfig:
             "both",
             "a compiled model at stage 0, 1 or 2",
             "ZeRO-3 loses nearly all gradients of a compiled model, silently; use --zero-stage 2",
+        )
+        require(
+            f"--offload optimizer with --zero-stage {self.zero_stage}",
+            self.offload == "none" or self.zero_stage >= 2,
+            "both",
+            "--zero-stage 2 or 3",
+            "use --zero-stage 2, or --offload none",
         )
         require(
             f"--precision bf16-weights with --zero-stage {self.zero_stage}",
@@ -316,6 +344,13 @@ class TrainConfig:
             "--freeze none",
             "a frozen part, whose output is a constant",
             "use --freeze feature_encoder or layers:N, or --cache none",
+        )
+        require(
+            "--precision fp16",
+            self.engine.precision != "fp16" or self.data.cache == "none",
+            f"--cache {self.data.cache}",
+            "no cache",
+            "use --precision fp32, or --cache none",
         )
         if self.engine.precision == "bf16-weights":
             plain = self.data.cache == "none" and self.main.model != "logmel-cnn"

@@ -41,6 +41,7 @@ class Layout:
         longest: samples of a segment at most; None if there is no limit.
         frames: that a segment of T samples has.
         extractor: what transformers needs beside an export.
+        adapted: names of the linear layers that `--lora` adapts, of queries and values.
     """
 
     base: str
@@ -52,6 +53,7 @@ class Layout:
     longest: Callable[[Any], int | None]
     frames: Callable[[int], int]
     extractor: Callable[[Any], Any]
+    adapted: tuple[str, ...] = ("q_proj", "v_proj")
 
 
 def _ast_inputs(wave: Tensor, config: Any) -> Tensor:  # noqa: ANN401 - of transformers
@@ -128,6 +130,7 @@ LAYOUTS: Mapping[str, Layout] = {
             num_mel_bins=config.feature_projection_input_dim // _SEAMLESS_STRIDE,
             stride=_SEAMLESS_STRIDE,
         ),
+        adapted=("linear_q", "linear_v"),
     ),
 }
 """By `model_type`."""
@@ -142,6 +145,7 @@ class BandsKind:
 
     normalises: bool | None = None
     needs_our_code = False
+    never_called: tuple[str, ...] = ()
 
     def __init__(self, net: PreTrainedModel) -> None:
         self.net = net
@@ -164,6 +168,11 @@ class BandsKind:
     def head(self) -> str:
         """Name of the last linear layer."""
         return self._layout.head
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Its queries and values."""
+        return self._layout.adapted
 
     def inputs(self, wave: Tensor) -> Tensor:
         """Float32 waves [B, T] -> the family's bands."""

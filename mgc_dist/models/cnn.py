@@ -121,6 +121,8 @@ class LogMelCnnKind:
     needs_our_code = True
     head = "classifier"
     fuses_attention = False
+    adapted = ("projector",)
+    never_called: tuple[str, ...] = ()
     cut = None
     masks: RowMasks | None = None
 

@@ -72,12 +72,15 @@ class Kind(Protocol):
         head: name of its last linear layer, in the model.
         needs_our_code: whether transformers alone cannot load it.
         masks: its SpecAugment, drawn by row; None if it has none.
+        adapted: names of the linear layers that low-rank adapters stand beside, unless told.
+        never_called: names of linear layers that adapters cannot change: only weights are read.
     """
 
     net: PreTrainedModel
     masks: RowMasks | None
     normalises: bool | None
     needs_our_code: bool
+    never_called: tuple[str, ...]
 
     @property
     def cut(self) -> Cut | None:
@@ -85,6 +88,10 @@ class Kind(Protocol):
 
     @property
     def base(self) -> nn.Module:
+        """As above."""
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
         """As above."""
 
     @property

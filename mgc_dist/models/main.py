@@ -23,12 +23,14 @@ from transformers import (
 )
 
 from mgc_dist.cluster.ranks import seed_everything
+from mgc_dist.config.lora import Lora
 from mgc_dist.errors import UserError
 from mgc_dist.models import custom, hub
 from mgc_dist.models.bands import MEAN, SCALE
 from mgc_dist.models.cnn import CnnConfig
 from mgc_dist.models.hub import normalise
 from mgc_dist.models.kind import Kind, kind_of, open_boundary
+from mgc_dist.models.lora import adapt
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +171,11 @@ class WaveClassifier(nn.Module):
         return self.kind.needs_our_code
 
     @property
+    def is_adapted(self) -> bool:
+        """Whether adapters are trained in place of its own weights below the head."""
+        return any(".lora_A." in name for name, _ in self.net.named_modules())
+
+    @property
     def temperature(self) -> float | None:
         """T that calibrates the mean over segments of softmax(logits / T), if one was accepted."""
         value = self.net.config.to_dict().get(TEMPERATURE)
@@ -216,6 +223,7 @@ def build_main(
     revision: str | None = None,
     trust_remote_code: bool = False,
     base: Base | None = None,
+    lora: Lora | None = None,
 ) -> WaveClassifier:
     """The main model, with a new head.
 
@@ -235,10 +243,11 @@ def build_main(
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run code that lies beside the weights.
         base: build it from this, with random weights, and look for nothing by name.
+        lora: adapters, which are trained in place of the model's own weights below the head.
 
     Raises:
-        UserError: the model cannot be found, does not fit, or has BatchNorm; or the cache would
-            not be exact.
+        UserError: the model cannot be found, does not fit, or has BatchNorm or no layer to adapt;
+            or the cache would not be exact.
     """
     hub.quiet()
     name = hub.located(name)
@@ -252,7 +261,7 @@ def build_main(
     net.config.segment_samples = segment_samples  # ours: what `predict` cuts files into
     kind = kind_of(net)
     frozen = _make_ready(
-        kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing
+        kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing, lora
     )
     normalises = kind.normalises
     if normalises is None and base:
@@ -280,6 +289,7 @@ def describe_main(
     spec_augment: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    lora: Lora | None = None,
 ) -> WaveClassifier:
     """The main model of `build_main` without its weights: on torch's meta device, in a second.
 
@@ -294,6 +304,7 @@ def describe_main(
         spec_augment: as for `build_main`.
         revision: as for `build_main`.
         trust_remote_code: as for `build_main`.
+        lora: as for `build_main`.
 
     Raises:
         UserError: the model's configuration cannot be found, or does not fit; or the cache would
@@ -311,7 +322,7 @@ def describe_main(
         net = _from_config(name, config).to("meta")
     kind = kind_of(net)
     frozen = _make_ready(
-        kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing
+        kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing, lora
     )
     at = open_boundary(kind, cache, freeze)
     return WaveClassifier(net, do_normalize=True, frozen=frozen, boundary=at)
@@ -453,11 +464,15 @@ def _make_ready(
     freeze: str,
     frozen_layers: int | None,
     activation_checkpointing: bool,
+    lora: Lora | None,
 ) -> list[nn.Module]:
-    """Refuse a model that does not fit, freeze parts of it, and return them."""
+    """Refuse a model that does not fit, freeze and adapt parts of it; return what has eval mode."""
     kind.refuse_unfit(name, segment_samples)
     kind.fit(segment_samples)
     frozen = kind.freeze(freeze, frozen_layers)
+    if lora:
+        frozen += _batch_norms(kind.net)  # frozen too
+        adapt(kind, lora, frozen)
     _refuse_trained_batch_norm(name, kind.net, frozen)
     if activation_checkpointing:
         # the reentrant kind drops gradients above a frozen prefix, silently
@@ -467,14 +482,17 @@ def _make_ready(
 
 def _refuse_trained_batch_norm(name: str, net: PreTrainedModel, frozen: list[nn.Module]) -> None:
     kept = {id(each) for part in frozen for each in part.modules()}
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if any(id(norm) not in kept for norm in norms):
+    if any(id(norm) not in kept for norm in _batch_norms(net)):
         raise UserError(
             f"--model {name}",
             got="BatchNorm layers in training, whose statistics depend on padding and ranks",
             expected="layer norm or group norm, or BatchNorm layers that are all frozen",
             cure="use --freeze backbone, or another model",
         )
+
+
+def _batch_norms(net: PreTrainedModel) -> list[nn.Module]:
+    return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def frozen_fingerprint(model: WaveClassifier) -> str:

@@ -20,6 +20,14 @@ from mgc_dist.models.masks import RowMasks, applies_masks
 
 _CALLED_AS_A_WHOLE = ("sew", "sew-d", "wav2vec2-conformer")
 """Their layers see other frames than the head, or get positions that their encoder makes."""
+_ADAPTED: dict[str, tuple[str, ...]] = {
+    "sew-d": ("query_proj", "value_proj"),
+    "wav2vec2-conformer": ("linear_q", "linear_v"),
+    "wavlm": ("intermediate_dense", "output_dense"),
+}
+"""What `--lora` adapts; of other types the queries and values (Hu et al., ICLR 2022, table 5)."""
+_NEVER_CALLED: dict[str, tuple[str, ...]] = {"wavlm": ("q_proj", "k_proj", "v_proj", "out_proj")}
+"""It hands their weights to torch's attention."""
 
 
 class Wav2Vec2Kind:
@@ -37,6 +45,8 @@ class Wav2Vec2Kind:
         self.cut = Wav2Vec2Cut(net)
         self.masks = RowMasks.of(net)
         self.needs_our_code = not type(net).__module__.startswith("transformers.")
+        self.adapted = _ADAPTED.get(net.config.model_type, ("q_proj", "v_proj"))
+        self.never_called = _NEVER_CALLED.get(net.config.model_type, ())
 
     @property
     def base(self) -> nn.Module:
