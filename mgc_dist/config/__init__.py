@@ -7,6 +7,7 @@ A configuration is read-only after parsing. Flags are the field names without th
 from mgc_dist.config.bias import BiasConfig
 from mgc_dist.config.losses import LossConfig, LossName
 from mgc_dist.config.packing import InfoConfig, ShardConfig, SynthConfig, VerifyConfig
+from mgc_dist.config.probe import HeadName, ProbeConfig
 from mgc_dist.config.scoring import (
     Aggregate,
     CompareConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "EngineConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "HeadName",
     "InfoConfig",
     "LossConfig",
     "LossName",
@@ -49,6 +51,7 @@ __all__ = [
     "OptimConfig",
     "Precision",
     "PredictConfig",
+    "ProbeConfig",
     "RunConfig",
     "Select",
     "ShardConfig",

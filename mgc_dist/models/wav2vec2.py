@@ -9,6 +9,7 @@ dropout above it draws the same numbers with a cache and without one.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ class Wav2Vec2Kind:
     def inputs(self, wave: Tensor) -> Tensor:
         """The waves themselves."""
         return wave
+
+    def states(self, x: Tensor) -> Sequence[Tensor]:
+        """Hidden states by layer, L times [B, F, D]."""
+        states: Sequence[Tensor] = self.base(x, output_hidden_states=True).hidden_states
+        return states
 
     def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
         """Whether waves are normalised."""
