@@ -50,6 +50,11 @@ class DataConfig:
     """Threads that read; one gives 20,000 segments/s from memory, slow storage wants more."""
     window_shards: Annotated[int, Range(minimum=0, maximum=1_000_000, cure="0 is all"), LEARNED] = 0
     """Shards that are read from at a time, for spinning disks and network storage; 0 means all."""
+    crop_s: Annotated[float | None, Range(above=0, maximum=3_600, cure="5 is usual"), LEARNED] = (
+        None
+    )
+    """Train on a random crop of so many seconds of each segment, another one each time it is read;
+    the whole segment is read. Validation, `evaluate` and `predict` hear crops that cover it."""
     cache: Annotated[Cache, FOUND] = "none"
     """Read what the frozen part of the model gives in place of waves, made once and kept: `cnn` the
     output of the feature encoder, `trunk` that at the boundary of --freeze."""
@@ -316,6 +321,13 @@ class TrainConfig:
             "--freeze none",
             "a frozen part, whose output is a constant",
             "use --freeze feature_encoder or layers:N, or --cache none",
+        )
+        require(
+            f"--crop-s with --cache {self.data.cache}",
+            self.data.cache == "none" or self.data.crop_s is None,
+            "both",
+            "segments that are heard whole, whose frozen output is a constant",
+            "use --cache none, or pack segments of that length",
         )
         if self.engine.precision == "bf16-weights":
             plain = self.data.cache == "none" and self.main.model != "logmel-cnn"

@@ -27,6 +27,7 @@ from mgc_dist.errors import UserError
 from mgc_dist.models import custom, hub
 from mgc_dist.models.bands import MEAN, SCALE
 from mgc_dist.models.cnn import CnnConfig
+from mgc_dist.models.draws import crop, spaced
 from mgc_dist.models.hub import normalise
 from mgc_dist.models.kind import Kind, kind_of, open_boundary
 
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 TEMPERATURE = "calibration_temperature"
 """In config.json; transformers refuses "temperature" there: "Some generation parameters are set
 in the model config"."""
+
+CROP_OF = "crop_of_samples"
+"""In config.json, of a model that was trained on crops: T of the segments that they are of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,7 @@ class WaveClassifier(nn.Module):
     Attributes:
         net, do_normalize, boundary: as given.
         kind: the adapter of the model.
+        crop_of: T of segments of which it hears crops; None where it hears segments whole.
         boundary_dtype: of the model's own values at the boundary, in the run's precision.
     """
 
@@ -83,6 +88,7 @@ class WaveClassifier(nn.Module):
         super().__init__()
         self.net = net
         self.kind = kind_of(net)
+        self.crop_of: int | None = net.config.to_dict().get(CROP_OF)
         self.boundary = boundary
         self.boundary_dtype = torch.float32
         self.do_normalize = do_normalize
@@ -109,9 +115,17 @@ class WaveClassifier(nn.Module):
         h is what the last layer gets, [B, D] (Clark et al., EMNLP 2019). The gain trains w and c
         only: no gradient flows from it into h, where Clark's code lets it. In place of waves it
         takes what lies at the boundary, of any floating type [B, F, D]: nothing below is computed.
-        `only_below` gives just that, [B, F, D]. In training, `draw`, int64 [B], decides the masks
-        of SpecAugment of each row.
+        `only_below` gives just that, [B, F, D]. In training, `draw`, int64 [B], decides the crop of
+        each row, where it hears crops, and its masks of SpecAugment; else the logits are the mean
+        over crops that cover the segment.
         """
+        if wave.shape[1] == self.crop_of and not wave.is_floating_point():
+            if not self.training:
+                crops = spaced(wave, self.segment_samples)
+                each = [self.net(self._inputs(part)).logits for part in crops]
+                return torch.stack(each).mean(dim=0)  # [B, K]
+            assert draw is not None
+            wave = crop(wave, draw, self.segment_samples)
         if self.kind.masks is not None:
             self.kind.masks.draw = draw
         if wave.is_floating_point():
@@ -119,8 +133,7 @@ class WaveClassifier(nn.Module):
             assert self.kind.cut is not None
             logits = self.kind.cut.above(self.boundary, wave.to(self.boundary_dtype))  # [B, K]
         else:
-            x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
-            x = self.kind.inputs(x).to(self.net.dtype)
+            x = self._inputs(wave)
             if only_below:
                 assert self.boundary is not None
                 assert self.kind.cut is not None
@@ -134,6 +147,11 @@ class WaveClassifier(nn.Module):
         # detached: else the gain's gradient trains the features for the product p b^g, and the
         # shifted test of benchmarks/shortcut.py falls from 0.840 to 0.555 (docs/log.md)
         return logits, F.softplus(self.gain(below.detach()).float())[:, 0]  # [B]
+
+    def _inputs(self, wave: Tensor) -> Tensor:
+        """What the model takes: int16 [B, T] -> float waves [B, T], or bands of them."""
+        x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
+        return self.kind.inputs(x).to(self.net.dtype)
 
     def train(self, mode: bool = True) -> "WaveClassifier":
         """Switch the mode; frozen modules stay in eval mode."""
@@ -162,6 +180,12 @@ class WaveClassifier(nn.Module):
     def segment_samples(self) -> int:
         """T: audio samples of the segments that it was trained on."""
         return int(self.net.config.segment_samples)
+
+    @property
+    def crops_in_words(self) -> str:
+        """How a whole segment is heard, where crops of it are."""
+        count = -(-(self.crop_of or 0) // self.segment_samples)
+        return f"{count} crops that cover it, evenly spaced: the mean of their logits"
 
     @property
     def needs_our_code(self) -> bool:
@@ -210,6 +234,7 @@ def build_main(
     seed: int,
     segment_samples: int,
     sample_rate: int,
+    crop_of: int | None = None,
     learns_gain: bool = False,
     cache: str = "none",
     spec_augment: bool = True,
@@ -227,8 +252,9 @@ def build_main(
         frozen_layers: N of `layers:N`.
         activation_checkpointing: recompute activations in the backward pass.
         seed: of the new weights.
-        segment_samples: T.
+        segment_samples: T; of a crop, where it hears crops.
         sample_rate: of the segments in Hz.
+        crop_of: T of the segments that crops are of.
         learns_gain: for the learned mixins.
         cache: `none`, `cnn` or `trunk`: which frozen output it takes in place of waves.
         spec_augment: False switches SpecAugment off.
@@ -250,6 +276,9 @@ def build_main(
     else:
         net = _from_checkpoint(name, labels, revision, trust_remote_code)
     net.config.segment_samples = segment_samples  # ours: what `predict` cuts files into
+    vars(net.config).pop(CROP_OF, None)
+    if crop_of is not None:
+        setattr(net.config, CROP_OF, crop_of)
     kind = kind_of(net)
     frozen = _make_ready(
         kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing
@@ -349,7 +378,7 @@ def configuration_hash(config: PretrainedConfig) -> str:
 
 _OF_THE_FILE = (
     *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype"),
-    *("segment_samples", TEMPERATURE, "sample_rate"),
+    *("segment_samples", CROP_OF, TEMPERATURE, "sample_rate"),
     *(MEAN, SCALE, "max_source_positions", "encoder_layerdrop"),  # what `Kind` finds and fits
 )
 
