@@ -4,6 +4,7 @@ A configuration is read-only after parsing. Flags are the field names without th
 (`--global-batch`, not `--optim.global-batch`), so a field name is used once per command.
 """
 
+from mgc_dist.config.augment import AugmentConfig
 from mgc_dist.config.bias import BiasConfig
 from mgc_dist.config.losses import LossConfig, LossName
 from mgc_dist.config.packing import InfoConfig, ShardConfig, SynthConfig, VerifyConfig
@@ -33,6 +34,7 @@ from mgc_dist.config.train import (
 __all__ = [
     "FOREIGN_TABLES",
     "Aggregate",
+    "AugmentConfig",
     "BiasConfig",
     "Cache",
     "CacheDtype",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import UseAppendAction
 
+from mgc_dist.config.augment import AugmentConfig
 from mgc_dist.config.knobs import (
     COMPARED,
     DRAWN,
@@ -306,6 +307,7 @@ class TrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     main: ModelConfig = field(default_factory=ModelConfig)
+    augmentation: AugmentConfig = field(default_factory=AugmentConfig)
     objective: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -322,13 +324,16 @@ class TrainConfig:
             "a frozen part, whose output is a constant",
             "use --freeze feature_encoder or layers:N, or --cache none",
         )
-        require(
-            f"--crop-s with --cache {self.data.cache}",
-            self.data.cache == "none" or self.data.crop_s is None,
-            "both",
-            "segments that are heard whole, whose frozen output is a constant",
-            "use --cache none, or pack segments of that length",
-        )
+        if self.data.cache != "none":
+            changes = {"--crop-s": self.data.crop_s, "--augment": self.augmentation.kinds}
+            flags = " and ".join(flag for flag, value in changes.items() if value)
+            require(
+                f"{flags} with --cache {self.data.cache}",
+                not flags,
+                "both",
+                "segments that are heard as they are, whose frozen output is a constant",
+                f"use --cache none, or leave {flags} out",
+            )
         if self.engine.precision == "bf16-weights":
             plain = self.data.cache == "none" and self.main.model != "logmel-cnn"
             require(

@@ -25,10 +25,11 @@ from transformers import (
 from mgc_dist.cluster.ranks import seed_everything
 from mgc_dist.errors import UserError
 from mgc_dist.models import custom, hub
+from mgc_dist.models.augment import Augment
 from mgc_dist.models.bands import MEAN, SCALE
 from mgc_dist.models.cnn import CnnConfig
 from mgc_dist.models.draws import crop, spaced
-from mgc_dist.models.hub import normalise
+from mgc_dist.models.hub import standardised
 from mgc_dist.models.kind import Kind, kind_of, open_boundary
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class WaveClassifier(nn.Module):
         frozen: modules that stay in eval mode, so that no dropout or mask changes them.
         learns_gain: add a layer for the gain of the learned mixins, which is not exported.
         boundary: of `kind`, where it takes the cached output of its frozen part.
+        augment: changes waves in training.
 
     Attributes:
         net, do_normalize, boundary: as given.
@@ -84,12 +86,14 @@ class WaveClassifier(nn.Module):
         frozen: Sequence[nn.Module] = (),
         learns_gain: bool = False,
         boundary: str | None = None,
+        augment: Augment | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.kind = kind_of(net)
         self.crop_of: int | None = net.config.to_dict().get(CROP_OF)
         self.boundary = boundary
+        self._augment = augment
         self.boundary_dtype = torch.float32
         self.do_normalize = do_normalize
         self._frozen = list(frozen)
@@ -115,9 +119,9 @@ class WaveClassifier(nn.Module):
         h is what the last layer gets, [B, D] (Clark et al., EMNLP 2019). The gain trains w and c
         only: no gradient flows from it into h, where Clark's code lets it. In place of waves it
         takes what lies at the boundary, of any floating type [B, F, D]: nothing below is computed.
-        `only_below` gives just that, [B, F, D]. In training, `draw`, int64 [B], decides the crop of
-        each row, where it hears crops, and its masks of SpecAugment; else the logits are the mean
-        over crops that cover the segment.
+        `only_below` gives just that, [B, F, D]. In training, `draw`, int64 [B], decides of each row
+        the crop, where it hears crops, the augmentation and the masks of SpecAugment. Else the
+        logits are the mean over crops that cover the segment.
         """
         if wave.shape[1] == self.crop_of and not wave.is_floating_point():
             if not self.training:
@@ -133,7 +137,7 @@ class WaveClassifier(nn.Module):
             assert self.kind.cut is not None
             logits = self.kind.cut.above(self.boundary, wave.to(self.boundary_dtype))  # [B, K]
         else:
-            x = self._inputs(wave)
+            x = self._inputs(wave, draw)
             if only_below:
                 assert self.boundary is not None
                 assert self.kind.cut is not None
@@ -148,9 +152,15 @@ class WaveClassifier(nn.Module):
         # shifted test of benchmarks/shortcut.py falls from 0.840 to 0.555 (docs/log.md)
         return logits, F.softplus(self.gain(below.detach()).float())[:, 0]  # [B]
 
-    def _inputs(self, wave: Tensor) -> Tensor:
-        """What the model takes: int16 [B, T] -> float waves [B, T], or bands of them."""
-        x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
+    def _inputs(self, wave: Tensor, draw: Tensor | None = None) -> Tensor:
+        """What the model takes: int16 [B, T] -> float waves [B, T], or bands of them.
+
+        A draw of each row, int64 [B], changes it in training.
+        """
+        x = wave.float() / 32768.0
+        if self.training and self._augment and draw is not None:
+            x = self._augment(x, draw)  # [B, T]
+        x = standardised(x) if self.do_normalize else x
         return self.kind.inputs(x).to(self.net.dtype)
 
     def train(self, mode: bool = True) -> "WaveClassifier":
@@ -241,6 +251,7 @@ def build_main(
     revision: str | None = None,
     trust_remote_code: bool = False,
     base: Base | None = None,
+    augment: Augment | None = None,
 ) -> WaveClassifier:
     """The main model, with a new head.
 
@@ -261,6 +272,7 @@ def build_main(
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run code that lies beside the weights.
         base: build it from this, with random weights, and look for nothing by name.
+        augment: changes waves in training.
 
     Raises:
         UserError: the model cannot be found, does not fit, or has BatchNorm; or the cache would
@@ -294,6 +306,7 @@ def build_main(
         frozen=frozen,
         learns_gain=learns_gain,
         boundary=open_boundary(kind, cache, freeze),
+        augment=augment,
     )
 
 

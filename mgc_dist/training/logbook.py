@@ -40,6 +40,8 @@ def say_arithmetic(run: Run, state: State) -> None:
             "training hears a random crop of %g s of each segment, validation %s",
             *(config.data.crop_s, run.model.crops_in_words),
         )
+    if config.augmentation.kinds:
+        log.info("training segments are changed by %s", ", ".join(config.augmentation.kinds))
     log.info("%d training rows, %d positions, %d steps", plan.rows, plan.total, plan.steps)
     log.info(
         "%s: %.2f M parameters, trained %.2f M of the backbone and %.3f M of the head",

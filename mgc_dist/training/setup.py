@@ -22,6 +22,7 @@ from mgc_dist.data.order import ORDER_VERSION, Layout, Plan, lay_out
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.journal import Journal
+from mgc_dist.models.augment import Augment
 from mgc_dist.models.flops import SegmentFlops, count
 from mgc_dist.models.main import (
     Base,
@@ -271,6 +272,7 @@ def _main_model(config: TrainConfig, manifest: Manifest, base: Base | None) -> W
         revision=config.main.revision,
         trust_remote_code=config.main.trust_remote_code,
         base=base,
+        augment=Augment(config.augmentation, manifest.sample_rate),
     )
 
 
