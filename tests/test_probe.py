@@ -14,8 +14,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from sklearn.preprocessing import StandardScaler
 from test_bias import killed_after
+from test_custom import SMALL, write_mert
 from test_families import write
-from transformers import AutoModelForAudioClassification
+from transformers import AutoModelForAudioClassification, HubertConfig, HubertModel
 
 from mgc_dist import bias, cli, probe, shard
 from mgc_dist.bias_model import probe as body
@@ -120,9 +121,9 @@ def test_a_killed_pass_goes_on_and_gives_the_same_file(
 @pytest.mark.parametrize("kind", ["audio-spectrogram-transformer", "wav2vec2", "whisper", "sew"])
 def test_the_states_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     name = write(tmp_path, kind)
-    built = build_probed(str(name), segment_samples=8000, sample_rate=16_000)
+    built = build_probed(str(name), ("a", "b"), segment_samples=8000, sample_rate=16_000)
     assert isinstance(built, LayerMeans)
-    again = build_probed(str(name), segment_samples=8000, sample_rate=16_000)
+    again = build_probed(str(name), ("a", "b"), segment_samples=8000, sample_rate=16_000)
     wave = torch.from_numpy(np.random.default_rng(0).integers(-9000, 9000, (2, 8000)).astype("i2"))
     found = built(wave)
     assert found.equal(again(wave))
@@ -142,6 +143,29 @@ def test_the_states_are_those_of_transformers(kind: str, tmp_path: Path) -> None
         kept = [2 + band * 9 + at for band in range(12) for at in range(5)]
         means = [each[:, kept].mean(1) for each in theirs]
     torch.testing.assert_close(found, torch.stack(means, dim=1))
+
+
+def test_code_of_ones_own_is_probed_if_it_gives_states(tmp_path: Path) -> None:
+    name = write_mert(tmp_path / "MERT")
+    settings: dict[str, Any] = {"segment_samples": 12_000, "sample_rate": 24_000}
+    with pytest.raises(UserError, match=r"--trust-remote-code"):
+        build_probed(str(name), ("a", "b"), **settings)
+    built = build_probed(str(name), ("a", "b"), trust_remote_code=True, **settings)
+    assert isinstance(built, LayerMeans)
+    rng = np.random.default_rng(0)
+    wave = torch.from_numpy(rng.integers(-9000, 9000, (2, 12_000)).astype("i2"))
+    torch.manual_seed(0)
+    theirs = HubertModel(HubertConfig(**SMALL)).eval()
+    with torch.no_grad():
+        states = theirs(normalise(wave), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(built(wave), torch.stack([each.mean(1) for each in states], dim=1))
+    silent = write_mert(tmp_path / "silent")
+    code = silent / "modeling_MERT.py"
+    code.write_text(
+        code.read_text().replace("return found", "found.hidden_states = None; return found")
+    )
+    with pytest.raises(UserError, match=r"gives no hidden states.*\n.*mgc train --freeze backbone"):
+        build_probed(str(silent), ("a", "b"), trust_remote_code=True, **settings)
 
 
 def test_ast_is_probed_from_end_to_end(shards: Path, tmp_path: Path) -> None:
@@ -168,8 +192,8 @@ def test_ast_is_probed_from_end_to_end(shards: Path, tmp_path: Path) -> None:
     assert sum(int(row["chosen"]) for row in rows) == 3
     assert {each["part"]: each["followed"] for each in found["protocol"]} == {
         "encoder": True, "states": False, "segments to tracks": True, "split": False,
-        "layers": False, "MLP": True, "inputs of heads": False, "optimiser": False,
-        "chosen by": False, "seeds": False,
+        "layers": False, "MLP": True, "learning rate": False, "inputs of heads": False,
+        "optimiser": False, "chosen by": False, "seeds": False,
     }  # fmt: skip
 
 

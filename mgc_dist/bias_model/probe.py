@@ -71,6 +71,7 @@ def make(config: ProbeConfig, shards: ShardSet, peers: Ranks) -> dict[str, Any] 
     divisions = divide(config, shards)  # refused before the pass, not after it
     model = build_probed(
         config.model,
+        shards.manifest.genres,
         segment_samples=shards.manifest.segment_samples,
         sample_rate=shards.manifest.sample_rate,
         revision=config.revision,

@@ -102,6 +102,7 @@ _OF_THE_FILE = ("_name_or_path", "_commit_hash", "transformers_version")
 
 def build_probed(
     name: str,
+    genres: Sequence[str],
     *,
     segment_samples: int,
     sample_rate: int,
@@ -112,19 +113,20 @@ def build_probed(
 
     Args:
         name: `logmel`, or what `build_main` takes.
+        genres: of its head, which nobody asks.
         segment_samples: T.
         sample_rate: of the segments in Hz.
         revision: of a hub model.
         trust_remote_code: run code that lies beside the weights.
 
     Raises:
-        UserError: the model cannot be found, or does not fit.
+        UserError: the model cannot be found, does not fit, or gives no hidden states.
     """
     if name == "logmel":
         return LogMel(sample_rate).eval().requires_grad_(False)
     model = build_main(
         name,
-        ["any"],  # of a head that nobody asks
+        genres,
         freeze="backbone",
         frozen_layers=None,
         activation_checkpointing=False,

@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -76,6 +76,12 @@ def protocol(found: dict[str, Any]) -> list[dict[str, Any]]:
             "without a better one end it, rate constant",
             False,
         ),
+        (
+            "learning rate",
+            "0.001, or a search from 0.0001 to 0.01",
+            f"the best of {', '.join(f'{lr:g}' for lr in found['settings']['lr'])}",
+            False,
+        ),
         ("chosen by", "validation accuracy", "validation NLL over tracks", False),
         ("seeds", "one", str(found["seeds"]), found["seeds"] == 1),
     )
@@ -85,15 +91,15 @@ def protocol(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _show(found: dict[str, Any], folder: Path) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    unit = "groups" if found["known_groups"] else "tracks"
+    unit = _unit(found)
     named = [(line["head"], line) for line in found["lines"]]
     chosen = [
         (f"any: {of['head']}" if name == "any" else name, of)
         for name, of in found["chosen"].items()
     ]
-    console.print(_table(f"Probe of {found['model']}, {found['tracks']} test tracks", named, unit))
+    console.print(_table(_title(found), named, unit))
     console.print(_table("Chosen by validation tracks, before test was looked at", chosen, unit))
-    known = "over artists" if found["known_groups"] else "by track; artists unknown, so too narrow"
+    known = "over artists" if unit == "groups" else "by track; artists unknown, so too narrow"
     console.print(
         "NLL: of validation tracks. The rest: over segments and tracks of test, the mean over "
         f"seeds; accuracy, 95 % {known}; macro-F1."
@@ -109,17 +115,28 @@ def _show(found: dict[str, Any], folder: Path) -> None:
     console.print(f"All figures: {folder / 'probe.json'}, layers.csv and probe.png")
 
 
+def _title(found: dict[str, Any]) -> str:
+    return f"Probe of {canvas.short(found['model'], 40)}, {found['tracks']} test tracks"
+
+
+def _unit(found: dict[str, Any]) -> str:
+    """What is drawn for the intervals: artists, where several are known."""
+    return "groups" if "groups" in found["lines"][0]["intervals"] else "tracks"
+
+
 def _table(title: str, lines: Sequence[tuple[str, dict[str, Any]]], unit: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("head", "layer", "setting", "NLL", "segm.", "tracks", "95 %", "F1"):
-        table.add_column(column, justify="left" if column == "head" else "right", no_wrap=True)
+        many = column in ("layer", "setting")  # of the folds
+        justify: Literal["left", "right"] = "left" if column == "head" else "right"
+        table.add_column(column, justify=justify, no_wrap=not many, overflow="fold")
     for name, line in lines:
         table.add_row(name, *_cells(line, unit))
     return table
 
 
 def _cells(line: dict[str, Any], unit: str) -> tuple[str, ...]:
-    low, high = line["intervals"].get(unit, line["intervals"]["tracks"])["accuracy"]
+    low, high = line["intervals"][unit]["accuracy"]
     return (
         _few("all" if layer is None else layer for layer in line["layer"]),
         _few(f"{setting:g}" for setting in line["setting"]),
@@ -146,11 +163,11 @@ def _write_csv(found: dict[str, Any], path: Path) -> None:
     names += [f"{unit}_{end}" for unit in ("tracks", "groups") for end in bounds]
     writer.writerow(("head", "layer", "setting", "chosen", "validation_nll", *names))
     for line in found["lines"]:
-        chosen = line["layer"] == found["chosen"][line["head"]]["layer"]
+        chosen = found["chosen"][line["head"]]["layer"].count(line["layer"][0])
         values = [line[level][name] for level in levels for name in figure]
         for unit in ("tracks", "groups"):
             values += line["intervals"].get(unit, {}).get("accuracy", ["", ""])
-        first = (line["head"], line["layer"][0], _few(line["setting"]), int(chosen))
+        first = (line["head"], line["layer"][0], _few(line["setting"]), chosen)
         writer.writerow(plain((*first, line["validation_nll"], *values)))
     replace_text(path, text.getvalue())
 
@@ -158,7 +175,7 @@ def _write_csv(found: dict[str, Any], path: Path) -> None:
 def _draw(found: dict[str, Any], path: Path) -> None:
     """Track accuracy by layer; faint are the ends of the intervals."""
     drawn: list[Line] = []
-    unit = "groups" if "groups" in found["lines"][0]["intervals"] else "tracks"
+    unit = _unit(found)
     for head in found["heads"]:
         lines = [line for line in found["lines"] if line["head"] == head]
         color, last = _COLORS[head], found["layers"] - 1
@@ -184,8 +201,8 @@ def _draw(found: dict[str, Any], path: Path) -> None:
     }
     figure = figures.lines(
         drawn,
-        x_title="layer; dotted: chosen by validation; faint: 95 %",
+        x_title=f"layer; dotted: chosen by validation; faint: 95 %\n{_title(found)}",
         y_title="track accuracy, %",
         marks=list(chosen.items()),
     )
-    canvas.save(figure, path, f"Probe of {found['model']}, {found['tracks']} test tracks")
+    canvas.save(figure, path)  # a title of its own would lie on the legend
