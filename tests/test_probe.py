@@ -38,8 +38,8 @@ def config(shards: Path, out: Path, **changes: Any) -> ProbeConfig:
     return ProbeConfig(shards=shards, out=out, **(settings | changes))
 
 
-def found_by(settings: ProbeConfig) -> dict[str, Any]:
-    run_ranks(1, probe.run, settings)
+def found_by(settings: ProbeConfig, world: int = 1) -> dict[str, Any]:
+    run_ranks(world, probe.run, settings)
     content: dict[str, Any] = json.loads((settings.results / "probe.json").read_text())
     return content
 
@@ -168,13 +168,16 @@ def test_code_of_ones_own_is_probed_if_it_gives_states(tmp_path: Path) -> None:
         build_probed(str(silent), ("a", "b"), trust_remote_code=True, **settings)
 
 
-def test_ast_is_probed_from_end_to_end(shards: Path, tmp_path: Path) -> None:
-    name = write(tmp_path, "audio-spectrogram-transformer")
+@pytest.mark.parametrize(("kind", "world"), [("audio-spectrogram-transformer", 1), ("wav2vec2", 2)])
+def test_models_are_probed_from_end_to_end(
+    kind: str, world: int, shards: Path, tmp_path: Path
+) -> None:
+    name = write(tmp_path, kind)
     settings = config(
         shards, tmp_path / "out", model=str(name), batch=33, head=("linear", "mlp", "mix"),
         lr=(1e-3,), epochs=2, seeds=2,
     )  # fmt: skip
-    found = found_by(settings)
+    found = found_by(settings, world)
     places = [(line["head"], line["layer"][0]) for line in found["lines"]]
     assert places == [(h, n) for h in ("linear", "mlp") for n in range(3)] + [("mix", None)]
     for line in found["lines"]:

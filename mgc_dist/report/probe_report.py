@@ -126,8 +126,8 @@ def _unit(found: dict[str, Any]) -> str:
 
 def _table(title: str, lines: Sequence[tuple[str, dict[str, Any]]], unit: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in ("head", "layer", "setting", "NLL", "segm.", "tracks", "95 %", "F1"):
-        many = column in ("layer", "setting")  # of the folds
+    for column in ("head", "layer", "C, lr", "NLL", "segm.", "tracks", "95 %", "F1"):
+        many = column in ("layer", "C, lr")  # of the folds
         justify: Literal["left", "right"] = "left" if column == "head" else "right"
         table.add_column(column, justify=justify, no_wrap=not many, overflow="fold")
     for name, line in lines:
