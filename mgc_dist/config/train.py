@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import UseAppendAction
 
+from mgc_dist.config.augment import AugmentConfig
 from mgc_dist.config.knobs import (
     COMPARED,
     DRAWN,
@@ -51,6 +52,11 @@ class DataConfig:
     """Threads that read; one gives 20,000 segments/s from memory, slow storage wants more."""
     window_shards: Annotated[int, Range(minimum=0, maximum=1_000_000, cure="0 is all"), LEARNED] = 0
     """Shards that are read from at a time, for spinning disks and network storage; 0 means all."""
+    crop_s: Annotated[float | None, Range(above=0, maximum=3_600, cure="5 is usual"), LEARNED] = (
+        None
+    )
+    """Train on a random crop of so many seconds of each segment, another one each time it is read;
+    the whole segment is read. Validation, `evaluate` and `predict` hear crops that cover it."""
     cache: Annotated[Cache, FOUND] = "none"
     """Read what the frozen part of the model gives in place of waves, made once and kept: `cnn` the
     output of the feature encoder, `trunk` that at the boundary of --freeze."""
@@ -329,6 +335,7 @@ class TrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     main: ModelConfig = field(default_factory=ModelConfig)
+    augmentation: AugmentConfig = field(default_factory=AugmentConfig)
     objective: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -352,6 +359,16 @@ class TrainConfig:
             "no cache",
             "use --precision fp32, or --cache none",
         )
+        if self.data.cache != "none":
+            changes = {"--crop-s": self.data.crop_s, "--augment": self.augmentation.kinds}
+            flags = " and ".join(flag for flag, value in changes.items() if value)
+            require(
+                f"{flags} with --cache {self.data.cache}",
+                not flags,
+                "both",
+                "segments that are heard as they are, whose frozen output is a constant",
+                f"use --cache none, or leave {flags} out",
+            )
         if self.engine.precision == "bf16-weights":
             plain = self.data.cache == "none" and self.main.model != "logmel-cnn"
             require(

@@ -139,6 +139,10 @@ class LogMelCnnKind:
         """The waves themselves."""
         return wave
 
+    def states(self, x: Tensor) -> Sequence[Tensor]:
+        """What the head gets, [B, 1, D]: it has no encoder layers."""
+        return [self.base(x)[:, None]]  # [B, 1, D]
+
     def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
         """Whether waves are normalised."""
         return bool(extractor.do_normalize)

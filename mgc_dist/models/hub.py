@@ -38,11 +38,15 @@ def located(name: str) -> str:
 
 
 def normalise(wave: Tensor) -> Tensor:
-    """Zero mean, unit variance per segment: int16 [B, T] -> float32 [B, T].
+    """Zero mean, unit variance per segment: int16 [B, T] -> float32 [B, T]."""
+    return standardised(wave.float() / 32768.0)
+
+
+def standardised(x: Tensor) -> Tensor:
+    """Zero mean, unit variance per segment: float32 [B, T] -> float32 [B, T].
 
     Same formula as transformers' Wav2Vec2FeatureExtractor (population variance, 1e-7).
     """
-    x = wave.float() / 32768.0
     mean = x.mean(dim=1, keepdim=True)
     variance = x.var(dim=1, keepdim=True, correction=0)
     return (x - mean) / torch.sqrt(variance + 1e-7)

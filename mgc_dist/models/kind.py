@@ -7,7 +7,7 @@ family, whose adapter refuses what does not have its parts.
 import fnmatch
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -100,6 +100,13 @@ class Kind(Protocol):
 
     def inputs(self, wave: Tensor) -> Tensor:
         """What the model takes: float32 waves [B, T], or bands of them."""
+
+    def states(self, x: Tensor) -> Sequence[Tensor]:
+        """Hidden states by layer: the model's inputs -> L times [B, F, D], lowest first.
+
+        Layer 0 is what the first encoder layer gets. F covers the segment, and no padding where
+        that can be told apart.
+        """
 
     def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
         """Keep what a feature extractor decides; returns whether waves are normalised.

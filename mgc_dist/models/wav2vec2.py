@@ -9,12 +9,14 @@ dropout above it draws the same numbers with a cache and without one.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mgc_dist.errors import UserError
 from mgc_dist.models import hub
 from mgc_dist.models.masks import RowMasks, applies_masks
 
@@ -57,6 +59,24 @@ class Wav2Vec2Kind:
     def inputs(self, wave: Tensor) -> Tensor:
         """The waves themselves."""
         return wave
+
+    def states(self, x: Tensor) -> Sequence[Tensor]:
+        """Hidden states by layer, L times [B, F, D]; code of one's own may give none."""
+        states: Sequence[Tensor] | None
+        try:
+            states = self.base(x, output_hidden_states=True).hidden_states
+        except (TypeError, AttributeError) as error:
+            if "hidden_states" not in str(error):
+                raise
+            states = None
+        if states is None:
+            raise UserError(
+                f"--model {self.net.config.name_or_path}",
+                got="a model that gives no hidden states",
+                expected="one whose forward() takes output_hidden_states=True",
+                cure="choose another model, or train a head: mgc train --freeze backbone",
+            )
+        return states
 
     def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
         """Whether waves are normalised."""

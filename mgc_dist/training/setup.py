@@ -22,6 +22,7 @@ from mgc_dist.data.order import ORDER_VERSION, Layout, Plan, lay_out
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.journal import Journal
+from mgc_dist.models.augment import Augment
 from mgc_dist.models.flops import SegmentFlops, count
 from mgc_dist.models.main import (
     Base,
@@ -131,7 +132,7 @@ def build(
         "device": ranks.device.type,
         "libraries": ", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
     }
-    flops = count(model, shards.manifest.segment_samples)  # before ZeRO-3 leaves nothing in place
+    flops = count(model, model.segment_samples)  # before ZeRO-3 leaves nothing in place
     if model.boundary is not None:
         flops = flops.above(model.boundary)
     engine = _engine(config, model, layout, ranks, precision)
@@ -266,8 +267,9 @@ def _main_model(config: TrainConfig, manifest: Manifest, base: Base | None) -> W
         frozen_layers=config.main.frozen_layers,
         activation_checkpointing=config.main.activation_checkpointing,
         seed=config.output.seed,
-        segment_samples=manifest.segment_samples,
+        segment_samples=heard_samples(config, manifest),
         sample_rate=manifest.sample_rate,
+        crop_of=None if config.data.crop_s is None else manifest.segment_samples,
         learns_gain=config.objective.learns_gain,
         cache=config.data.cache,
         spec_augment=config.main.spec_augment,
@@ -275,7 +277,29 @@ def _main_model(config: TrainConfig, manifest: Manifest, base: Base | None) -> W
         trust_remote_code=config.main.trust_remote_code,
         lora=config.main.adapters,
         base=base,
+        augment=Augment(config.augmentation, manifest.sample_rate),
     )
+
+
+def heard_samples(config: TrainConfig, manifest: Manifest) -> int:
+    """Samples that the model hears at a time: of a crop, else of a segment.
+
+    Raises:
+        UserError: crops are not shorter than segments.
+    """
+    whole, rate, crop_s = manifest.segment_samples, manifest.sample_rate, config.data.crop_s
+    if crop_s is None:
+        return whole
+    crop = round(crop_s * rate)
+    if not 0 < crop < whole:
+        raise UserError(
+            f"--crop-s {crop_s:g}",
+            got=f"{crop} samples",
+            expected=f"1 to {whole - 1}: the segments of the shards have {whole / rate:g} s",
+            cure="leave it out; for longer crops pack longer segments: python -m mgc_dist.shard "
+            "--segment-s 30",
+        )
+    return crop
 
 
 def _take_frozen(model: WaveClassifier, checkpoint: Path) -> None:
