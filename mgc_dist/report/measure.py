@@ -129,7 +129,7 @@ def _measure(
 
 def _write(config: EvaluateConfig, subject: Subject, scores: SplitScores) -> EvaluationFigures:
     """Write the figures, and return them (rank 0)."""
-    figures = evaluation.summary(subject, scores, resamples=config.resamples, seed=config.seed)
+    figures = evaluation.summary(subject, scores)
     weights = folder.find_exported(config.run, ema=config.ema) / folder.WEIGHTS
     figures["weights"] = fingerprint(weights)  # the model may go on to be trained
     purpose = f"writing an evaluation of {config.run}"
