@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 def config(shards: Path, out: Path, **changes: Any) -> ProbeConfig:
     """Linear heads on log-mel bands."""
     settings: dict[str, Any] = {"model": "logmel", "batch": 8, "head": ("linear",)}
-    settings |= {"c": (0.01, 1.0), "resamples": 200, "device": "cpu"}
+    settings |= {"c": (0.01, 1.0), "device": "cpu"}
     return ProbeConfig(shards=shards, out=out, **(settings | changes))
 
 

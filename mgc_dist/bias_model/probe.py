@@ -29,9 +29,9 @@ from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tracks import SPLITS, folds_of, group_key
 from mgc_dist.errors import UserError
 from mgc_dist.models.backbone import build_probed, fingerprint
-from mgc_dist.scoring.intervals import LEVEL, clusters_of, percentile, resample
+from mgc_dist.scoring import intervals
 from mgc_dist.scoring.metrics import Scores
-from mgc_dist.scoring.score import judge
+from mgc_dist.scoring.score import SplitScores, judge
 
 _LEADING = ("accuracy", "macro_f1")
 
@@ -199,7 +199,7 @@ def _measure(
                 for head, layer in bar.over(places)
             ]
         tested.append([_test(choice, test) for choice in choices])  # all is chosen
-    judged = _Judge(config, shards, [test for _, _, test in parts])
+    judged = _Judge(shards, [test for _, _, test in parts])
     return judged.about | {
         "lines": [judged.figures(line) for line in zip(*tested, strict=True)],
         "chosen": {
@@ -255,24 +255,18 @@ class _Judge:
         about: what they are.
     """
 
-    def __init__(self, config: ProbeConfig, shards: ShardSet, tests: Sequence[Rows]) -> None:
-        self._config, self._genres = config, len(shards.manifest.genres)
+    def __init__(self, shards: ShardSet, tests: Sequence[Rows]) -> None:
+        self._genres = len(shards.manifest.genres)
         self._label = np.concatenate([test.label for test in tests])
         self._track = np.concatenate([test.track for test in tests])
         places = np.unique(self._track)
         groups = [shards.manifest.tracks[place].group for place in places]
-        known = len({group for group in groups if group is not None})
-        clusters = clusters_of(groups)
-        several = known > 0 and len(np.unique(clusters)) > 1  # one resamples to itself
-        self._clusters = {"tracks": np.arange(len(places))} | (
-            {"groups": clusters} if several else {}
-        )
+        self._clusters = intervals.units_of(groups)
         self.about = {
             "tracks": len(places),
             "segments": len(self._track),
-            "known_groups": known,
-            "level": LEVEL,
-            "resamples": config.resamples,
+            "known_groups": len({group for group in groups if group is not None}),
+            "level": intervals.LEVEL,
         }
 
     def figures(self, line: Sequence[Tested]) -> dict[str, Any]:
@@ -290,7 +284,6 @@ class _Judge:
                 for name in (*_LEADING, "nll")
             }
 
-        guesses = [run.guesses for run in runs]
         weights = [one.weights for one in line if one.weights]
         return {
             "head": "/".join(dict.fromkeys(one.head for one in line)),
@@ -301,29 +294,27 @@ class _Judge:
             "segment": means([run.segment for run in runs]),
             "track_accuracy_by_seed": [run.track.accuracy for run in runs],
             "intervals": {
-                unit: self._interval(runs[0].labels, guesses, cluster)
-                for unit, cluster in self._clusters.items()
+                unit: self._intervals(runs, cluster) for unit, cluster in self._clusters.items()
             },
             "weights": np.mean(weights, axis=0).tolist() if weights else None,
         }
 
-    def _interval(
-        self,
-        labels: NDArray[np.int64],
-        guesses: list[NDArray[np.int64]],
-        cluster: NDArray[np.int64],
+    def _intervals(
+        self, runs: list[SplitScores], cluster: NDArray[np.int64]
     ) -> dict[str, list[float]]:
-        """Of the means over seeds, the same tracks drawn for all."""
-        config = self._config
-        drawn = resample(
-            labels,
-            guesses,
-            cluster,
-            genres=self._genres,
-            resamples=config.resamples,
-            seed=config.seed,
-        )
-        return {
-            name: list(percentile(np.mean([each.figures[name] for each in drawn], axis=0)))
-            for name in _LEADING
-        }
+        """Of the means over seeds; a cluster is left out of all of them."""
+        left = [
+            intervals.leave_out(run.labels, run.guesses, cluster, genres=self._genres)
+            for run in runs
+        ]
+        found = {}
+        for name in _LEADING:
+            without = np.mean([each.figures[name] for each in left], axis=0)  # [C]
+            bounds = intervals.of_figure(
+                float(np.mean([run.track.figures[name] for run in runs])),
+                intervals.deviation(without),
+                clusters=len(without),
+                items=len(cluster),
+            )
+            found[name] = list(bounds or (0.0, 1.0))
+        return found

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from mgc_dist.config.knobs import FLAT, Range, check, require
-from mgc_dist.config.scoring import RESAMPLES
 from mgc_dist.config.source import BATCH, SEED, Device, SourceConfig
 
 HeadName = Literal["linear", "mlp", "mix"]
@@ -49,12 +48,10 @@ class ProbeConfig:
     """Epochs of the other heads at most; 20 without a better validation end them."""
     seeds: Annotated[int, Range(minimum=1, maximum=1_000, cure="5 is usual")] = 5
     """Repetitions of the other heads, each with weights and order of its own."""
-    resamples: Annotated[int, RESAMPLES] = 2000
-    """Bootstrap resamples of the intervals."""
     batch: Annotated[int, BATCH] = 32
     """Segments in a batch of the pass."""
     seed: Annotated[int, SEED] = 0
-    """First seed of the heads; that of the folds and of the resamples."""
+    """First seed of the heads, and that of the folds."""
     device: Device = "auto"
     """Where the pass runs, and the heads but for the linear ones."""
     overwrite: bool = False
