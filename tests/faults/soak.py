@@ -192,7 +192,8 @@ def judge(
     outcome: Outcome, job: Job, kind: str, moment: str, victims: list[int], began: float
 ) -> None:
     """Whether the ranks ended as mgc_dist.errors promises."""
-    codes = job.wait(150)
+    # without a launcher, who waits for a dead rank 0 at the start connects twice, 82 s each
+    codes = job.wait(300)
     outcome.events.append((kind, moment, codes, time.monotonic() - began))
     fatal = KINDS[kind][0] in (signal.SIGKILL, signal.SIGSTOP)
     for rank, code in enumerate(codes):
