@@ -160,6 +160,7 @@ def tree(pids: list[int]) -> list[int]:
 def end(job: Job) -> list[int | None]:
     """Exit codes of all; as under a launcher, ranks are asked to end after one that failed."""
     began, asked = time.monotonic(), False
+    failed_at = began
     codes: dict[int, int] = {}
     while len(codes) < len(job.pids) and time.monotonic() - began < END_S:
         for pid in set(job.pids) - set(codes):
