@@ -62,7 +62,7 @@ def test_the_launcher_is_ended(
         os.execvpe(command[0], command, environment)
     started: list[int] = []
     try:
-        until(lambda: steps_taken(run) >= 3, 90)
+        until(lambda: steps_taken(run) >= 3, 300)
         launch = next(child for child in children(pid))
         ranks = children(launch)
         started = [pid, launch, *ranks]
@@ -72,7 +72,7 @@ def test_the_launcher_is_ended(
         else:
             kind, _, whom = event.partition(" to ")
             os.kill(pid if whom == "deepspeed" else launch, getattr(signal, f"SIG{kind}"))
-        until(lambda: not alive(ranks), 40)
+        until(lambda: not alive(ranks), 200)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     finally:
         for process in alive(started):
