@@ -35,7 +35,7 @@ from mgc_dist.bias_model.states import STORE
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet, open_index
 from mgc_dist.files import replace_text
-from mgc_dist.scoring.intervals import student
+from mgc_dist.scoring.intervals import over_seeds
 
 ROOT = Path(__file__).resolve().parent.parent
 FITTED, UNTRAINED, ORACLE = "fitted", "untrained", "oracle"
@@ -281,13 +281,16 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 
 def gain(values: list[float], plain: list[float]) -> dict[str, Any]:
-    """Paired difference from plain cross-entropy over seeds, with its 95 % t interval."""
+    """Paired difference from plain cross-entropy over seeds, with its 95 % t interval.
+
+    Each seed has music of its own, so its spread is over artists too.
+    """
     pairs = [value - other for value, other in zip(values, plain, strict=True)]
     found = {"mean": float(np.mean(pairs)), "sd": deviation(pairs)}
-    interval = student(pairs)
+    sure = over_seeds(np.array(pairs))
     gained = sum(pair > 0 for pair in pairs)
     return found | {
-        "interval_95": interval and list(interval),
+        "interval_95": sure and list(sure.interval),
         "seeds_that_gained": gained,
         "by_seed": pairs,
     }

@@ -33,6 +33,7 @@ COMMANDS = {
     "synth": "write a synthetic data set",
     "shard": "pack tracks into shards; `shard verify` and `shard info` look at them",
     "bias": "run the bias model over the shards, and make the bias table",
+    "probe": "judge a frozen model by heads on its layers",
     "train": "train the main model",
     "evaluate": "measure a run on a split",
     "compare": "compare runs on the same tracks",

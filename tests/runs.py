@@ -174,8 +174,6 @@ def figures(probability: Any, truth: Any, genres: list[str]) -> dict[str, Any]:
         "aggregates": {"mean-prob": scalars, "mean-logit": scalars, "vote": scalars},
         "intervals": {
             "level": 0.95,
-            "resamples": 2000,
-            "seed": 0,
             "tracks": {"accuracy": near, "balanced_accuracy": near, "macro_f1": near},
             "groups": {"accuracy": [max(0.0, accuracy - 0.15), min(1.0, accuracy + 0.15)]},
             "known_groups": 9,

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[type[Any], list[str]]] = {
     "shard verify": (config.VerifyConfig, []),
     "shard info": (config.InfoConfig, []),
     "bias": (config.BiasConfig, []),
+    "probe": (config.ProbeConfig, []),
     "train": (config.TrainConfig, []),
     "evaluate": (config.EvaluateConfig, ["run"]),
     "compare": (config.CompareConfig, ["a", "b"]),

@@ -67,12 +67,19 @@ def same_to_rounding(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+def plain(figures: Any) -> Any:
+    """Figures without intervals, which are made in another way than by version 0.1.0."""
+    if not isinstance(figures, dict):
+        return figures
+    return {key: plain(value) for key, value in figures.items() if "interval" not in key}
+
+
 def test_a_run_is_measured_and_predicts(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = json.loads(Path("runs/done/evaluation/test.json").read_text())
     said = json_lines(Path("runs/done/predictions/test.jsonl"))
     run_ranks(1, evaluate.run, EvaluateConfig(run=Path("runs/done"), device="cpu"))
     after = json.loads(Path("runs/done/evaluation/test.json").read_text())
-    same_to_rounding({key: after[key] for key in before}, before)
+    same_to_rounding({key: plain(after)[key] for key in plain(before)}, plain(before))
     same_to_rounding(json_lines(Path("runs/done/predictions/test.jsonl")), said)
     capsys.readouterr()
     wave = 0.3 * np.sin(2 * np.pi * 200 * np.arange(16_000) / 16_000)

@@ -35,6 +35,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "checkpoint_every_epochs": 0.5,
         "seed": 0,
         "precision": "auto",
+        "offload": "none",
         "window_shards": 0,
         "reader_threads": 1,
         "hang_timeout_s": 60.0,
@@ -58,6 +59,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
         "cache_dir": None,
         "activation_checkpointing": False,
         "spec_augment": True,
+        "lora": None,
         "compile": False,
         "device": "cpu",
     } | changes
@@ -75,6 +77,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
             freeze=knobs["freeze"],
             activation_checkpointing=knobs["activation_checkpointing"],
             spec_augment=knobs["spec_augment"],
+            lora=knobs["lora"],
         ),
         objective=LossConfig(loss=knobs["loss"]),
         optim=OptimConfig(
@@ -94,6 +97,7 @@ def config(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
             micro_batch=knobs["micro_batch"],
             eval_batch=knobs["eval_batch"],
             precision=knobs["precision"],
+            offload=knobs["offload"],
             device=knobs["device"],
             compile=knobs["compile"],
             hang_timeout_s=knobs["hang_timeout_s"],

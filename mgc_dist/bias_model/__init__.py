@@ -1,1 +1,1 @@
-"""A frozen bias model: states of every row, cross-fitted heads, the table that training reads."""
+"""Frozen models: states of every row; the bias model's heads and table; heads that probe."""

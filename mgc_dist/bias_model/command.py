@@ -1,10 +1,7 @@
 """The body of `bias`: what is missing of the pass, the heads and the table."""
 
-import errno
-import logging
-import os
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +17,7 @@ from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
-from mgc_dist.files import locked, nearest
 from mgc_dist.models.backbone import build_bias, fingerprint
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +72,16 @@ def _all_make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> bool:
     folds = _deal(config, manifest)  # refused before the pass, not after it
     if peers.all_decide(lambda: _is_made(config, manifest, key.bias_hash, layers)):
         return False
-    overwrite = config.overwrite
-    if peers.all_decide(lambda: states.is_whole(config.states, key, overwrite=overwrite)):
-        log.info("hidden states of this data set and bias model are there: no pass is needed")
-    else:
-        on_device = backbone.to(peers.device)
-        with ShardSet(shards.folder, is_whole=True) as every:  # one pass for all folds
-            states.all_pass(config.states, key, on_device, every, peers, batch=config.batch)
+    states.all_bring(
+        config.states,
+        key,
+        backbone,
+        shards,
+        peers,
+        batch=config.batch,
+        overwrite=config.overwrite,
+        flags=("--bias-table", "--backbone"),
+    )
     peers.all_decide(lambda: _fit_and_write(config, shards, key, layers, folds))
     return True
 
@@ -123,9 +120,6 @@ def _deal(config: BiasConfig, manifest: Manifest) -> dict[str, int]:
 def _take(config: BiasConfig, held: ExitStack) -> None:
     """Have the folder alone until the table is made (rank 0)."""
     folder = config.states
-    there = nearest(folder)
-    if not os.access(there, os.W_OK):  # known before the pass, not after it
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
     if folder.is_file():
         raise UserError(
             f"--bias-table {folder}",
@@ -133,14 +127,7 @@ def _take(config: BiasConfig, held: ExitStack) -> None:
             expected="a folder, or a table from elsewhere in .csv, .tsv or .npy",
             cure="choose another --bias-table",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    held.callback(_remove_if_empty, folder)  # where something is refused before the pass
-    held.enter_context(locked(folder / "lock", wait_s=0, purpose=f"--bias-table {folder}"))
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
+    held.enter_context(states.taken(folder, "--bias-table"))
 
 
 def _is_made(

@@ -1,12 +1,15 @@
-"""Hidden states of the bias backbone: every layer, averaged over time, of every row, on disk.
+"""Hidden states of a frozen model: every layer, averaged over time, of every row, on disk.
 
-One pass over the shards writes `hidden.npy` (float32 [N, L, D]) and then `hidden.json`, which
-says what it is; heads on other layers, folds or strengths need no other pass.
+Of the bias model, or of one that is probed. One pass over the shards writes `hidden.npy` (float32
+[N, L, D]) and then `hidden.json`, which says what it is; heads on other layers, folds or strengths
+need no other pass.
 """
 
+import errno
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,6 +24,7 @@ from mgc_dist.console import progress
 from mgc_dist.data.reader import Batch, ShardSet
 from mgc_dist.data.rowstore import RowStore
 from mgc_dist.errors import UserError
+from mgc_dist.files import locked, nearest
 from mgc_dist.scoring.rows import all_fill
 
 log = logging.getLogger(__name__)
@@ -63,13 +67,68 @@ class StatesKey:
         return 4 * self.rows * self.layers * self.width
 
 
-def is_whole(folder: Path, of: StatesKey, *, overwrite: bool) -> bool:
+@contextmanager
+def taken(folder: Path, flag: str) -> Iterator[None]:
+    """Have a folder of states alone; one that is empty at the end is removed.
+
+    Raises:
+        PermissionError: it cannot be written to: known before the pass, not after it.
+        UserError: another process is at it; `flag` names it.
+    """
+    there = nearest(folder)
+    if not os.access(there, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder / "lock", wait_s=0, purpose=f"{flag} {folder}"):
+            yield
+    finally:
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
+
+
+def all_bring(
+    folder: Path,
+    of: StatesKey,
+    backbone: nn.Module,
+    shards: ShardSet,
+    peers: Ranks,
+    *,
+    batch: int,
+    overwrite: bool,
+    flags: tuple[str, str],
+) -> None:
+    """Have the states whole in a folder: as they lie there, or by a pass (a collective).
+
+    Args:
+        folder: is made.
+        of: what the states are of.
+        backbone: int16 [B, T] -> float32 [B, L, D].
+        shards: the data set, or a fold of it: all its rows are passed.
+        peers: who takes part.
+        batch: B.
+        overwrite: whether other states may be replaced.
+        flags: that name the folder and the model, in messages.
+
+    Raises:
+        UserError: others are there, or damaged ones; or a state is not finite.
+    """
+    if peers.all_decide(lambda: _is_whole(folder, of, overwrite=overwrite, flag=flags[0])):
+        log.info("hidden states of this data set and model are there: no pass is needed")
+        return
+    on_device = backbone.to(peers.device)
+    with ShardSet(shards.folder, is_whole=True) as every:  # one pass for all folds
+        _all_pass(folder, of, on_device, every, peers, batch=batch, flag=flags[1])
+
+
+def _is_whole(folder: Path, of: StatesKey, *, overwrite: bool, flag: str) -> bool:
     """Whether a folder holds these states already.
 
     Args:
-        folder: of the table.
+        folder: of the states.
         of: what is wanted.
         overwrite: whether others may be replaced.
+        flag: that names the folder.
 
     Raises:
         UserError: it holds others, or damaged ones, and they may not be replaced.
@@ -82,8 +141,8 @@ def is_whole(folder: Path, of: StatesKey, *, overwrite: bool) -> bool:
         raise UserError(
             f"hidden states in {folder}",
             got=str(error),
-            expected="none, or those of this data set and bias model, as they were written",
-            cure="replace them with --overwrite, or choose another --bias-table",
+            expected="none, or those of this data set and model, as they were written",
+            cure=f"replace them with --overwrite, or choose another {flag}",
         ) from error
 
 
@@ -103,7 +162,7 @@ def mean_of_layers(states: NDArray[np.float32], layers: tuple[int, ...]) -> NDAr
     return (total / len(layers)).astype(np.float32)
 
 
-def all_pass(
+def _all_pass(
     folder: Path,
     of: StatesKey,
     backbone: nn.Module,
@@ -111,24 +170,12 @@ def all_pass(
     peers: Ranks,
     *,
     batch: int,
+    flag: str,
 ) -> None:
-    """Pool what is missing, on all ranks (a collective), until the states are whole.
-
-    Args:
-        folder: of the table; is made.
-        of: what the states are of.
-        backbone: int16 [B, T] -> float32 [B, L, D], on the device of this rank.
-        shards: the data set.
-        peers: who takes part.
-        batch: B.
-
-    Raises:
-        UserError: a state is not finite.
-        RuntimeError: a row was not visited exactly once.
-    """
+    """Pool what is missing, on all ranks (a collective), until the states are whole."""
 
     def shown(split: str, turns: int, batches: Iterator[Batch]) -> Iterator[Batch]:
-        with progress(f"bias pass, {split}", turns, shown=peers.is_first and turns > 0) as bar:
+        with progress(f"pass, {split}", turns, shown=peers.is_first and turns > 0) as bar:
             yield from bar.over(batches)
 
     with float32():  # as the header says
@@ -142,13 +189,13 @@ def all_pass(
             batch=batch,
             splits=tuple(shards.manifest.splits),
             work={"batch": batch, "device": peers.device.type},
-            title="the bias pass",
-            flag="--backbone",
+            title="the pass",
+            flag=flag,
             progress=shown,
         )
     if peers.is_first:
         log.info(
-            "bias pass done: %d rows x %d layers x %d values, %.1f MB in %s",
+            "pass done: %d rows x %d layers x %d values, %.1f MB in %s",
             *(of.rows, of.layers, of.width, of.bytes / 1e6, folder / STORE.array),
         )
 

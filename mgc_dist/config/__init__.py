@@ -4,9 +4,11 @@ A configuration is read-only after parsing. Flags are the field names without th
 (`--global-batch`, not `--optim.global-batch`), so a field name is used once per command.
 """
 
+from mgc_dist.config.augment import AugmentConfig
 from mgc_dist.config.bias import BiasConfig
 from mgc_dist.config.losses import LossConfig, LossName
 from mgc_dist.config.packing import InfoConfig, ShardConfig, SynthConfig, VerifyConfig
+from mgc_dist.config.probe import HeadName, ProbeConfig
 from mgc_dist.config.scoring import (
     Aggregate,
     CompareConfig,
@@ -32,6 +34,7 @@ from mgc_dist.config.train import (
 __all__ = [
     "FOREIGN_TABLES",
     "Aggregate",
+    "AugmentConfig",
     "BiasConfig",
     "Cache",
     "CacheDtype",
@@ -42,6 +45,7 @@ __all__ = [
     "EngineConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "HeadName",
     "InfoConfig",
     "LossConfig",
     "LossName",
@@ -49,6 +53,7 @@ __all__ = [
     "OptimConfig",
     "Precision",
     "PredictConfig",
+    "ProbeConfig",
     "RunConfig",
     "Select",
     "ShardConfig",

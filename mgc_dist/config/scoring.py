@@ -10,7 +10,6 @@ from tyro.conf import Positional
 from mgc_dist.config.knobs import FLAT, Range, check, require
 from mgc_dist.config.source import (
     BATCH,
-    SEED,
     WEEK_S,
     Device,
     RunFolder,
@@ -20,8 +19,6 @@ from mgc_dist.config.source import (
 )
 
 Aggregate = Literal["mean-prob", "mean-logit", "vote"]
-
-RESAMPLES = Range(minimum=100, maximum=1_000_000, cure="2000 is usual")
 
 
 def _check_name(name: str | None) -> None:
@@ -68,10 +65,6 @@ class EvaluateConfig:
     subgroup_column: str | None = None
     """Column of --subgroups, `subgroup` by default; without --subgroups a property of the source
     files, such as `codec` or `loudness_lufs`. Numbers are cut into thirds."""
-    resamples: Annotated[int, RESAMPLES] = 2000
-    """Bootstrap resamples of the intervals."""
-    seed: Annotated[int, SEED] = 0
-    """Seed of the resamples."""
     batch: Annotated[int, BATCH] = 32
     """Segments in a batch."""
     device: Device = "auto"
@@ -121,10 +114,6 @@ class CompareConfig:
     """Name of the evaluation, where it is not the split's: `evaluate --name` or `--data`."""
     out: Path | None = None
     """Folder to write; B/comparison/A for two runs, else `comparison` beside the first run."""
-    resamples: Annotated[int, RESAMPLES] = 2000
-    """Bootstrap resamples of the intervals."""
-    seed: Annotated[int, SEED] = 0
-    """Seed of the resamples."""
 
     @property
     def result_name(self) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import UseAppendAction
 
+from mgc_dist.config.augment import AugmentConfig
 from mgc_dist.config.knobs import (
     COMPARED,
     DRAWN,
@@ -20,10 +21,11 @@ from mgc_dist.config.knobs import (
     check,
     require,
 )
+from mgc_dist.config.lora import Lora
 from mgc_dist.config.losses import LossConfig
 from mgc_dist.config.source import BATCH, SEED, WEEK_S, Device, RunFolder, SourceConfig, table_of
 
-Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "bf16-weights"]
 Select = Literal["nll", "macro-f1", "last"]
 Cache = Literal["none", "cnn", "trunk"]
 Schedule = Literal["cosine", "linear", "constant", "inverse-sqrt"]
@@ -50,6 +52,11 @@ class DataConfig:
     """Threads that read; one gives 20,000 segments/s from memory, slow storage wants more."""
     window_shards: Annotated[int, Range(minimum=0, maximum=1_000_000, cure="0 is all"), LEARNED] = 0
     """Shards that are read from at a time, for spinning disks and network storage; 0 means all."""
+    crop_s: Annotated[float | None, Range(above=0, maximum=3_600, cure="5 is usual"), LEARNED] = (
+        None
+    )
+    """Train on a random crop of so many seconds of each segment, another one each time it is read;
+    the whole segment is read. Validation, `evaluate` and `predict` hear crops that cover it."""
     cache: Annotated[Cache, FOUND] = "none"
     """Read what the frozen part of the model gives in place of waves, made once and kept: `cnn` the
     output of the feature encoder, `trunk` that at the boundary of --freeze."""
@@ -88,6 +95,10 @@ class ModelConfig:
     hub that `--revision` names."""
     freeze: Annotated[str, FIXED] = "feature_encoder"
     """`none`, `feature_encoder`, `layers:N` (the CNN and the lower N layers) or `backbone`."""
+    lora: Annotated[str | None, FIXED] = None
+    """Train low-rank adapters (LoRA) in place of the weights below the head, at --lr (1e-4 to 1e-3
+    is usual): `r=16`, or `r=16,alpha=32,targets=q_proj,v_proj` with ends of names of linear layers.
+    What --freeze names is not adapted. Checkpoints hold adapters and head only."""
     spec_augment: Annotated[bool, FIXED] = True
     """Mask frames in training where the model's config asks for it (SpecAugment), above the CNN and
     below layer 1; `--cache trunk` with `--freeze layers:N` needs `--no-spec-augment`."""
@@ -100,6 +111,11 @@ class ModelConfig:
         match = re.fullmatch(r"layers:([0-9]{1,4})", self.freeze)
         return int(match[1]) if match else None
 
+    @property
+    def adapters(self) -> Lora | None:
+        """What `--lora` says."""
+        return None if self.lora is None else Lora.parsed(self.lora)
+
     def __post_init__(self) -> None:
         require(
             "--freeze",
@@ -108,6 +124,13 @@ class ModelConfig:
             self.freeze,
             "none, feature_encoder, layers:N with N > 0, or backbone",
             "for example --freeze layers:12",
+        )
+        require(
+            f"--lora with --freeze {self.freeze}",
+            self.adapters is None or self.freeze not in ("none", "backbone"),
+            "both",
+            "--freeze feature_encoder or layers:N, above which adapters are trained",
+            "leave --lora out, or use --freeze feature_encoder",
         )
 
 
@@ -177,8 +200,12 @@ class EngineConfig:
     eval_batch: Annotated[int, BATCH] = 32
     """Segments in a batch of validation, which keeps nothing for a backward pass."""
     precision: Annotated[Precision, Effect(identity=False)] = "auto"
-    """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it. `bf16-weights`
-    leaves fp32 ones to the optimizer: less memory, coarser gradients."""
+    """`bf16` is autocast over fp32 weights; `auto` takes it where the GPU has it, and elsewhere
+    `fp16`, which scales the loss, on a GPU with tensor cores (V100, T4) without a cache.
+    `bf16-weights` leaves fp32 ones to the optimizer: less memory, coarser gradients."""
+    offload: Annotated[Literal["none", "optimizer"], COMPARED] = "none"
+    """`optimizer` keeps AdamW's weights and moments in the memory of the host, and steps there:
+    less memory of a GPU, slower steps. At stages 2 and 3."""
     device: Device = "auto"
     """Where the ranks compute."""
     bucket_elements: Annotated[int, Range(minimum=1_000, maximum=2**31, cure="5e7 is usual")] = (
@@ -208,6 +235,13 @@ class EngineConfig:
             "both",
             "a compiled model at stage 0, 1 or 2",
             "ZeRO-3 loses nearly all gradients of a compiled model, silently; use --zero-stage 2",
+        )
+        require(
+            f"--offload optimizer with --zero-stage {self.zero_stage}",
+            self.offload == "none" or self.zero_stage >= 2,
+            "both",
+            "--zero-stage 2 or 3",
+            "use --zero-stage 2, or --offload none",
         )
         require(
             f"--precision bf16-weights with --zero-stage {self.zero_stage}",
@@ -301,6 +335,7 @@ class TrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     main: ModelConfig = field(default_factory=ModelConfig)
+    augmentation: AugmentConfig = field(default_factory=AugmentConfig)
     objective: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -317,6 +352,23 @@ class TrainConfig:
             "a frozen part, whose output is a constant",
             "use --freeze feature_encoder or layers:N, or --cache none",
         )
+        require(
+            "--precision fp16",
+            self.engine.precision != "fp16" or self.data.cache == "none",
+            f"--cache {self.data.cache}",
+            "no cache",
+            "use --precision fp32, or --cache none",
+        )
+        if self.data.cache != "none":
+            changes = {"--crop-s": self.data.crop_s, "--augment": self.augmentation.kinds}
+            flags = " and ".join(flag for flag, value in changes.items() if value)
+            require(
+                f"{flags} with --cache {self.data.cache}",
+                not flags,
+                "both",
+                "segments that are heard as they are, whose frozen output is a constant",
+                f"use --cache none, or leave {flags} out",
+            )
         if self.engine.precision == "bf16-weights":
             plain = self.data.cache == "none" and self.main.model != "logmel-cnn"
             require(

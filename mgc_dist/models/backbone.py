@@ -1,4 +1,4 @@
-"""Frozen bias backbones: segments to the time-means of their hidden layers."""
+"""Frozen models, of the bias and of probes: segments to the time-means of their hidden layers."""
 
 import hashlib
 import json
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from mgc_dist.cluster.ranks import seed_everything
-from mgc_dist.models import hub
+from mgc_dist.models import custom, hub
 from mgc_dist.models.hub import normalise
+from mgc_dist.models.main import WaveClassifier, build_main
 from mgc_dist.models.mel import MelSpectrogram
 
 
@@ -64,6 +65,80 @@ class HiddenMean(nn.Module):
         return torch.stack([h.float().mean(dim=1) for h in hidden], dim=1)  # [B, L, D]
 
 
+class LayerMeans(nn.Module):
+    """Time-mean of every hidden layer of a frozen model of any kind that can be trained.
+
+    Args:
+        model: a main model; its head is left out.
+
+    Attributes:
+        layers, width: L and D; found by a segment of silence.
+        settings: what its output depends on besides its weights.
+    """
+
+    def __init__(self, model: WaveClassifier) -> None:
+        super().__init__()
+        self.base, self._kind, self._do_normalize = model.kind.base, model.kind, model.do_normalize
+        config = model.net.config
+        said = {name: value for name, value in config.to_dict().items() if name not in _OF_THE_FILE}
+        self.settings: dict[str, object] = {
+            "config": said,
+            "do_normalize": self._do_normalize,
+            "code": custom.code_of(config),
+        }
+        with torch.no_grad():
+            silence = torch.zeros(1, model.segment_samples, dtype=torch.int16)
+            self.layers, self.width = self.eval()(silence).shape[1:]
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """int16 [B, T] -> float32 [B, L, D]."""
+        x = normalise(wave) if self._do_normalize else wave.float() / 32768.0  # [B, T]
+        states = self._kind.states(self._kind.inputs(x))
+        return torch.stack([state.float().mean(dim=1) for state in states], dim=1)  # [B, L, D]
+
+
+_OF_THE_FILE = ("_name_or_path", "_commit_hash", "transformers_version")
+
+
+def build_probed(
+    name: str,
+    genres: Sequence[str],
+    *,
+    segment_samples: int,
+    sample_rate: int,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LogMel | LayerMeans:
+    """A frozen model in eval mode that maps int16 [B, T] to float32 [B, L, D].
+
+    Args:
+        name: `logmel`, or what `build_main` takes.
+        genres: of its head, which nobody asks.
+        segment_samples: T.
+        sample_rate: of the segments in Hz.
+        revision: of a hub model.
+        trust_remote_code: run code that lies beside the weights.
+
+    Raises:
+        UserError: the model cannot be found, does not fit, or gives no hidden states.
+    """
+    if name == "logmel":
+        return LogMel(sample_rate).eval().requires_grad_(False)
+    model = build_main(
+        name,
+        genres,
+        freeze="backbone",
+        frozen_layers=None,
+        activation_checkpointing=False,
+        seed=0,
+        segment_samples=segment_samples,
+        sample_rate=sample_rate,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    return LayerMeans(model.eval()).requires_grad_(False)
+
+
 def build_bias(name: str, *, sample_rate: int, revision: str | None = None) -> LogMel | HiddenMean:
     """A frozen backbone in eval mode that maps int16 [B, T] to float32 [B, L, D].
 
@@ -89,11 +164,11 @@ def build_bias(name: str, *, sample_rate: int, revision: str | None = None) -> L
     return module.eval().requires_grad_(False)
 
 
-def fingerprint(module: LogMel | HiddenMean, *settings: str) -> str:
+def fingerprint(module: LogMel | HiddenMean | LayerMeans, *settings: str) -> str:
     """sha256 of a frozen model: names, shapes, dtypes and bytes of its weights, its settings.
 
     Args:
-        module: from `build_bias`.
+        module: from `build_bias` or `build_probed`.
         settings: anything else that its output depends on.
     """
     digest = hashlib.sha256()

@@ -5,7 +5,7 @@ extractor makes them, and no other file has to know. A family is an entry of LAY
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Layout:
         longest: samples of a segment at most; None if there is no limit.
         frames: that a segment of T samples has.
         extractor: what transformers needs beside an export.
+        adapted: names of the linear layers that `--lora` adapts, of queries and values.
     """
 
     base: str
@@ -52,6 +53,7 @@ class Layout:
     longest: Callable[[Any], int | None]
     frames: Callable[[int], int]
     extractor: Callable[[Any], Any]
+    adapted: tuple[str, ...] = ("q_proj", "v_proj")
 
 
 def _ast_inputs(wave: Tensor, config: Any) -> Tensor:  # noqa: ANN401 - of transformers
@@ -128,6 +130,7 @@ LAYOUTS: Mapping[str, Layout] = {
             num_mel_bins=config.feature_projection_input_dim // _SEAMLESS_STRIDE,
             stride=_SEAMLESS_STRIDE,
         ),
+        adapted=("linear_q", "linear_v"),
     ),
 }
 """By `model_type`."""
@@ -142,6 +145,7 @@ class BandsKind:
 
     normalises: bool | None = None
     needs_our_code = False
+    never_called: tuple[str, ...] = ()
 
     def __init__(self, net: PreTrainedModel) -> None:
         self.net = net
@@ -165,9 +169,30 @@ class BandsKind:
         """Name of the last linear layer."""
         return self._layout.head
 
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Its queries and values."""
+        return self._layout.adapted
+
     def inputs(self, wave: Tensor) -> Tensor:
         """Float32 waves [B, T] -> the family's bands."""
         return self._layout.inputs(wave, self.net.config)
+
+    def states(self, x: Tensor) -> Sequence[Tensor]:
+        """Hidden states by layer, L times [B, F, D]; of AST the patches of the segment alone.
+
+        Its other patches are of the zeros up to `max_length`: 7 of 10 s for segments of 3 s.
+        Patches stand by band, then by time, after two tokens.
+        """
+        states: Sequence[Tensor] = self.base(x, output_hidden_states=True).hidden_states
+        config = self.net.config
+        if not hasattr(self.base, "embeddings"):
+            return states
+        frames = self._layout.frames(config.segment_samples)
+        over_time = (config.max_length - config.patch_size) // config.time_stride + 1
+        kept = min(over_time, -(-frames // config.time_stride))
+        patches = (each[:, 2:].reshape(len(x), -1, over_time, each.shape[2]) for each in states)
+        return [each[:, :, :kept].flatten(1, 2) for each in patches]  # [B, F, D]
 
     def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
         """AST's mean and scale, kept in its config; waves are never normalised."""

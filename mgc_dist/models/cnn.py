@@ -121,6 +121,8 @@ class LogMelCnnKind:
     needs_our_code = True
     head = "classifier"
     fuses_attention = False
+    adapted = ("projector",)
+    never_called: tuple[str, ...] = ()
     cut = None
     masks: RowMasks | None = None
 
@@ -136,6 +138,10 @@ class LogMelCnnKind:
     def inputs(self, wave: Tensor) -> Tensor:
         """The waves themselves."""
         return wave
+
+    def states(self, x: Tensor) -> Sequence[Tensor]:
+        """What the head gets, [B, 1, D]: it has no encoder layers."""
+        return [self.base(x)[:, None]]  # [B, 1, D]
 
     def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
         """Whether waves are normalised."""

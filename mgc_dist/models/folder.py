@@ -16,6 +16,7 @@ from mgc_dist.errors import UserError
 from mgc_dist.files import replaced, replacing_folder
 from mgc_dist.models import custom, hub, load_errors
 from mgc_dist.models.kind import kind_of
+from mgc_dist.models.lora import merged
 from mgc_dist.models.main import TEMPERATURE, WaveClassifier
 
 WEIGHTS = "model.safetensors"
@@ -106,7 +107,7 @@ def save_exported(
     Args:
         model: whose configuration and feature settings are used.
         weights: full float32 state dict of the wrapped model (`net.` names), on the CPU; the
-            gain of the learned mixins is left out.
+            gain of the learned mixins is left out, and adapters are merged.
         folder: replaced if it exists, under a temporary name until whole.
         sample_rate: in Hz.
         temperature: accepted on validation tracks, for `WaveClassifier.temperature`.
@@ -119,7 +120,7 @@ def save_exported(
     with torch.device("meta"):  # random weights of 300 M elements would take seconds
         fresh = type(model.net)(config)
     of_net = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
-    fresh.load_state_dict(of_net, strict=True, assign=True)
+    fresh.load_state_dict(merged(model.net, of_net), strict=True, assign=True)
     extractor = model.kind.extractor(sample_rate, model.do_normalize)
     with replacing_folder(folder) as temporary:
         try:

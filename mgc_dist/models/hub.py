@@ -25,6 +25,7 @@ from mgc_dist.config.identity import OLD_MODEL
 from mgc_dist.errors import UserError
 from mgc_dist.models import load_errors
 
+_ADAPTERS = "adapter_config.json"
 _UNREADABLE = (OSError, ValueError, LookupError, EOFError, SafetensorError, UnpicklingError)
 """What transformers and torch raise for files that are missing, cut or no weights."""
 
@@ -37,11 +38,15 @@ def located(name: str) -> str:
 
 
 def normalise(wave: Tensor) -> Tensor:
-    """Zero mean, unit variance per segment: int16 [B, T] -> float32 [B, T].
+    """Zero mean, unit variance per segment: int16 [B, T] -> float32 [B, T]."""
+    return standardised(wave.float() / 32768.0)
+
+
+def standardised(x: Tensor) -> Tensor:
+    """Zero mean, unit variance per segment: float32 [B, T] -> float32 [B, T].
 
     Same formula as transformers' Wav2Vec2FeatureExtractor (population variance, 1e-7).
     """
-    x = wave.float() / 32768.0
     mean = x.mean(dim=1, keepdim=True)
     variance = x.var(dim=1, keepdim=True, correction=0)
     return (x - mean) / torch.sqrt(variance + 1e-7)
@@ -78,8 +83,10 @@ def load(
         settings: of the model's configuration.
 
     Raises:
-        UserError: it cannot be found or read.
+        UserError: it cannot be found or read, or has adapters beside it.
     """
+    if Path(name, _ADAPTERS).is_file():
+        raise _has_adapters(name)
     try:
         net, info = kind.from_pretrained(  # type: ignore[attr-defined]
             name,
@@ -94,9 +101,21 @@ def load(
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise  # memory may be short
         raise load_errors.explained(name, error) from error
+    if getattr(net, "_hf_peft_config_loaded", False):
+        raise _has_adapters(name)
     _remake_unsaved(net)
     missing = set(info["missing_keys"]) | {item[0] for item in info["mismatched_keys"]}
     return net, missing
+
+
+def _has_adapters(name: str) -> UserError:
+    """What to say of a model into which transformers would put adapters, unasked."""
+    return UserError(
+        f"model {name}",
+        got=f"a model with adapters beside it ({_ADAPTERS})",
+        expected="a whole model; --lora makes adapters of its own",
+        cure=f"merge them (peft's merge_and_unload), or take {_ADAPTERS} out of a copy",
+    )
 
 
 def _remake_unsaved(net: PreTrainedModel) -> None:

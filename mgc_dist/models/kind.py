@@ -7,7 +7,7 @@ family, whose adapter refuses what does not have its parts.
 import fnmatch
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -72,12 +72,15 @@ class Kind(Protocol):
         head: name of its last linear layer, in the model.
         needs_our_code: whether transformers alone cannot load it.
         masks: its SpecAugment, drawn by row; None if it has none.
+        adapted: names of the linear layers that low-rank adapters stand beside, unless told.
+        never_called: names of linear layers that adapters cannot change: only weights are read.
     """
 
     net: PreTrainedModel
     masks: RowMasks | None
     normalises: bool | None
     needs_our_code: bool
+    never_called: tuple[str, ...]
 
     @property
     def cut(self) -> Cut | None:
@@ -88,11 +91,22 @@ class Kind(Protocol):
         """As above."""
 
     @property
+    def adapted(self) -> tuple[str, ...]:
+        """As above."""
+
+    @property
     def head(self) -> str:
         """As above."""
 
     def inputs(self, wave: Tensor) -> Tensor:
         """What the model takes: float32 waves [B, T], or bands of them."""
+
+    def states(self, x: Tensor) -> Sequence[Tensor]:
+        """Hidden states by layer: the model's inputs -> L times [B, F, D], lowest first.
+
+        Layer 0 is what the first encoder layer gets. F covers the segment, and no padding where
+        that can be told apart.
+        """
 
     def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
         """Keep what a feature extractor decides; returns whether waves are normalised.

@@ -23,18 +23,25 @@ from transformers import (
 )
 
 from mgc_dist.cluster.ranks import seed_everything
+from mgc_dist.config.lora import Lora
 from mgc_dist.errors import UserError
 from mgc_dist.models import custom, hub
+from mgc_dist.models.augment import Augment
 from mgc_dist.models.bands import MEAN, SCALE
 from mgc_dist.models.cnn import CnnConfig
-from mgc_dist.models.hub import normalise
+from mgc_dist.models.draws import crop, spaced
+from mgc_dist.models.hub import standardised
 from mgc_dist.models.kind import Kind, kind_of, open_boundary
+from mgc_dist.models.lora import adapt
 
 log = logging.getLogger(__name__)
 
 TEMPERATURE = "calibration_temperature"
 """In config.json; transformers refuses "temperature" there: "Some generation parameters are set
 in the model config"."""
+
+CROP_OF = "crop_of_samples"
+"""In config.json, of a model that was trained on crops: T of the segments that they are of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +71,12 @@ class WaveClassifier(nn.Module):
         frozen: modules that stay in eval mode, so that no dropout or mask changes them.
         learns_gain: add a layer for the gain of the learned mixins, which is not exported.
         boundary: of `kind`, where it takes the cached output of its frozen part.
+        augment: changes waves in training.
 
     Attributes:
         net, do_normalize, boundary: as given.
         kind: the adapter of the model.
+        crop_of: T of segments of which it hears crops; None where it hears segments whole.
         boundary_dtype: of the model's own values at the boundary, in the run's precision.
     """
 
@@ -79,11 +88,14 @@ class WaveClassifier(nn.Module):
         frozen: Sequence[nn.Module] = (),
         learns_gain: bool = False,
         boundary: str | None = None,
+        augment: Augment | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.kind = kind_of(net)
+        self.crop_of: int | None = net.config.to_dict().get(CROP_OF)
         self.boundary = boundary
+        self._augment = augment
         self.boundary_dtype = torch.float32
         self.do_normalize = do_normalize
         self._frozen = list(frozen)
@@ -109,9 +121,17 @@ class WaveClassifier(nn.Module):
         h is what the last layer gets, [B, D] (Clark et al., EMNLP 2019). The gain trains w and c
         only: no gradient flows from it into h, where Clark's code lets it. In place of waves it
         takes what lies at the boundary, of any floating type [B, F, D]: nothing below is computed.
-        `only_below` gives just that, [B, F, D]. In training, `draw`, int64 [B], decides the masks
-        of SpecAugment of each row.
+        `only_below` gives just that, [B, F, D]. In training, `draw`, int64 [B], decides of each row
+        the crop, where it hears crops, the augmentation and the masks of SpecAugment. Else the
+        logits are the mean over crops that cover the segment.
         """
+        if wave.shape[1] == self.crop_of and not wave.is_floating_point():
+            if not self.training:
+                crops = spaced(wave, self.segment_samples)
+                each = [self.net(self._inputs(part)).logits for part in crops]
+                return torch.stack(each).mean(dim=0)  # [B, K]
+            assert draw is not None
+            wave = crop(wave, draw, self.segment_samples)
         if self.kind.masks is not None:
             self.kind.masks.draw = draw
         if wave.is_floating_point():
@@ -119,8 +139,7 @@ class WaveClassifier(nn.Module):
             assert self.kind.cut is not None
             logits = self.kind.cut.above(self.boundary, wave.to(self.boundary_dtype))  # [B, K]
         else:
-            x = normalise(wave) if self.do_normalize else wave.float() / 32768.0  # [B, T]
-            x = self.kind.inputs(x).to(self.net.dtype)
+            x = self._inputs(wave, draw)
             if only_below:
                 assert self.boundary is not None
                 assert self.kind.cut is not None
@@ -134,6 +153,17 @@ class WaveClassifier(nn.Module):
         # detached: else the gain's gradient trains the features for the product p b^g, and the
         # shifted test of benchmarks/shortcut.py falls from 0.840 to 0.555 (docs/log.md)
         return logits, F.softplus(self.gain(below.detach()).float())[:, 0]  # [B]
+
+    def _inputs(self, wave: Tensor, draw: Tensor | None = None) -> Tensor:
+        """What the model takes: int16 [B, T] -> float waves [B, T], or bands of them.
+
+        A draw of each row, int64 [B], changes it in training.
+        """
+        x = wave.float() / 32768.0
+        if self.training and self._augment and draw is not None:
+            x = self._augment(x, draw)  # [B, T]
+        x = standardised(x) if self.do_normalize else x
+        return self.kind.inputs(x).to(self.net.dtype)
 
     def train(self, mode: bool = True) -> "WaveClassifier":
         """Switch the mode; frozen modules stay in eval mode."""
@@ -164,9 +194,20 @@ class WaveClassifier(nn.Module):
         return int(self.net.config.segment_samples)
 
     @property
+    def crops_in_words(self) -> str:
+        """How a whole segment is heard, where crops of it are."""
+        count = -(-(self.crop_of or 0) // self.segment_samples)
+        return f"{count} crops that cover it, evenly spaced: the mean of their logits"
+
+    @property
     def needs_our_code(self) -> bool:
         """Whether transformers alone cannot load it."""
         return self.kind.needs_our_code
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether adapters are trained in place of its own weights below the head."""
+        return any(".lora_A." in name for name, _ in self.net.named_modules())
 
     @property
     def temperature(self) -> float | None:
@@ -210,12 +251,15 @@ def build_main(
     seed: int,
     segment_samples: int,
     sample_rate: int,
+    crop_of: int | None = None,
     learns_gain: bool = False,
     cache: str = "none",
     spec_augment: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
     base: Base | None = None,
+    lora: Lora | None = None,
+    augment: Augment | None = None,
 ) -> WaveClassifier:
     """The main model, with a new head.
 
@@ -227,18 +271,21 @@ def build_main(
         frozen_layers: N of `layers:N`.
         activation_checkpointing: recompute activations in the backward pass.
         seed: of the new weights.
-        segment_samples: T.
+        segment_samples: T; of a crop, where it hears crops.
         sample_rate: of the segments in Hz.
+        crop_of: T of the segments that crops are of.
         learns_gain: for the learned mixins.
         cache: `none`, `cnn` or `trunk`: which frozen output it takes in place of waves.
         spec_augment: False switches SpecAugment off.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run code that lies beside the weights.
         base: build it from this, with random weights, and look for nothing by name.
+        lora: adapters, which are trained in place of the model's own weights below the head.
+        augment: changes waves in training.
 
     Raises:
-        UserError: the model cannot be found, does not fit, or has BatchNorm; or the cache would
-            not be exact.
+        UserError: the model cannot be found, does not fit, or has BatchNorm or no layer to adapt;
+            or the cache would not be exact.
     """
     hub.quiet()
     name = hub.located(name)
@@ -250,9 +297,12 @@ def build_main(
     else:
         net = _from_checkpoint(name, labels, revision, trust_remote_code)
     net.config.segment_samples = segment_samples  # ours: what `predict` cuts files into
+    vars(net.config).pop(CROP_OF, None)
+    if crop_of is not None:
+        setattr(net.config, CROP_OF, crop_of)
     kind = kind_of(net)
     frozen = _make_ready(
-        kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing
+        kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing, lora
     )
     normalises = kind.normalises
     if normalises is None and base:
@@ -265,6 +315,7 @@ def build_main(
         frozen=frozen,
         learns_gain=learns_gain,
         boundary=open_boundary(kind, cache, freeze),
+        augment=augment,
     )
 
 
@@ -280,6 +331,7 @@ def describe_main(
     spec_augment: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    lora: Lora | None = None,
 ) -> WaveClassifier:
     """The main model of `build_main` without its weights: on torch's meta device, in a second.
 
@@ -294,6 +346,7 @@ def describe_main(
         spec_augment: as for `build_main`.
         revision: as for `build_main`.
         trust_remote_code: as for `build_main`.
+        lora: as for `build_main`.
 
     Raises:
         UserError: the model's configuration cannot be found, or does not fit; or the cache would
@@ -311,7 +364,7 @@ def describe_main(
         net = _from_config(name, config).to("meta")
     kind = kind_of(net)
     frozen = _make_ready(
-        kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing
+        kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing, lora
     )
     at = open_boundary(kind, cache, freeze)
     return WaveClassifier(net, do_normalize=True, frozen=frozen, boundary=at)
@@ -349,7 +402,7 @@ def configuration_hash(config: PretrainedConfig) -> str:
 
 _OF_THE_FILE = (
     *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype"),
-    *("segment_samples", TEMPERATURE, "sample_rate"),
+    *("segment_samples", CROP_OF, TEMPERATURE, "sample_rate"),
     *(MEAN, SCALE, "max_source_positions", "encoder_layerdrop"),  # what `Kind` finds and fits
 )
 
@@ -453,11 +506,15 @@ def _make_ready(
     freeze: str,
     frozen_layers: int | None,
     activation_checkpointing: bool,
+    lora: Lora | None,
 ) -> list[nn.Module]:
-    """Refuse a model that does not fit, freeze parts of it, and return them."""
+    """Refuse a model that does not fit, freeze and adapt parts of it; return what has eval mode."""
     kind.refuse_unfit(name, segment_samples)
     kind.fit(segment_samples)
     frozen = kind.freeze(freeze, frozen_layers)
+    if lora:
+        frozen += _batch_norms(kind.net)  # frozen too
+        adapt(kind, lora, frozen)
     _refuse_trained_batch_norm(name, kind.net, frozen)
     if activation_checkpointing:
         # the reentrant kind drops gradients above a frozen prefix, silently
@@ -467,14 +524,17 @@ def _make_ready(
 
 def _refuse_trained_batch_norm(name: str, net: PreTrainedModel, frozen: list[nn.Module]) -> None:
     kept = {id(each) for part in frozen for each in part.modules()}
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if any(id(norm) not in kept for norm in norms):
+    if any(id(norm) not in kept for norm in _batch_norms(net)):
         raise UserError(
             f"--model {name}",
             got="BatchNorm layers in training, whose statistics depend on padding and ranks",
             expected="layer norm or group norm, or BatchNorm layers that are all frozen",
             cure="use --freeze backbone, or another model",
         )
+
+
+def _batch_norms(net: PreTrainedModel) -> list[nn.Module]:
+    return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def frozen_fingerprint(model: WaveClassifier) -> str:

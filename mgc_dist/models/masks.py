@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the constants of splitmix64 as signed numbers
-_MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
-_SHIFTS = (30, 27, 31)
+from mgc_dist.models.draws import mixed
+
 _STREAMS = {"time": 1, "feature": 2}
 """Streams of numbers of a row, by axis."""
 
@@ -70,7 +69,7 @@ class RowMasks:
         share, length, least = (
             getattr(self._config, f"mask_{axis}_{name}") for name in ("prob", "length", "min_masks")
         )
-        return spans(_mixed(draw, _STREAMS[axis]), size, share=share, length=length, least=least)
+        return spans(mixed(draw, _STREAMS[axis]), size, share=share, length=length, least=least)
 
 
 def applies_masks(config: PretrainedConfig) -> bool:
@@ -90,7 +89,7 @@ def spans(draw: Tensor, size: int, *, share: float, length: int, least: int) -> 
     """
     starts = size - length + 1
     place = torch.arange(starts + 1, device=draw.device)
-    numbers = _mixed(draw[:, None], place)  # [B, starts + 1]; the last one rounds
+    numbers = mixed(draw[:, None], place)  # [B, starts + 1]; the last one rounds
     fraction = (numbers[:, -1] >> 11 & (1 << 53) - 1).double() * 2.0**-53  # [0, 1)
     count = (share * size / length + fraction).floor().long()
     count = count.clamp(min=least).clamp(max=min(size // length, starts))  # [B]
@@ -99,14 +98,3 @@ def spans(draw: Tensor, size: int, *, share: float, length: int, least: int) -> 
     total = nn.functional.pad(begins.cumsum(dim=1), (length, length - 1))  # [B, size + length]
     total[:, starts + length :] = total[:, starts + length - 1 : starts + length]
     return total[:, length:] > total[:, :-length]  # a begin among the last `length` places
-
-
-def _mixed(draw: Tensor, number: Tensor | int) -> Tensor:
-    """A random number for each draw and number: int64.
-
-    Source: the finaliser of splitmix64 (Steele et al., OOPSLA 2014); integers wrap around.
-    """
-    x = draw * _GOLDEN + number + _GOLDEN
-    for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * multiplier
-    return x

@@ -9,17 +9,27 @@ dropout above it draws the same numbers with a cache and without one.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mgc_dist.errors import UserError
 from mgc_dist.models import hub
 from mgc_dist.models.masks import RowMasks, applies_masks
 
 _CALLED_AS_A_WHOLE = ("sew", "sew-d", "wav2vec2-conformer")
 """Their layers see other frames than the head, or get positions that their encoder makes."""
+_ADAPTED: dict[str, tuple[str, ...]] = {
+    "sew-d": ("query_proj", "value_proj"),
+    "wav2vec2-conformer": ("linear_q", "linear_v"),
+    "wavlm": ("intermediate_dense", "output_dense"),
+}
+"""What `--lora` adapts; of other types the queries and values (Hu et al., ICLR 2022, table 5)."""
+_NEVER_CALLED: dict[str, tuple[str, ...]] = {"wavlm": ("q_proj", "k_proj", "v_proj", "out_proj")}
+"""It hands their weights to torch's attention."""
 
 
 class Wav2Vec2Kind:
@@ -37,6 +47,8 @@ class Wav2Vec2Kind:
         self.cut = Wav2Vec2Cut(net)
         self.masks = RowMasks.of(net)
         self.needs_our_code = not type(net).__module__.startswith("transformers.")
+        self.adapted = _ADAPTED.get(net.config.model_type, ("q_proj", "v_proj"))
+        self.never_called = _NEVER_CALLED.get(net.config.model_type, ())
 
     @property
     def base(self) -> nn.Module:
@@ -47,6 +59,24 @@ class Wav2Vec2Kind:
     def inputs(self, wave: Tensor) -> Tensor:
         """The waves themselves."""
         return wave
+
+    def states(self, x: Tensor) -> Sequence[Tensor]:
+        """Hidden states by layer, L times [B, F, D]; code of one's own may give none."""
+        states: Sequence[Tensor] | None
+        try:
+            states = self.base(x, output_hidden_states=True).hidden_states
+        except (TypeError, AttributeError) as error:
+            if "hidden_states" not in str(error):
+                raise
+            states = None
+        if states is None:
+            raise UserError(
+                f"--model {self.net.config.name_or_path}",
+                got="a model that gives no hidden states",
+                expected="one whose forward() takes output_hidden_states=True",
+                cure="choose another model, or train a head: mgc train --freeze backbone",
+            )
+        return states
 
     def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
         """Whether waves are normalised."""

@@ -38,9 +38,7 @@ def compare(config: CompareConfig) -> Comparison:
     found = [results.read(run, config.result_name) for run in config.runs]
     picture, is_pair = config.folder / "comparison.png", len(found) == 2
     if is_pair:
-        report = paired.compare(
-            found[0], found[1], config.result_name, resamples=config.resamples, seed=config.seed
-        )
+        report = paired.compare(found[0], found[1], config.result_name)
         draw_pair(picture, report)
     else:
         runs = []

@@ -18,10 +18,12 @@ from mgc_dist.data.tables import plain
 from mgc_dist.files import replace_text, replacing
 from mgc_dist.report import canvas, gallery
 from mgc_dist.scoring import intervals, shared_genres, subgroups
+from mgc_dist.scoring.intervals import LeftOut
 from mgc_dist.scoring.metrics import Reliability, scores
 from mgc_dist.scoring.score import SplitScores, mean_probability
 from mgc_dist.scoring.subgroups import Subgroups
 from mgc_dist.scoring.written import (
+    Bounds,
     EvaluationFigures,
     GenreFigures,
     GenresInCommon,
@@ -62,18 +64,22 @@ class Subject:
     subgroups: Subgroups | None = None
 
 
-def summary(
-    subject: Subject, result: SplitScores, *, resamples: int, seed: int
-) -> EvaluationFigures:
+def summary(subject: Subject, result: SplitScores) -> EvaluationFigures:
     """Every figure of a split as JSON: track level first, segments beside it.
 
     Args:
         subject: what was measured.
         result: of the walk.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
     """
-    per_genre = _per_genre(subject, result)
+    units = intervals.units_of(subject.groups)
+    left_out = {
+        unit: intervals.leave_out(
+            result.labels, result.guesses, cluster, genres=len(subject.genres)
+        )
+        for unit, cluster in units.items()
+    }
+    unit, first = next(iter(left_out.items()))
+    per_genre = _per_genre(subject, result, first)
     seen = {genre: row for genre, row in per_genre.items() if row["support"]}
     lowest = min(seen, key=lambda genre: seen[genre]["recall"] or 0.0)
     figures: EvaluationFigures = {
@@ -87,12 +93,12 @@ def summary(
         "track": result.track.summary(),
         "segment": result.segment.summary(),
         "aggregates": {way: found.summary() for way, found in result.aggregates.items()},
-        "intervals": _intervals(subject, result, resamples, seed),
+        "intervals": _intervals(subject, result, left_out),
         "per_genre": per_genre,
         "confusion": result.track.confusion.tolist(),
         "reliability": _bins(result.track.reliability),
         "temperature": _tempered(subject, result),
-        "subgroups": _subgroups(subject, result),
+        "subgroups": _subgroups(subject, result, units[unit]),
         "worst_genre": {"name": lowest, "recall": seen[lowest]["recall"]},
     }
     return cast(EvaluationFigures, _without_nan(figures))
@@ -159,37 +165,32 @@ def _write_confusion_csv(path: Path, subject: Subject, confusion: NDArray[np.int
     replace_text(path, text.getvalue())
 
 
-def _intervals(subject: Subject, result: SplitScores, resamples: int, seed: int) -> Intervals:
-    def of(cluster: NDArray[np.int64]) -> dict[str, list[float]]:
-        (drawn,) = intervals.resample(
-            result.labels,
-            [result.guesses],
-            cluster,
-            genres=len(subject.genres),
-            resamples=resamples,
-            seed=seed,
-        )
-        return drawn.intervals()
+def _intervals(subject: Subject, result: SplitScores, left_out: dict[str, LeftOut]) -> Intervals:
+    def of(found: LeftOut) -> Bounds:
+        bounds = {
+            name: intervals.of_figure(
+                result.track.figures[name],
+                intervals.deviation(without),
+                clusters=len(without),
+                items=result.track.count,
+            )
+            for name, without in found.figures.items()
+        }
+        return {name: list(each) for name, each in bounds.items() if each}
 
-    known = len({group for group in subject.groups if group is not None})
-    clusters = intervals.clusters_of(subject.groups)
-    several = known > 0 and len(np.unique(clusters)) > 1  # one cluster resamples to itself
     return {
         "level": intervals.LEVEL,
-        "resamples": resamples,
-        "seed": seed,
-        "tracks": of(np.arange(len(result.labels))),
-        "groups": of(clusters) if several else None,
-        "known_groups": known,
+        "tracks": of(left_out["tracks"]),
+        "groups": of(left_out["groups"]) if "groups" in left_out else None,
+        "known_groups": len({group for group in subject.groups if group is not None}),
     }
 
 
-def _per_genre(subject: Subject, result: SplitScores) -> dict[str, GenreFigures]:
-    confusion = result.track.confusion
+def _per_genre(subject: Subject, result: SplitScores, left_out: LeftOut) -> dict[str, GenreFigures]:
     rows: dict[str, GenreFigures] = {}
     for label, row in enumerate(result.track.per_genre()):
-        interval = intervals.wilson(int(confusion[label, label]), row["support"])
-        row["recall_interval"] = interval and list(interval)
+        bounds = left_out.of_genre(label, row["recall"] or 0.0, row["f1"] or 0.0, row["support"])
+        row["recall_interval"], row["f1_interval"] = (each and list(each) for each in bounds)
         rows[subject.genres[label]] = row
     return rows
 
@@ -217,18 +218,20 @@ def _tempered(subject: Subject, result: SplitScores) -> Temperature | None:
     }
 
 
-def _subgroups(subject: Subject, result: SplitScores) -> SubgroupFigures | None:
+def _subgroups(
+    subject: Subject, result: SplitScores, cluster: NDArray[np.int64]
+) -> SubgroupFigures | None:
     if subject.subgroups is None:
         return None
     found, genres = subject.subgroups, subject.genres
     right = result.guesses == result.labels
-    groups = subgroups.figures(found.of_track, right, result.labels, genres)
+    groups = subgroups.figures(found.of_track, right, result.labels, genres, cluster)
     of_row = found.of_row
     if of_row is None:
         by_track = dict(zip(result.tracks.tolist(), found.of_track, strict=True))
         of_row = [by_track[track] for track in result.row_track.tolist()]
     row_right = result.logits.argmax(axis=1) == result.row_label
-    segments = subgroups.figures(of_row, row_right, result.row_label, genres)
+    segments = subgroups.figures(of_row, row_right, result.row_label, genres, result.row_track)
     return {
         "source": found.source,
         "groups": groups,

@@ -71,11 +71,16 @@ def training(dossier: Dossier) -> Section:
         return Section(title=title, notes=(_NO_CONFIG,))
     precision: str = config.engine.precision
     if precision == "auto" and "torch_autocast" in dossier.engine:
-        precision += ", bf16 autocast" if dossier.engine["torch_autocast"]["enabled"] else ", fp32"
+        autocast = dossier.engine["torch_autocast"]
+        name = "fp16" if autocast.get("dtype") == "float16" else "bf16"
+        precision += f", {name} autocast" if autocast["enabled"] else ", fp32"
     versions = ", ".join(f"{name} {value}" for name, value in env.get("versions", {}).items())
+    frozen = "nothing" if config.main.freeze == "none" else config.main.freeze
+    if config.main.lora:
+        frozen += f", and all above it but the head and adapters ({config.main.lora})"
     facts = (
         ("main model", config.main.model),
-        ("frozen", "nothing" if config.main.freeze == "none" else config.main.freeze),
+        ("frozen", frozen),
         ("loss", config.objective.description),
         ("bias table", _table(dossier, config)),
         ("epochs", f"{config.optim.epochs:g}"),

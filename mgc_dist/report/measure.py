@@ -98,6 +98,8 @@ def _measure(
 ) -> Evaluation:
     """Walk the split, and write what it shows (a collective)."""
     subject, notes = _subject(config, shards, shared, classifier.temperature)
+    if classifier.crop_of == shards.manifest.segment_samples:
+        notes.append(f"of each segment the model hears {classifier.crops_in_words}")
     with ranks.join(config.device, meeting=meeting) as peers:
         first, stop = shards.rows_of(config.split)
         batches = -(-(stop - first) // (config.batch * peers.world))
@@ -127,7 +129,7 @@ def _measure(
 
 def _write(config: EvaluateConfig, subject: Subject, scores: SplitScores) -> EvaluationFigures:
     """Write the figures, and return them (rank 0)."""
-    figures = evaluation.summary(subject, scores, resamples=config.resamples, seed=config.seed)
+    figures = evaluation.summary(subject, scores)
     weights = folder.find_exported(config.run, ema=config.ema) / folder.WEIGHTS
     figures["weights"] = fingerprint(weights)  # the model may go on to be trained
     purpose = f"writing an evaluation of {config.run}"
@@ -255,11 +257,12 @@ def _refuse_repacked(run_folder: Path, shards: ShardSet) -> None:
 def _refuse_other(
     config: EvaluateConfig, classifier: WaveClassifier, wanted: int, manifest: Manifest
 ) -> None:
-    if classifier.segment_samples != manifest.segment_samples:
+    heard = classifier.crop_of or classifier.segment_samples
+    if manifest.segment_samples not in (heard, classifier.segment_samples):
         raise UserError(
             f"segments of the shards for {config.run}",
             got=f"{manifest.segment_samples} samples",
-            expected=f"{classifier.segment_samples}, as in training",
+            expected=f"{heard}, as in training",
             cure="pack the data set again with the --segment-s of the training",
         )
     if wanted != manifest.sample_rate:

@@ -103,6 +103,12 @@ def pair(comparison: dict[str, Any]) -> None:
         f"McNemar, exact: right in A only {test['only_a']}, in B only {test['only_b']}, both "
         f"{test['both']}, neither {test['neither']}; p = {test['p']:.4g}"
     )
+    seen = ", ".join(
+        f"{METRICS[name].head} {value:.3f}"
+        for name, value in comparison["detectable"].items()
+        if METRICS[name].leads
+    )
+    console.print(f"A difference that would be seen four times in five: {seen}.")
     if not known:
         console.print(f"Intervals {units[0][0]}.")
     unit = "artists" if known else "tracks"
@@ -129,8 +135,10 @@ def seeds(comparison: dict[str, Any]) -> None:
     )
     gains = _table(
         f"gain over {comparison['baseline']}, paired by seed",
-        ("settings", "gain", "sd", "95 % over seeds", "gained"),
+        ("settings", "gain", "95 %", "p", "gained"),
     )
+    units: set[str] = set()
+    least: list[str] = []
     for label, condition in comparison["conditions"].items():
         shown.add_row(label)
         for name, each in condition["figures"].items():
@@ -140,13 +148,22 @@ def seeds(comparison: dict[str, Any]) -> None:
         if condition["gain"]:
             gains.add_row(label)
             for name, each in condition["gain"].items():
-                sure = (_signed(each["mean"]), _cell(each["sd"]), _signed_range(each["interval"]))
+                sure = (_signed(each["mean"]), _signed_range(each["interval"]))
                 gained = f"{each['gained']} of {len(each['values'])}"
-                gains.add_row(f"  {_words(name)}", *sure, gained)
+                gains.add_row(f"  {_words(name)}", *sure, _cell(each.get("p_corrected")), gained)
+            accuracy = condition["gain"]["accuracy"]
+            units.add(accuracy["unit"])
+            least.append(f"{label}: {_cell(accuracy['detectable'])}")
             gains.add_section()
     console.print(shown)
-    if gains.row_count:
-        console.print(gains)
+    if not gains.row_count:
+        return
+    console.print(gains)
+    console.print(
+        f"Intervals and p, from three seeds on, are over {' or '.join(sorted(units))}, jointly; p "
+        f"is corrected for {comparison['tries']} comparisons with the baseline (Holm). A gain in "
+        f"accuracy that is seen four times in five: {'; '.join(least)}."
+    )
 
 
 def _words(name: str) -> str:

@@ -210,12 +210,15 @@ def conclusions(dossier: Dossier) -> Section:
         _, main = dossier.main
         track, split = main["track"], main["split"]
         intervals = main.get("intervals")
-        bounds = intervals["tracks"].get("accuracy") if intervals else None
-        span = f", with a 95 % interval of {bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
+        unit, named = by_unit(intervals)[0] if intervals else ("", {})
+        bounds = named.get("accuracy")
+        span = (
+            f", with a 95 % interval of {bounds[0]:.3f} to {bounds[1]:.3f} {unit}" if bounds else ""
+        )
         lines.append(
             f"One training with one seed has an accuracy of {track['accuracy']:.3f} on "
             f"{track['count']} tracks of one {split} split{span}. The interval is about which "
-            "tracks were drawn, not about other seeds or other collections."
+            "music was drawn, not about other seeds or other collections."
         )
         if split != "test":
             lines.append(f"The {split} split was used in making the model, so it flatters it.")

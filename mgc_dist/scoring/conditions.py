@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from mgc_dist.config import TrainConfig
 from mgc_dist.config.knobs import effects
@@ -132,18 +133,23 @@ def compare(runs: Sequence[Run], name: str) -> Report:
         label: {seed: figures(run.result) for seed, run in sorted(seeds.items())}
         for label, seeds in conditions.items()
     }
+    gains = {
+        label: _gains(conditions[label], base, values[label], values[baseline])
+        for label in conditions
+        if label != baseline
+    }
+    _correct([each for each in gains.values() if each])
     return {
         "mode": "seeds",
         "name": name,
         "in_common": runs[0].result.in_common,
         "baseline": baseline,
+        "tries": len(gains),
         "conditions": {
             label: {
                 "runs": {str(s): str(conditions[label][s].result.run) for s in found},
                 "figures": _over_seeds(found),
-                "gain": None
-                if label == baseline
-                else _gains(found, values[baseline], _alike(conditions[label], base)),
+                "gain": gains.get(label),
             }
             for label, found in values.items()
         },
@@ -191,23 +197,63 @@ def _alike(runs: dict[int, Run], base: dict[int, Run]) -> set[int]:
 
 
 def _gains(
-    found: dict[int, dict[str, float]], base: dict[int, dict[str, float]], alike: set[int]
+    runs: dict[int, Run],
+    base: dict[int, Run],
+    found: dict[int, dict[str, float]],
+    before: dict[int, dict[str, float]],
 ) -> Report | None:
     """Gains in the seeds that both have, of subgroups in those where they are the same."""
-    shared = [seed for seed in found if seed in base]
-    names = dict.fromkeys(name for seed in shared for name in found[seed] if name in base[seed])
+    shared, alike = [seed for seed in found if seed in before], _alike(runs, base)
+    names = dict.fromkeys(name for seed in shared for name in found[seed] if name in before[seed])
     gains: Report = {}
     for name in names:
-        gain = {
-            seed: found[seed][name] - base[seed][name]
+        seeds = [
+            seed
             for seed in shared
-            if name in found[seed] and name in base[seed]
+            if name in found[seed] and name in before[seed]
             if seed in alike or not name.startswith(SUBGROUP)
-        }
-        if gain:
-            interval = intervals.student(list(gain.values()))
-            gains[name] = _spread(gain) | {
-                "interval": interval and list(interval),
-                "gained": sum(value > 1e-12 for value in gain.values()),  # rounding is no gain
-            }
+        ]
+        if seeds:
+            gain = {seed: found[seed][name] - before[seed][name] for seed in seeds}
+            gains[name] = _spread(gain) | _sure([(base[s], runs[s]) for s in seeds], gain, name)
     return gains or None
+
+
+def _sure(pairs: Sequence[tuple[Run, Run]], gain: dict[int, float], name: str) -> Report:
+    """How sure a gain is, and over what: seeds jointly with artists, or with tracks."""
+    values = np.array(list(gain.values()))
+    results = [run.result for pair in pairs for run in pair]
+    unit, without = "", None
+    if len({(each.dataset_id, each.tracks) for each in results}) == 1:
+        unit, cluster = next(iter(intervals.units_of(results[0].groups).items()))
+        without = np.array(
+            [_without(b, cluster, name) - _without(a, cluster, name) for a, b in pairs]
+        )
+    sure = intervals.over_seeds(values, without)
+    return {
+        "unit": {"": "seeds", "groups": "seeds and artists", "tracks": "seeds and tracks"}[unit],
+        "interval": sure and list(sure.interval),
+        "p": sure and sure.p,
+        "detectable": sure and sure.detectable,
+        "gained": int((values > 1e-12).sum()),  # rounding is no gain
+    }
+
+
+def _without(run: Run, cluster: NDArray[np.int64], name: str) -> NDArray[np.float64]:
+    """A figure without each cluster, float64 [C]; of a subgroup, of those that have its tracks."""
+    result, genres = run.result, len(run.result.genres)
+    inside = np.ones(len(result.label), bool)
+    if name.startswith(SUBGROUP):
+        inside = np.array([each == name.removeprefix(SUBGROUP) for each in result.subgroups])
+    left = intervals.leave_out(
+        result.label[inside], result.guess[inside], cluster[inside], genres=genres
+    )
+    return left.figures["accuracy" if name.startswith(SUBGROUP) else name]
+
+
+def _correct(gains: Sequence[Report]) -> None:
+    """Add p-values that are corrected for the number of conditions, figure by figure."""
+    for name in {name for each in gains for name in each}:
+        rows = [each[name] for each in gains if name in each and each[name]["p"] is not None]
+        for row, value in zip(rows, intervals.holm([row["p"] for row in rows]), strict=True):
+            row["p_corrected"] = value

@@ -1,4 +1,4 @@
-"""Two runs on the same tracks: exact McNemar, and a bootstrap that draws for both alike."""
+"""Two runs on the same tracks: exact McNemar, and intervals that leave artists out of both."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,22 +7,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgc_dist.scoring import intervals
-from mgc_dist.scoring.intervals import Resampled
+from mgc_dist.scoring.intervals import LeftOut
 from mgc_dist.scoring.metrics import confusion_of, figures_of, precision_recall_f1
 from mgc_dist.scoring.results import Result, refuse_different
 
 Report = dict[str, Any]
 
 
-def compare(a: Result, b: Result, name: str, *, resamples: int, seed: int) -> Report:
+def compare(a: Result, b: Result, name: str) -> Report:
     """Every difference, B minus A, as JSON.
 
     Args:
         a: predictions of one run.
         b: predictions of the other.
         name: of the evaluation.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
 
     Raises:
         UserError: the two were not measured on the same tracks.
@@ -31,14 +29,9 @@ def compare(a: Result, b: Result, name: str, *, resamples: int, seed: int) -> Re
     right_a, right_b = a.guess == a.label, b.guess == b.label
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     groups = [one or other for one, other in zip(a.groups, b.groups, strict=True)]
-    known = len({group for group in groups if group is not None})
-    clusters = {"tracks": np.arange(len(a.label)), "groups": intervals.clusters_of(groups)}
-    unit = "groups" if known and len(np.unique(clusters["groups"])) > 1 else "tracks"
-    drawn = {
-        name: _draw(a, b, cluster, resamples, seed)
-        for name, cluster in clusters.items()
-        if name in ("tracks", unit)
-    }
+    units = intervals.units_of(groups)
+    unit = next(iter(units))
+    left_out = {name: _left_out(a, b, cluster) for name, cluster in units.items()}
     return {
         "mode": "pair",
         "a": str(a.run),
@@ -58,35 +51,34 @@ def compare(a: Result, b: Result, name: str, *, resamples: int, seed: int) -> Re
         },
         "intervals": {
             "level": intervals.LEVEL,
-            "resamples": resamples,
-            "seed": seed,
-            "known_groups": known,
+            "known_groups": len({group for group in groups if group is not None}),
             "groups": None,
-            **{name: _differences(*two) for name, two in drawn.items()},
+            **{name: _differences(a, b, *two) for name, two in left_out.items()},
         },
+        "detectable": _detectable(*left_out[unit]),
         "unit": unit,
-        "per_genre": _per_genre(a, b, *drawn[unit]),
-        "subgroups": _subgroups(a, b, clusters[unit], resamples, seed),
+        "per_genre": _per_genre(a, b, *left_out[unit]),
+        "subgroups": _subgroups(a, b, units[unit]),
     }
 
 
-def _draw(
-    a: Result, b: Result, cluster: NDArray[np.int64], resamples: int, seed: int
-) -> tuple[Resampled, Resampled]:
-    first, second = intervals.resample(
-        a.label,
-        [a.guess, b.guess],
-        cluster,
-        genres=len(a.genres),
-        resamples=resamples,
-        seed=seed,
+def _left_out(a: Result, b: Result, cluster: NDArray[np.int64]) -> tuple[LeftOut, LeftOut]:
+    first, second = (
+        intervals.leave_out(one.label, one.guess, cluster, genres=len(a.genres)) for one in (a, b)
     )
     return first, second
 
 
 def _figures(a: Result, b: Result) -> Report:
-    first, second = (figures_of(confusion_of(a.label, one.guess, len(a.genres))) for one in (a, b))
-    return {name: _difference(float(first[name]), float(second[name])) for name in first}
+    return {
+        name: _difference(first, second)
+        for (name, first), second in zip(_values(a).items(), _values(b).values(), strict=True)
+    }
+
+
+def _values(one: Result) -> dict[str, float]:
+    confusion = confusion_of(one.label, one.guess, len(one.genres))
+    return {name: float(value) for name, value in figures_of(confusion).items()}
 
 
 def _difference(a: float | None, b: float | None) -> Report:
@@ -94,20 +86,31 @@ def _difference(a: float | None, b: float | None) -> Report:
     return {"a": a, "b": b, "difference": b - a if known else None}  # type: ignore[operator]
 
 
-def _differences(a: Resampled, b: Resampled) -> dict[str, list[float]]:
+def _differences(a: Result, b: Result, out_a: LeftOut, out_b: LeftOut) -> Report:
+    before, after = _values(a), _values(b)
     return {
-        name: list(intervals.percentile(drawn - a.figures[name]))
-        for name, drawn in b.figures.items()
+        name: _interval(after[name] - before[name], out_b.figures[name] - out_a.figures[name])
+        for name in before
     }
 
 
-def _interval(drawn: NDArray[np.float64]) -> list[float] | None:
-    """Percentile interval; None where all tracks agree: resamples cannot tell how sure that is."""
-    low, high = intervals.percentile(drawn)
-    return [low, high] if low < high else None
+def _interval(difference: float, without: NDArray[np.float64]) -> list[float] | None:
+    error = intervals.deviation(without)
+    found = intervals.of_difference(difference, error, clusters=len(without))
+    return found and list(found)
 
 
-def _per_genre(a: Result, b: Result, drawn_a: Resampled, drawn_b: Resampled) -> Report:
+def _detectable(a: LeftOut, b: LeftOut) -> Report:
+    """The difference of each figure that would be seen four times in five."""
+    return {
+        name: intervals.detectable(
+            intervals.deviation(b.figures[name] - values), max(1, len(values) - 1)
+        )
+        for name, values in a.figures.items()
+    }
+
+
+def _per_genre(a: Result, b: Result, out_a: LeftOut, out_b: LeftOut) -> Report:
     confusions = [confusion_of(a.label, one.guess, len(a.genres)) for one in (a, b)]
     recalls = [precision_recall_f1(confusion)[1] for confusion in confusions]
     rows = {}
@@ -116,15 +119,15 @@ def _per_genre(a: Result, b: Result, drawn_a: Resampled, drawn_b: Resampled) -> 
         share: Sequence[float | None] = (
             [float(recall[label]) for recall in recalls] if support else (None, None)
         )
-        drawn = drawn_b.recall[:, label] - drawn_a.recall[:, label]
-        interval = _interval(drawn) if support else None
-        rows[genre] = {"support": support} | _difference(*share) | {"interval": interval}
+        found = _difference(*share)
+        held = out_a.holds[:, label]
+        without = (out_b.recall - out_a.recall)[held, label]
+        interval = _interval(found["difference"], without) if support else None
+        rows[genre] = {"support": support} | found | {"interval": interval}
     return rows
 
 
-def _subgroups(
-    a: Result, b: Result, cluster: NDArray[np.int64], resamples: int, seed: int
-) -> Report | None:
+def _subgroups(a: Result, b: Result, cluster: NDArray[np.int64]) -> Report | None:
     """Accuracy in the subgroups that both runs were measured with; null where they differ."""
     names = sorted({name for name in a.subgroups if name is not None})
     if a.subgroups != b.subgroups or not names:
@@ -132,18 +135,17 @@ def _subgroups(
     rows = {}
     for name in names:
         inside = np.array([found == name for found in a.subgroups])
-        first, second = intervals.resample(
-            a.label[inside],
-            [a.guess[inside], b.guess[inside]],
-            cluster[inside],
-            genres=len(a.genres),
-            resamples=resamples,
-            seed=seed,
+        first, second = (
+            intervals.leave_out(
+                one.label[inside], one.guess[inside], cluster[inside], genres=len(a.genres)
+            )
+            for one in (a, b)
         )
         shares = [float((one.guess == one.label)[inside].mean()) for one in (a, b)]
+        without = second.figures["accuracy"] - first.figures["accuracy"]
         rows[name] = {
             "count": int(inside.sum()),
             **_difference(shares[0], shares[1]),
-            "interval": _interval(second.figures["accuracy"] - first.figures["accuracy"]),
+            "interval": _interval(shares[1] - shares[0], without),
         }
     return rows

@@ -15,7 +15,7 @@ from mgc_dist.data.manifest import TRACKS
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tables import Value, read_columns, read_table
 from mgc_dist.errors import UserError
-from mgc_dist.scoring.intervals import wilson
+from mgc_dist.scoring import intervals
 from mgc_dist.scoring.metrics import track_labels, track_means
 from mgc_dist.scoring.written import GroupFigures, Share, WorstGroup
 
@@ -171,6 +171,7 @@ def figures(
     right: NDArray[np.bool_],
     label: NDArray[np.int64],
     genres: Sequence[str],
+    cluster: NDArray[np.int64],
 ) -> dict[str, GroupFigures]:
     """Count, accuracy and interval of each subgroup, by name, and its genres.
 
@@ -179,6 +180,7 @@ def figures(
         right: bool [M], whether the track was named rightly.
         label: int64 [M].
         genres: in label order.
+        cluster: int64 [M], items of equal number are right or wrong together.
 
     Returns:
         {name: {count, accuracy, interval, genres: {genre: {count, accuracy}}}}; the bias
@@ -187,7 +189,7 @@ def figures(
     known = {name for name in names if name is not None}
     if known & {ALIGNED, CONFLICTING}:
         known |= {ALIGNED, CONFLICTING}
-    return {name: _of_one(name, names, right, label, genres) for name in sorted(known)}
+    return {name: _of_one(name, names, right, label, genres, cluster) for name in sorted(known)}
 
 
 def _of_one(
@@ -196,9 +198,10 @@ def _of_one(
     right: NDArray[np.bool_],
     label: NDArray[np.int64],
     genres: Sequence[str],
+    cluster: NDArray[np.int64],
 ) -> GroupFigures:
     inside = np.array([found == name for found in names], dtype=bool)
-    interval = wilson(int(right[inside].sum()), int(inside.sum()))
+    interval = intervals.of_share(right[inside], cluster[inside])
     return {
         **_share(right[inside]),
         "interval": interval and list(interval),

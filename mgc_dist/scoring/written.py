@@ -5,7 +5,7 @@ keys a file may lack, because version 0.1.0 did not write them, is not `total`.
 """
 
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 Values = Mapping[str, float | None]
 """`count` and each metric, by name; None where it is not defined."""
@@ -14,24 +14,23 @@ Bounds = dict[str, list[float]]
 
 
 class Intervals(TypedDict):
-    """Bootstrap intervals; `groups` draws whole artists, None where they are unknown."""
+    """Of each figure over tracks, and over `groups` (artists), None where they are unknown."""
 
     level: float
-    resamples: int
-    seed: int
     tracks: Bounds
     groups: Bounds | None
     known_groups: int
 
 
 class GenreFigures(TypedDict):
-    """A genre over tracks; `recall_interval` is None without tracks."""
+    """A genre over tracks; intervals over artists where they are known."""
 
     precision: float | None
     recall: float | None
     f1: float | None
     support: int
     recall_interval: list[float] | None
+    f1_interval: NotRequired[list[float] | None]
 
 
 class ReliabilityBins(TypedDict):

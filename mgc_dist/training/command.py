@@ -121,7 +121,7 @@ def _forecast(config: TrainConfig, shards: ShardSet, plan: Plan, ranks: Ranks) -
         world=config.output.ranks or ranks.world,
         plan=plan,
         genres=manifest.genres,
-        segment_samples=manifest.segment_samples,
+        segment_samples=setup.heard_samples(config, manifest),
         sample_rate=manifest.sample_rate,
         cached_rows=manifest.splits["validation"][1],
     )

@@ -28,6 +28,7 @@ from mgc_dist.data.order import Layout
 from mgc_dist.errors import UserError
 from mgc_dist.models.main import WaveClassifier
 from mgc_dist.training.engine_state import EngineState, safe_names
+from mgc_dist.training.loss_scale import LossScale
 
 
 class Engine:
@@ -39,6 +40,7 @@ class Engine:
         ranks: who takes part; the process group must be joined.
         zero_stage: 0 to 3.
         bf16: autocast to bfloat16 over float32 weights.
+        fp16: autocast to float16 over float32 weights, the loss scaled.
         bf16_weights: bfloat16 weights, frozen ones too, with float32 copies of the trained ones in
             the optimizer; gradients add up in float32. Stages 2 and 3 only.
         lr: peak learning rate of the backbone, or of its last encoder layer.
@@ -49,6 +51,7 @@ class Engine:
         bucket_elements: of ZeRO's communication.
         compile_model: through torch.compile; not at stage 3, which then loses gradients.
         ema_decay: of the averages of the trained weights; 0 keeps none.
+        offload: the optimizer's weights, moments and step are on the host; stages 2 and 3 only.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class Engine:
         clip_norm: float,
         bucket_elements: int,
         bf16_weights: bool = False,
+        fp16: bool = False,
+        offload: bool = False,
         compile_model: bool = False,
         ema_decay: float = 0.0,
         layer_lr_decay: float = 1.0,
@@ -74,7 +79,7 @@ class Engine:
         self._peak_lrs = [peak for params, peak in groups if params]
         self.ranks = ranks
         self.zero_stage = zero_stage
-        self.precision = _precision(bf16, bf16_weights)
+        self.precision = _precision(bf16, bf16_weights, fp16)
         self.config = _settings(
             layout,
             zero_stage=zero_stage,
@@ -83,7 +88,11 @@ class Engine:
             clip_norm=clip_norm,
             bucket_elements=bucket_elements,
         )
-        self.config["torch_autocast"] = {"enabled": bf16, "dtype": "bfloat16"}
+        if offload:
+            assert zero_stage >= 2
+            self.config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        dtype = "float16" if fp16 else "bfloat16"
+        self.config["torch_autocast"] = {"enabled": bf16 or fp16, "dtype": dtype}
         if bf16_weights:
             assert zero_stage >= 2
             self.config["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -104,7 +113,12 @@ class Engine:
             settings=self.config,
             peak_lrs=self._peak_lrs,
             ema_decay=ema_decay,
+            keeps_frozen=not model.is_adapted,
+            loss_scale=LossScale() if fp16 else None,
         )
+        # ours takes their place; and who comes after float16 in a process would get one, unused
+        self._engine.torch_autocast_z0_gradscaler = None
+        self._engine.optimizer.torch_autocast_gradscaler = None
         self._norm: float | Tensor | None = None
         if compile_model:
             assert zero_stage < 3
@@ -150,7 +164,10 @@ class Engine:
             share: of this micro batch in the loss of the step, a scalar: what its true rows
                 lose, divided by what the rows of the whole global batch count.
         """
-        self._engine.backward(share * self._scale)
+        scale = self.loss_scale
+        if self.zero_stage > 0:  # multiplies by it, and divides gradients before they are clipped
+            self._engine.optimizer.override_loss_scale(scale)
+        self._engine.backward(share * self._scale * (1.0 if self.zero_stage else scale))
 
     def step(self) -> bool:
         """End a micro batch; at the end of the accumulation, update the weights.
@@ -171,7 +188,14 @@ class Engine:
             self._norm = self._engine.get_global_grad_norm()  # on a GPU not waited for
         if at_boundary and not refused and self.state.average:
             self.state.average.update()
+        if at_boundary and self.state.loss_scale:
+            self.state.loss_scale.follow(not refused)
         return not refused
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor of the loss and of gradients until a step takes it out; 1 but in float16."""
+        return self.state.loss_scale.value if self.state.loss_scale else 1.0
 
     @property
     def keeps_average(self) -> bool:
@@ -195,6 +219,8 @@ class Engine:
         optimizer passes over parameters without a gradient.
         """
         parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
+        for parameter in parameters if self.state.loss_scale else ():
+            parameter.grad = parameter.grad / self.loss_scale
         norm = float(
             torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         )
@@ -228,7 +254,7 @@ class Engine:
                 continue
             grad = parameter.grad if self.zero_stage == 0 else safe_get_full_grad(parameter)
             if grad is not None:
-                yield name, grad
+                yield name, grad / self.loss_scale if self.state.loss_scale else grad
 
     def close(self) -> None:
         """Remove the hooks of autograd, which would keep the engine and its sockets for ever.
@@ -291,10 +317,10 @@ def _settings(
     }
 
 
-def _precision(bf16: bool, bf16_weights: bool) -> str:
+def _precision(bf16: bool, bf16_weights: bool, fp16: bool) -> str:
     """In words, for people."""
-    if bf16_weights:
-        return "bf16 weights"
+    if bf16_weights or fp16:
+        return "bf16 weights" if bf16_weights else "fp16 autocast"
     return "bf16 autocast" if bf16 else "fp32"
 
 

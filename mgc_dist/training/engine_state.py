@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.errors import EXIT_IO, UserError
 from mgc_dist.training import average
 from mgc_dist.training.average import Average, Part
+from mgc_dist.training.loss_scale import LossScale
 
 
 class EngineState:
@@ -36,8 +38,12 @@ class EngineState:
         settings: the configuration that DeepSpeed was given.
         peak_lrs: of the parameter groups.
         ema_decay: of the averages of the trained weights; 0 keeps none.
+        keeps_frozen: checkpoints hold frozen weights too; else the model must have the same
+            already when they are loaded, as its fingerprint in a run's identity says.
+        loss_scale: of the loss in float16; None elsewhere.
 
     Attributes:
+        loss_scale: as given; a checkpoint brings its own.
         average: of the weights; None where none is kept.
     """
 
@@ -50,7 +56,11 @@ class EngineState:
         settings: dict[str, Any],
         peak_lrs: Sequence[float],
         ema_decay: float = 0.0,
+        keeps_frozen: bool = True,
+        loss_scale: LossScale | None = None,
     ) -> None:
+        self.loss_scale = loss_scale
+        self._keeps_frozen = keeps_frozen
         self._engine = engine
         self._ranks = ranks
         self._zero_stage = zero_stage
@@ -73,8 +83,15 @@ class EngineState:
                 of the collectives nevertheless.
         """
         self._files.begin()
+        client: dict[str, Any] = {"mgc_dist": state}
+        if self.loss_scale:
+            client["mgc_dist_loss_scale"] = asdict(self.loss_scale)
         self._engine.save_checkpoint(
-            str(folder), tag=tag, client_state={"mgc_dist": state}, save_latest=False
+            str(folder),
+            tag=tag,
+            client_state=client,
+            save_latest=False,
+            exclude_frozen_parameters=not self._keeps_frozen,
         )
         if self.average and (self._zero_stage > 0 or self._ranks.is_first):
             name = average.FILES.replace("*", f"{self._ranks.rank:05d}")
@@ -133,10 +150,14 @@ class EngineState:
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
         with _refusing_code(checkpoint), _without_patterns(checkpoint.parent) as root:
-            path, client = self._engine.load_checkpoint(str(root), tag=checkpoint.name)
+            path, client = self._engine.load_checkpoint(
+                str(root), tag=checkpoint.name, load_module_strict=self._keeps_frozen
+            )
         if path is None:
             raise RuntimeError(f"DeepSpeed loaded nothing from {checkpoint}")
         self._keep_settings()
+        if self.loss_scale:  # without one, `--change precision` has asked for float16
+            self.loss_scale = LossScale(**client.get("mgc_dist_loss_scale", {}))
         state: dict[str, Any] = client["mgc_dist"]
         return state
 
@@ -181,14 +202,14 @@ class EngineState:
         parameter: Any,  # noqa: ANN401 - DeepSpeed adds to it
     ) -> tuple[int, Tensor] | None:
         """First element, and float32 memory [n]; None where this rank owns nothing of it."""
-        from deepspeed.utils import safe_get_local_fp32_param
-
         if self._zero_stage == 0:
             return 0, parameter.view(-1)
         if self._zero_stage < 3:
             mapping = parameter._hp_mapping
             return mapping and (mapping.lp_fragment_address.start, mapping.get_hp_fragment())
-        mine = safe_get_local_fp32_param(parameter)
+        # safe_get_local_fp32_param copies what lies on the host
+        find = self._engine.optimizer._get_fp32_opt_state_partition
+        mine, _ = find(parameter, release_swap_buffers=True)
         start = self._ranks.rank * mine.numel()
         length = min(mine.numel(), parameter.ds_numel - start)  # the last ones are padded
         return (start, mine[:length]) if length > 0 else None

@@ -8,7 +8,7 @@ what autograd would keep for the backward pass, in float32; bf16 autocast keeps 
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,16 +39,18 @@ class Memory:
         weights: float32, and at stages 1 to 3 this rank's share of the optimizer's own copy.
         gradients, optimizer: of the trained weights; AdamW's two moments, and the averages.
         buckets: of communication.
+        host: of the host in place of the device, with `--offload optimizer`.
     """
 
     weights: int
     gradients: int
     optimizer: int
     buckets: int
+    host: int = 0
 
     @property
     def all(self) -> int:
-        """Their sum, without activations."""
+        """Their sum but for the host's, without activations."""
         return self.weights + self.gradients + self.optimizer + self.buckets
 
 
@@ -144,17 +146,13 @@ def forecast(
     model = _model_of(config, genres, segment_samples)
     parts = count_parts(model)
     every, trained = (sum(counts) for counts in zip(*parts.values(), strict=True))
-    bucket = config.engine.bucket_elements
-    each = 2 if config.engine.precision == "bf16-weights" else 4
     averaged = config.optim.ema_decay > 0
-    memory = {
-        s: memory_of(s, every, trained, world, bucket, weight_bytes=each, averaged=averaged)
-        for s in STAGES
-    }
+    memory = _memory_by_stage(config, every, trained, world)
     counted = flops.count(model, segment_samples)
     activations = activation_bytes(model, layout.micro_batch, segment_samples)
     states = memory[stage].all
-    checkpoint = checkpoint_bytes(every, trained, averaged=averaged)
+    kept = trained if model.is_adapted else every
+    checkpoint = checkpoint_bytes(kept, trained, averaged=averaged)
     disk = (config.output.keep_checkpoints + 1) * checkpoint + (2 + averaged) * 4 * every
     run = config.output.run.resolve()
     free = _free_bytes(run)
@@ -184,6 +182,24 @@ def forecast(
     )
 
 
+def _memory_by_stage(
+    config: TrainConfig, every: int, trained: int, world: int
+) -> dict[int, Memory]:
+    return {
+        stage: memory_of(
+            stage,
+            every,
+            trained,
+            world,
+            config.engine.bucket_elements,
+            weight_bytes=2 if config.engine.precision == "bf16-weights" else 4,
+            averaged=config.optim.ema_decay > 0,
+            offload=config.engine.offload == "optimizer",
+        )
+        for stage in STAGES
+    }
+
+
 def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) -> WaveClassifier:
     model = describe_main(
         config.main.model,
@@ -196,6 +212,7 @@ def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) 
         spec_augment=config.main.spec_augment,
         revision=config.main.revision,
         trust_remote_code=config.main.trust_remote_code,
+        lora=config.main.adapters,
     )
     if config.optim.layer_lr_decay != 1:
         model.backbone_by_layer()  # refused without layers
@@ -221,6 +238,7 @@ def memory_of(
     *,
     weight_bytes: int = 4,
     averaged: bool = False,
+    offload: bool = False,
 ) -> Memory:
     """Bytes of a rank, activations apart.
 
@@ -232,6 +250,7 @@ def memory_of(
         bucket: elements of a communication bucket.
         weight_bytes: of an element of the weights that are computed with, 4 or 2.
         averaged: averages of the trained weights are kept.
+        offload: what the optimizer has is on the host, at stages 2 and 3.
 
     Source: Rajbhandari et al., "ZeRO", SC 2020, section 5, for float32 weights; stages 1 to 3
     of DeepSpeed 0.19 keep a float32 copy of the trained weights in the optimizer, and a whole
@@ -240,20 +259,39 @@ def memory_of(
     share = -(-trained // world)
     copy = 4 * share if stage else 0
     gathered = min(bucket, trained) if world > 1 else 0
-    return Memory(
+    whole = Memory(
         weights=weight_bytes * (-(-every // world) if stage == 3 else every) + copy,
         gradients=4 * (share if stage >= 2 else trained),
         optimizer=(8 + 4 * averaged) * (share if stage else trained),
         buckets=4 * (gathered + (bucket if stage else 0)),
     )
+    return _offloaded(whole, stage, share, weight_bytes) if offload and stage >= 2 else whole
 
 
-def checkpoint_bytes(every: int, trained: int, *, averaged: bool = False) -> int:
-    """Bytes of a checkpoint: all weights; the optimizer's copy, moments, averages of the trained.
+def _offloaded(whole: Memory, stage: int, share: int, weight_bytes: int) -> Memory:
+    """The same with what is moved, and buffers of DeepSpeed's for the way.
+
+    Gradients that add up in another type than the weights have, at stage 2, stay on the device.
+    """
+    stays = stage == 2 and weight_bytes != 4
+    buffers = weight_bytes * share + (0 if stays else 4 * share) if stage == 2 else 4 * share
+    return replace(
+        whole,
+        weights=whole.weights - 4 * share,
+        gradients=whole.gradients if stays else 0,
+        optimizer=0,
+        host=8 * share + whole.optimizer + buffers,
+    )
+
+
+def checkpoint_bytes(kept: int, trained: int, *, averaged: bool = False) -> int:
+    """Bytes of a checkpoint: kept weights; the optimizer's copy, moments, averages of the trained.
+
+    All weights are kept, but with adapters only the trained ones.
 
     At stage 0 there is no copy and at stage 3 the trained weights are in the copy only: less.
     """
-    return 4 * every + (12 + 4 * averaged) * trained
+    return 4 * kept + (12 + 4 * averaged) * trained
 
 
 def activation_bytes(model: WaveClassifier, rows: int, segment_samples: int) -> int:
@@ -396,6 +434,9 @@ def show(planned: Forecast) -> None:
         cells = map(_size, (*sizes, planned.activation_bytes, total))
         table.add_row(f"{'-> ' if stage == planned.stage else ''}{stage}", *cells)
     console.print(table)
+    host = planned.memory[planned.stage].host
+    if host:
+        console.print(f"--offload optimizer: {_size(host)} more of the host's memory, a rank")
     console.print(
         f"activations in float32, less under bf16 autocast; a checkpoint is "
         f"{_size(planned.checkpoint_bytes)}, all that is kept {_size(planned.disk_bytes)}, free "

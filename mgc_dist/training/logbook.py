@@ -35,6 +35,13 @@ def say_arithmetic(run: Run, state: State) -> None:
             "%.0f %% of each step computes padding; --global-batch %d would waste none",
             *(100 * layout.waste, layout.slots),
         )
+    if run.config.data.crop_s is not None:
+        log.info(
+            "training hears a random crop of %g s of each segment, validation %s",
+            *(config.data.crop_s, run.model.crops_in_words),
+        )
+    if config.augmentation.kinds:
+        log.info("training segments are changed by %s", ", ".join(config.augmentation.kinds))
     log.info("%d training rows, %d positions, %d steps", plan.rows, plan.total, plan.steps)
     log.info(
         "%s: %.2f M parameters, trained %.2f M of the backbone and %.3f M of the head",

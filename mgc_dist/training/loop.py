@@ -203,6 +203,8 @@ class Refusals:
         run, rows = self._run, self._all_bad_rows()
         keys = ", ".join(self._key(row) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
         what = f"the losses of {keys}" if rows else "the gradient, with finite losses,"
+        if run.engine.loss_scale != 1:
+            what += f" (the loss scale falls to {run.engine.loss_scale:g})"
         message = f"step {step + 1} is refused: {what} not finite"
         if run.ranks.is_first:
             log.warning("%s; %d in a row", message, state.refused_in_a_row)

@@ -168,10 +168,12 @@ def base_of(config: TrainConfig) -> Base | None:
 
     A file or folder that is there is read; so is a model of another name than the run began with.
     A model of the hub is not looked for again, but under `--precision bf16-weights`, whose
-    checkpoints hold frozen weights as they were rounded, and with code of its own, which none hold.
+    checkpoints hold frozen weights as they were rounded, with code of its own, which none hold, and
+    under `--lora`, whose checkpoints hold no frozen weights.
     """
     main, output = config.main, config.output
-    if output.resume == "never" or is_at_hand(main.model) or main.trust_remote_code:
+    unheld = main.trust_remote_code or main.lora is not None
+    if output.resume == "never" or is_at_hand(main.model) or unheld:
         return None
     named = output.resume not in ("auto", "latest")
     try:

@@ -22,6 +22,7 @@ from mgc_dist.data.order import ORDER_VERSION, Layout, Plan, lay_out
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.journal import Journal
+from mgc_dist.models.augment import Augment
 from mgc_dist.models.flops import SegmentFlops, count
 from mgc_dist.models.main import (
     Base,
@@ -39,6 +40,8 @@ from mgc_dist.training.losses import Objective, class_weights
 
 _LIBRARIES = ("torch", "transformers", "deepspeed")
 """Libraries whose versions may change digits."""
+_TENSOR_CORES = (7, 0)
+"""Compute capability from which on float16 is faster: Volta; before it often slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,24 +118,24 @@ def build(
     if origin:
         _take_frozen(model, origin)
     model = model.to(ranks.device)
-    bf16, cached = takes_bf16(config, ranks), None
+    precision, cached = precision_of(config, ranks), None
     if model.boundary is not None:
         dtype = config.data.cache_dtype
+        bf16 = precision == "bf16"
         cached = cache.describe(model, shards, device=ranks.device, bf16=bf16, dtype=dtype)
-    bf16_weights = config.engine.precision == "bf16-weights"
     of_model = {
         "frozen_weights": frozen_fingerprint(model),
         "shapes": _shapes(model),
         "cache": cached.description if cached else "none",
-        "weights_precision": "bf16" if bf16_weights else "fp32",
+        "weights_precision": "bf16" if precision == "bf16-weights" else "fp32",
         "micro_batch": layout.micro_batch if draws_dropout(model.net.config) else "any",
         "device": ranks.device.type,
         "libraries": ", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
     }
-    flops = count(model, shards.manifest.segment_samples)  # before ZeRO-3 leaves nothing in place
+    flops = count(model, model.segment_samples)  # before ZeRO-3 leaves nothing in place
     if model.boundary is not None:
         flops = flops.above(model.boundary)
-    engine = _engine(config, model, layout, ranks, bf16=bf16)
+    engine = _engine(config, model, layout, ranks, precision)
     return Run(
         config=config,
         identity=own | of_model,
@@ -151,7 +154,7 @@ def build(
 
 
 def _engine(
-    config: TrainConfig, model: WaveClassifier, layout: Layout, ranks: Ranks, *, bf16: bool
+    config: TrainConfig, model: WaveClassifier, layout: Layout, ranks: Ranks, precision: str
 ) -> Engine:
     """DeepSpeed around the model; who does not get that far in time ends (a collective)."""
     with start_limit(ranks.rank, config.engine.group_timeout_s):
@@ -160,16 +163,18 @@ def _engine(
             layout,
             ranks,
             zero_stage=config.engine.zero_stage,
-            bf16=bf16,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
             lr=config.optim.lr,
             head_lr=config.optim.head_lr,
             weight_decay=config.optim.weight_decay,
             clip_norm=config.optim.clip_norm,
             bucket_elements=config.engine.bucket_elements,
-            bf16_weights=config.engine.precision == "bf16-weights",
+            bf16_weights=precision == "bf16-weights",
             compile_model=config.engine.compile,
             ema_decay=config.optim.ema_decay,
             layer_lr_decay=config.optim.layer_lr_decay,
+            offload=config.engine.offload == "optimizer",
         )
 
 
@@ -262,15 +267,39 @@ def _main_model(config: TrainConfig, manifest: Manifest, base: Base | None) -> W
         frozen_layers=config.main.frozen_layers,
         activation_checkpointing=config.main.activation_checkpointing,
         seed=config.output.seed,
-        segment_samples=manifest.segment_samples,
+        segment_samples=heard_samples(config, manifest),
         sample_rate=manifest.sample_rate,
+        crop_of=None if config.data.crop_s is None else manifest.segment_samples,
         learns_gain=config.objective.learns_gain,
         cache=config.data.cache,
         spec_augment=config.main.spec_augment,
         revision=config.main.revision,
         trust_remote_code=config.main.trust_remote_code,
+        lora=config.main.adapters,
         base=base,
+        augment=Augment(config.augmentation, manifest.sample_rate),
     )
+
+
+def heard_samples(config: TrainConfig, manifest: Manifest) -> int:
+    """Samples that the model hears at a time: of a crop, else of a segment.
+
+    Raises:
+        UserError: crops are not shorter than segments.
+    """
+    whole, rate, crop_s = manifest.segment_samples, manifest.sample_rate, config.data.crop_s
+    if crop_s is None:
+        return whole
+    crop = round(crop_s * rate)
+    if not 0 < crop < whole:
+        raise UserError(
+            f"--crop-s {crop_s:g}",
+            got=f"{crop} samples",
+            expected=f"1 to {whole - 1}: the segments of the shards have {whole / rate:g} s",
+            cure="leave it out; for longer crops pack longer segments: python -m mgc_dist.shard "
+            "--segment-s 30",
+        )
+    return crop
 
 
 def _take_frozen(model: WaveClassifier, checkpoint: Path) -> None:
@@ -292,17 +321,16 @@ def _take_frozen(model: WaveClassifier, checkpoint: Path) -> None:
 
 
 def precision_of(config: TrainConfig, ranks: Ranks) -> str:
-    """What `--precision` comes to on this rank."""
+    """What `--precision` comes to on this rank: `fp32`, `bf16`, `fp16` or `bf16-weights`."""
     asked = config.engine.precision
-    return asked if asked == "bf16-weights" else ("bf16" if takes_bf16(config, ranks) else "fp32")
-
-
-def takes_bf16(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether this rank computes under autocast to bfloat16."""
-    precision, on_gpu = config.engine.precision, ranks.device.type == "cuda"
-    return precision == "bf16" or (
-        precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
+    if asked != "auto":
+        return asked
+    if ranks.device.type != "cuda":
+        return "fp32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    is_fast = torch.cuda.get_device_capability(ranks.device) >= _TENSOR_CORES
+    return "fp16" if is_fast and config.data.cache == "none" else "fp32"
 
 
 def _shapes(model: nn.Module) -> str:

@@ -86,6 +86,11 @@ def settled(files: dict[str, Path], device: str) -> dict[str, Any]:
         for stage in range(4):
             model = build(files[flavour], freeze, False)
             found[f"{stage} bf16"] = trajectory(model, peers, stage, True)
+            model = build(files[flavour], freeze, False)
+            found[f"{stage} fp16"] = trajectory(model, peers, stage, False, fp16=True)
+        for stage in (2, 3):
+            model = build(files[flavour], freeze, False)
+            found[f"{stage} host"] = trajectory(model, peers, stage, False, offload=True)
     return found
 
 
@@ -109,9 +114,13 @@ def test_every_stage_follows_plain_autograd(device: torch.device, begun: Begun) 
         for flavour, freeze in some(device.type):
             assert_follows(found[f"{stage} {flavour} {freeze}"], found[f"true {flavour} {freeze}"])
         flavour, freeze = GRID[0]
-        losses, true = found[f"{stage} bf16"][0], found[f"true {flavour} {freeze}"][0]
-        assert losses == pytest.approx(true, abs=0.02)
-        assert losses != pytest.approx(true, abs=1e-7), "it was computed in float32"
+        true = found[f"true {flavour} {freeze}"]
+        for precision, within in (("bf16", 0.02), ("fp16", 0.005)):
+            losses = found[f"{stage} {precision}"][0]
+            assert losses == pytest.approx(true[0], abs=within)
+            assert losses != pytest.approx(true[0], abs=1e-7), "it was computed in float32"
+        if stage >= 2:
+            assert_follows(found[f"{stage} host"], true)
 
 
 def compiled(file: Path, device: str) -> dict[str, Any]:

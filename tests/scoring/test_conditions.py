@@ -83,6 +83,8 @@ def test_spread_and_gains_agree_with_scipy(tmp_path: Path) -> None:
     gain, expected = told["gain"]["accuracy"], stats.ttest_rel(accuracy["poe"], accuracy["ce"])
     interval = expected.confidence_interval()
     assert gain["interval"] == pytest.approx([interval.low, interval.high])
+    assert gain["p"] == gain["p_corrected"] == pytest.approx(expected.pvalue)
+    assert gain["unit"] == "seeds", "each seed has a data set of its own"
     pairs = zip(accuracy["poe"], accuracy["ce"], strict=True)
     assert gain["gained"] == sum(poe > ce for poe, ce in pairs) > 0
     assert set(told["figures"]) == {
@@ -92,6 +94,32 @@ def test_spread_and_gains_agree_with_scipy(tmp_path: Path) -> None:
         "accuracy of bias-aligned",
         "accuracy of bias-conflicting",
     }
+
+
+def test_gains_on_one_test_set_are_over_seeds_and_artists_and_corrected(tmp_path: Path) -> None:
+    """Seeds alone would say what happens on these artists only."""
+    losses = ((2, LossConfig(loss="poe", beta=1.0)), (1, POE), (0, CE))
+    runs = [
+        run_of(tmp_path, loss, seed, drawn=drawn, dataset_id="d" * 64)
+        for seed in range(4)
+        for drawn, loss in losses
+    ]
+    found = conditions.compare(runs, "test")
+    assert found["tries"] == 2
+    gains = [found["conditions"][f"loss=poe beta={beta}"]["gain"] for beta in (1.0, 0.5)]
+    for gain in gains:
+        each = gain["accuracy"]
+        alone = stats.ttest_1samp(list(each["values"].values()), 0).confidence_interval()
+        assert each["unit"] == "seeds and artists"
+        assert each["interval"][1] - each["interval"][0] > 0.05 < each["detectable"]
+        assert each["interval"] != pytest.approx([alone.low, alone.high])
+        assert gain["accuracy of bias-conflicting"]["interval"] is not None
+    values = [gain["accuracy"]["p"] for gain in gains]
+    expected = [min(1, max(2 * min(values), value)) for value in values]
+    assert [gain["accuracy"]["p_corrected"] for gain in gains] == pytest.approx(expected)
+    two = conditions.compare([run for run in runs if run.seed < 2], "test")
+    gain = two["conditions"]["loss=poe beta=0.5"]["gain"]["accuracy"]
+    assert (gain["interval"], gain["p"], gain["detectable"]) == (None, None, None)
 
 
 def test_gains_are_over_shared_seeds_and_shared_subgroups(tmp_path: Path) -> None:

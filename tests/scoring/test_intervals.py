@@ -1,4 +1,4 @@
-"""Intervals against scipy: its bootstrap, its binomial tests, its t-test."""
+"""Intervals against scipy and scikit-learn, and over simulated test sets of new artists."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import sklearn.metrics
 from scipy import stats
 
 from mgc_dist.scoring import intervals
+from mgc_dist.scoring.metrics import confusion_of, figures_of, precision_recall_f1
 
 
 @pytest.fixture
@@ -17,90 +18,171 @@ def drawn() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return label, guesses[0], guesses[1]
 
 
-def by_scipy(statistic, *data, resamples: int = 4000):
-    interval = stats.bootstrap(
-        data,
-        statistic,
-        paired=True,
-        vectorized=False,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(1),
-    ).confidence_interval
-    return [interval.low, interval.high]
+def told(label, guess, cluster, genres=4) -> dict[str, tuple[float, float]]:
+    """Intervals of all figures."""
+    left = intervals.leave_out(label, guess, cluster, genres=genres)
+    values = figures_of(confusion_of(label, guess, genres))
+    return {
+        name: intervals.of_figure(
+            float(values[name]),
+            intervals.deviation(without),
+            clusters=len(without),
+            items=len(label),
+        )
+        for name, without in left.figures.items()
+    }
 
 
-def macro_f1(label, guess):
-    return sklearn.metrics.f1_score(label, guess, average="macro", labels=range(4), zero_division=0)
-
-
-def test_intervals_over_tracks_agree_with_scipys_bootstrap(drawn) -> None:
+def test_figures_without_a_cluster_are_scikit_learns(drawn, monkeypatch) -> None:
     label, guess, _ = drawn
-    (found,) = intervals.resample(label, [guess], np.arange(150), genres=4, resamples=4000, seed=0)
-    told = found.intervals()
-    accuracy = by_scipy(lambda y, g: (y == g).mean(), label, guess)
-    assert told["accuracy"] == pytest.approx(accuracy, abs=0.01)
-    assert told["macro_f1"] == pytest.approx(
-        by_scipy(macro_f1, label, guess, resamples=1000), abs=0.015
-    )
-    balanced = by_scipy(
-        lambda y, g: np.mean([(g[y == k] == k).mean() for k in np.unique(y)]), label, guess
-    )
-    assert told["balanced_accuracy"] == pytest.approx(balanced, abs=0.01)
-    recall = by_scipy(lambda y, g: (g[y == 3] == 3).mean() if (y == 3).any() else 0.5, label, guess)
-    assert intervals.percentile(found.recall[:, 3]) == pytest.approx(recall, abs=0.03)
+    cluster = np.arange(150) // 7 * 5 + 3  # numbers with gaps
+    for cells in (intervals._CELLS, 16 * 5):  # at once, and five clusters at a time
+        monkeypatch.setattr(intervals, "_CELLS", cells)
+        left = intervals.leave_out(label, guess, cluster, genres=4)
+        for place, number in enumerate(np.unique(cluster)):
+            kept = cluster != number
+            y, g = label[kept], guess[kept]
+            assert left.figures["accuracy"][place] == pytest.approx((y == g).mean())
+            f1 = sklearn.metrics.f1_score(y, g, average=None, labels=range(4), zero_division=0)
+            assert left.f1[place] == pytest.approx(f1)
+            assert left.figures["macro_f1"][place] == pytest.approx(f1.mean())
+            recall = sklearn.metrics.recall_score(
+                y, g, average=None, labels=range(4), zero_division=0
+            )
+            assert left.recall[place] == pytest.approx(recall)
+            assert left.holds[place].tolist() == [k in label[~kept] for k in range(4)]
 
 
-def test_paired_differences_agree_with_scipys_bootstrap(drawn) -> None:
-    label, first, second = drawn
-    one, two = intervals.resample(
-        label, [first, second], np.arange(150), genres=4, resamples=4000, seed=0
-    )
-    found = intervals.percentile(two.figures["accuracy"] - one.figures["accuracy"])
-    expected = by_scipy(lambda y, a, b: (y == b).mean() - (y == a).mean(), label, first, second)
-    assert found == pytest.approx(expected, abs=0.01)
-
-
-def test_whole_clusters_are_drawn(drawn) -> None:
+def test_single_tracks_give_wilsons_interval(drawn) -> None:
+    """As scipy has it, but for Student's t in place of the normal distribution."""
     label, guess, _ = drawn
-    cluster = np.arange(150) // 5 * 7 + 3  # 30 artists, numbers with gaps
-    (found,) = intervals.resample(label, [guess], cluster, genres=4, resamples=4000, seed=0)
-    hits = (label == guess).reshape(30, 5).sum(1)
-    expected = by_scipy(lambda h: h.sum() / (5 * len(h)), hits)
-    assert found.intervals()["accuracy"] == pytest.approx(expected, abs=0.01)
+    hits = int((label == guess).sum())
+    expected = stats.binomtest(hits, 150).proportion_ci(0.95, method="wilson")
+    assert told(label, guess, np.arange(150))["accuracy"] == pytest.approx(expected, abs=2e-3)
+    assert intervals.of_share(label == guess, np.arange(150)) == pytest.approx(expected, abs=2e-3)
+
+
+def test_errors_agree_with_scipys_bootstrap(drawn) -> None:
+    label, guess, other = drawn
+    cluster = np.arange(150) // 5
+    one, two = (intervals.leave_out(label, g, cluster, genres=4) for g in (guess, other))
+    gain = ((label == other).astype(int) - (label == guess)).reshape(30, 5).sum(1)
+    expected = stats.bootstrap(
+        (gain,), lambda g: g.sum() / (5 * len(g)), vectorized=False, rng=np.random.default_rng(1)
+    ).standard_error
+    found = intervals.deviation(two.figures["accuracy"] - one.figures["accuracy"])
+    assert found == pytest.approx(expected, rel=0.05)
 
 
 def test_clusters_of_like_tracks_widen_the_interval() -> None:
-    label = np.zeros(100, np.int64)
-    guess = (np.arange(100) // 10 % 2).astype(np.int64)  # 10 artists, all right or all wrong
+    label = np.zeros(1000, np.int64)
+    guess = (np.arange(1000) // 10 % 2).astype(np.int64)  # 100 artists, all right or all wrong
     widths = []
-    for cluster in (np.arange(100), np.arange(100) // 10):
-        (found,) = intervals.resample(label, [guess], cluster, genres=2, resamples=2000, seed=0)
-        low, high = found.intervals()["accuracy"]
+    for cluster in (np.arange(1000), np.arange(1000) // 10):
+        low, high = told(label, guess, cluster, genres=2)["accuracy"]
         widths.append(high - low)
-    assert widths[1] / widths[0] == pytest.approx(10**0.5, rel=0.1)  # sqrt of the cluster's size
+    assert widths[1] / widths[0] == pytest.approx(10**0.5, rel=0.05)  # sqrt of the cluster's size
 
 
-def test_same_seed_same_digits_in_blocks_of_memory(drawn, monkeypatch) -> None:
-    label, guess, _ = drawn
-
-    def draw(seed: int) -> bytes:
-        cluster = np.arange(150)
-        (found,) = intervals.resample(label, [guess], cluster, genres=4, resamples=300, seed=seed)
-        assert found.figures["accuracy"].shape == (300,)
-        assert found.recall.shape == (300, 4)
-        return found.figures["macro_f1"].tobytes()
-
-    assert draw(3) == draw(3) != draw(4)
-    monkeypatch.setattr(intervals, "_BLOCK", 150 * 64)
-    draw(3)
+def test_where_nothing_varies_the_clusters_count() -> None:
+    """A bootstrap of tracks that are all right would claim certainty: 1.000 to 1.000."""
+    label, cluster = np.repeat([0, 1], 40), np.arange(80) // 4
+    low, high = told(label, label, cluster, genres=2)["accuracy"]
+    assert (low, high) == (pytest.approx(1 / (1 + stats.t.ppf(0.975, 19) ** 2 / 20)), 1.0)
+    assert intervals.of_share(np.ones(80, bool), cluster) == (pytest.approx(low), 1.0)
+    assert intervals.of_share(np.ones(3, bool), np.zeros(3, int)) is None
+    assert intervals.of_difference(0.0, 0.0, clusters=20) is None
 
 
-def test_wilson_agrees_with_scipy() -> None:
-    for hits, count in ((0, 6), (6, 6), (3, 10), (250, 290)):
-        expected = stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
-        assert intervals.wilson(hits, count) == pytest.approx((expected.low, expected.high))
-    assert intervals.wilson(0, 0) is None
+def sets_by_artist(rng, artists: int, skills: tuple[float, ...]):
+    """A test set of new artists: labels, clusters, and the guesses of one model a skill.
+
+    Every artist has a skill of its own, and half of the tracks are alike for all models.
+    """
+    label, cluster, guesses = [], [], [[] for _ in skills]
+    for artist in range(4 * artists):
+        size = int(rng.choice([1, 1, 2, 3, 8]))
+        label += [artist % 4] * size
+        cluster += [artist] * size
+        alike, luck = rng.random(size) < 0.5, rng.random(size)
+        own = [rng.beta(3 * skill, 3 * (1 - skill)) for skill in skills]
+        for model, skill in enumerate(own):
+            right = np.where(alike, luck < own[0], rng.random(size) < skill)
+            wrong = (artist + 1 + rng.integers(0, 3, size)) % 4
+            guesses[model] += np.where(right, artist % 4, wrong).tolist()
+    return np.array(label), np.array(cluster), [np.array(guess) for guess in guesses]
+
+
+def test_intervals_cover_the_truth_of_new_artists() -> None:
+    """Nominal 95 % over 800 test sets; the binomial error of the count is 0.8 points."""
+    rng, sets = np.random.default_rng(0), 800
+    hits = dict.fromkeys(("accuracy", "macro_f1", "f1", "recall", "difference", "tracks"), 0)
+    for _ in range(sets):
+        label, cluster, (guess, other) = sets_by_artist(rng, 20, (0.8, 0.8))
+        found = told(label, guess, cluster)
+        hits["accuracy"] += found["accuracy"][0] < 0.8 < found["accuracy"][1]
+        hits["macro_f1"] += found["macro_f1"][0] < 0.8 < found["macro_f1"][1]
+        left, right = (intervals.leave_out(label, g, cluster, genres=4) for g in (guess, other))
+        _, recall, f1 = precision_recall_f1(confusion_of(label, guess, 4))
+        bounds = left.of_genre(0, float(recall[0]), float(f1[0]), int((label == 0).sum()))
+        for name, (low, high) in zip(("recall", "f1"), bounds, strict=True):
+            hits[name] += low < 0.8 < high
+        gain = float((label == other).mean() - (label == guess).mean())
+        error = intervals.deviation(right.figures["accuracy"] - left.figures["accuracy"])
+        low, high = intervals.of_difference(gain, error, clusters=80)
+        hits["difference"] += low < 0 < high
+        alone = told(label, guess, np.arange(len(label)))["accuracy"]
+        hits["tracks"] += alone[0] < 0.8 < alone[1]
+    covered = {name: count / sets for name, count in hits.items()}
+    assert covered.pop("tracks") < 0.9, "tracks alone claim too much"
+    assert all(0.93 <= each <= 0.97 for each in covered.values()), covered
+
+
+def test_gains_over_seeds_and_artists_cover_the_truth() -> None:
+    """Both are drawn anew each time. Over seeds alone, 95 % would be far too sure."""
+    rng, sets, true = np.random.default_rng(1), 1000, 0.03
+    joint = alone = 0
+    for _ in range(sets):
+        of_seed, of_artist = rng.normal(0, 0.01, 5), rng.normal(0, 0.2, 60)
+        each = true + of_seed[:, None] + of_artist + rng.normal(0, 0.1, (5, 60))  # [S, C]
+        gains = each.mean(axis=1)
+        without = (each.sum(axis=1, keepdims=True) - each) / 59
+        found, seeds = intervals.over_seeds(gains, without), intervals.over_seeds(gains)
+        assert found is not None
+        assert seeds is not None
+        joint += found.interval[0] < true < found.interval[1]
+        alone += seeds.interval[0] < true < seeds.interval[1]
+    assert 0.93 <= joint / sets <= 0.97
+    assert alone / sets < 0.8
+
+
+def test_gains_of_seeds_with_tracks_of_their_own_are_students(drawn) -> None:
+    values = np.array([0.02, 0.05, -0.01, 0.04])
+    expected = stats.ttest_1samp(values, 0)
+    found = intervals.over_seeds(values)
+    assert found is not None
+    interval = expected.confidence_interval()
+    assert found.interval == pytest.approx((interval.low, interval.high))
+    assert found.p == pytest.approx(expected.pvalue)
+    assert intervals.over_seeds(values[:2]) is None, "two seeds tell no spread"
+    assert intervals.over_seeds(np.full(4, 0.5)) is None
+
+
+def test_a_detectable_difference_is_seen_four_times_in_five() -> None:
+    rng, seen, error = np.random.default_rng(0), 0, 0.1
+    least = intervals.detectable(error / 20**0.5, 19)
+    for _ in range(2000):
+        values = rng.normal(least, error, 20)
+        seen += stats.ttest_1samp(values, 0).pvalue < 0.05
+    assert seen / 2000 == pytest.approx(0.8, abs=0.03)
+
+
+def test_holm_agrees_with_statsmodels_figures() -> None:
+    """As `multipletests([...], method="holm")` of statsmodels 0.14 gives them."""
+    found = intervals.holm([0.01, 0.04, 0.03, 0.005])
+    assert found == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert intervals.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert intervals.holm([]) == []
 
 
 def test_mcnemar_agrees_with_scipy() -> None:
@@ -108,13 +190,6 @@ def test_mcnemar_agrees_with_scipy() -> None:
         expected = stats.binomtest(first, first + second, 0.5).pvalue
         assert intervals.mcnemar(first, second) == pytest.approx(expected)
     assert intervals.mcnemar(0, 0) == 1
-
-
-def test_students_interval_agrees_with_scipy() -> None:
-    values = [0.02, 0.05, -0.01, 0.04]
-    expected = stats.ttest_1samp(values, 0).confidence_interval()
-    assert intervals.student(values) == pytest.approx((expected.low, expected.high))
-    assert intervals.student([0.1]) is None
 
 
 def test_unknown_groups_are_alone() -> None:

@@ -139,7 +139,7 @@ def test_a_new_metric_is_one_entry(
         track_ids=ids,
         groups=(None,) * 60,
     )
-    written = evaluation.summary(subject, result, resamples=100, seed=0)
+    written = evaluation.summary(subject, result)
     assert written["track"]["kappa"] == pytest.approx(expected)
     low, high = written["intervals"]["tracks"]["kappa"]
     assert low < expected < high
@@ -152,6 +152,6 @@ def test_a_new_metric_is_one_entry(
     found = results.read(tmp_path, "test")
     assert conditions.figures(found)["kappa"] == pytest.approx(expected)
     worse = dataclasses.replace(found, guess=np.zeros_like(found.guess))
-    pair = paired.compare(found, worse, "test", resamples=100, seed=0)
+    pair = paired.compare(found, worse, "test")
     assert pair["kappa"]["difference"] == pytest.approx(-expected)
     assert "kappa" in pair["intervals"]["tracks"]

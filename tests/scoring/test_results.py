@@ -37,7 +37,7 @@ def write_run(run: Path, *, seed: int = 0, skill: float = 0.6, **changes: Any) -
     way = subject.pop("aggregate", "mean-prob")
     result = judge(logits, truth, np.arange(60), "test", way)
     made = Subject(**subject)
-    figures = report.summary(made, result, resamples=200, seed=0)
+    figures = report.summary(made, result)
     (run / "evaluation").mkdir(parents=True)
     (run / "evaluation" / f"{made.name}.json").write_text(json.dumps(figures))
     report.write_predictions(run / "predictions" / f"{made.name}.jsonl", made, result)

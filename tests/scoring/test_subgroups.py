@@ -23,12 +23,18 @@ def test_a_track_is_aligned_by_the_mean_bias_probability_of_its_segments() -> No
 def test_figures_of_each_subgroup_and_the_worst() -> None:
     names = ["loud", "loud", "quiet", None, "loud"]
     right = np.array([True, False, True, False, True])
-    found = subgroups.figures(names, right, np.array([0, 0, 1, 1, 1]), ("a", "b"))
+    tracks = np.arange(5)
+    found = subgroups.figures(names, right, np.array([0, 0, 1, 1, 1]), ("a", "b"), tracks)
     assert list(found) == ["loud", "quiet"]
     assert found["loud"]["count"] == 3
     assert found["loud"]["accuracy"] == pytest.approx(2 / 3)
+    low, high = found["loud"]["interval"]
     expected = binomtest(2, 3).proportion_ci(method="wilson")
-    assert found["loud"]["interval"] == pytest.approx([expected.low, expected.high])
+    assert low < expected.low < expected.high < high, "with Student's t of two degrees"
+    assert found["quiet"]["interval"] is None, "one track"
+    artists = np.array([0, 0, 1, 1, 0])
+    found = subgroups.figures(names, right, np.array([0, 0, 1, 1, 1]), ("a", "b"), artists)
+    assert found["loud"]["interval"] is None, "one artist"
     assert found["loud"]["genres"] == {
         "a": {"count": 2, "accuracy": 0.5},
         "b": {"count": 1, "accuracy": 1.0},
@@ -39,7 +45,7 @@ def test_figures_of_each_subgroup_and_the_worst() -> None:
 
 def test_an_empty_bias_subgroup_is_shown_and_is_not_the_worst() -> None:
     found = subgroups.figures(
-        ["bias-aligned"] * 2, np.array([True, False]), np.array([0, 0]), ("a",)
+        ["bias-aligned"] * 2, np.array([True, False]), np.array([0, 0]), ("a",), np.arange(2)
     )
     assert found["bias-conflicting"]["count"] == 0
     assert found["bias-conflicting"]["accuracy"] is None

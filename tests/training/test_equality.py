@@ -85,7 +85,12 @@ def reference(file: Path, freeze: str, device: str = "cpu") -> Trajectory:
 
 
 def make_engine(
-    model: WaveClassifier, peers: ranks.Ranks, stage: int, bf16: bool, compiled: bool = False
+    model: WaveClassifier,
+    peers: ranks.Ranks,
+    stage: int,
+    bf16: bool,
+    compiled: bool = False,
+    **settings: Any,
 ) -> Engine:
     return Engine(
         model.to(peers.device),
@@ -99,14 +104,20 @@ def make_engine(
         clip_norm=CLIP,
         bucket_elements=3000,
         compile_model=compiled,
+        **settings,
     )
 
 
 def trajectory(
-    model: WaveClassifier, peers: ranks.Ranks, stage: int, bf16: bool, compiled: bool = False
+    model: WaveClassifier,
+    peers: ranks.Ranks,
+    stage: int,
+    bf16: bool,
+    compiled: bool = False,
+    **settings: Any,
 ) -> Trajectory:
     """The same through DeepSpeed, on all ranks."""
-    engine, (wave, label) = make_engine(model, peers, stage, bf16, compiled), drawn()
+    engine, (wave, label) = make_engine(model, peers, stage, bf16, compiled, **settings), drawn()
     wave, label = wave.to(peers.device), label.to(peers.device)
     engine.train(True)
     layout = lay_out(global_batch=6, world=peers.world, largest_micro_batch=2)

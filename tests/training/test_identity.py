@@ -93,7 +93,7 @@ def test_ranks_of_two_precisions_or_devices_are_told_apart(
 def mixed(settings: Any) -> Any:
     """Rank 1 has another GPU, which takes bfloat16."""
     if os.environ["RANK"] == "1":
-        setup.takes_bf16 = lambda config, ranks: True
+        setup.precision_of = lambda config, ranks: "bf16"
     return train.run(settings)
 
 
