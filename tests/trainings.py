@@ -139,3 +139,9 @@ def stop_after(step: int) -> None:
         note(self, now, *rest)
 
     Logbook.all_note = signalled  # type: ignore[method-assign]
+
+
+def train_until(step: int, settings: TrainConfig) -> int:
+    """Train on this rank, which is signalled after a step, as by Slurm."""
+    stop_after(step)
+    return train.run(settings)

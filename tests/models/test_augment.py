@@ -10,9 +10,9 @@ import torch
 from conftest import NOISY, build_tiny, run_ranks, write_model
 from harness import weights_hash
 from scipy import signal
-from trainings import config, losses, stop_after, train_on
+from trainings import config, losses, train_on, train_until
 
-from mgc_dist import cli, train
+from mgc_dist import cli
 from mgc_dist.config import AugmentConfig, TrainConfig
 from mgc_dist.config.augment import KINDS
 from mgc_dist.errors import UserError
@@ -152,11 +152,6 @@ def test_it_is_for_training_only_and_off_by_default(tiny_model: Path, given: Any
 def changed(shards: Path, model: Path, run: Path, **changes: Any) -> TrainConfig:
     settings = config(shards, model, run, **({"loss": "ce"} | changes))
     return replace(settings, augmentation=AugmentConfig(augment=ALL))
-
-
-def train_until(step: int, settings: TrainConfig) -> int:
-    stop_after(step)
-    return train.run(settings)
 
 
 def test_training_is_the_same_on_any_ranks_and_after_a_stop(

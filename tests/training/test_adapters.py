@@ -16,12 +16,10 @@ from test_equality import CLIP, HEAD_LR, LR, PLAN, Trajectory, drawn, factor, tr
 from test_forecast import of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from trainings import config, losses, stop_after, train_on
+from trainings import config, losses, train_on, train_until
 from transformers import pipeline
 
-from mgc_dist import train
 from mgc_dist.cluster import ranks
-from mgc_dist.config import TrainConfig
 from mgc_dist.config.lora import Lora
 from mgc_dist.errors import UserError
 from mgc_dist.models import flops
@@ -108,11 +106,6 @@ def test_autocast_follows(stage: int, tiny_model: Path) -> None:
 def knobs_of(stage: int, **changes: Any) -> dict[str, Any]:
     knobs = {"zero_stage": stage, "epochs": 1.0, "freeze": "feature_encoder", "lora": WORDS}
     return knobs | changes
-
-
-def train_until(step: int, settings: TrainConfig) -> int:
-    stop_after(step)
-    return train.run(settings)
 
 
 @pytest.mark.parametrize("stage", [2, 3, slow(0)])

@@ -12,12 +12,12 @@ from harness import slow
 from metrics import read_metrics
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from trainings import config, stop_after, train_on
+from trainings import config, train_on, train_until
 
 from mgc_dist import evaluate, export, train
 from mgc_dist.cluster import ranks
 from mgc_dist.cluster.ranks import seed_everything
-from mgc_dist.config import EvaluateConfig, ExportConfig, TrainConfig
+from mgc_dist.config import EvaluateConfig, ExportConfig
 from mgc_dist.data.order import MicroBatch, Plan, lay_out, training_batches
 from mgc_dist.errors import UserError
 from mgc_dist.models.main import WaveClassifier
@@ -206,11 +206,6 @@ def test_averages_of_bf16_weights_are_those_of_the_float32_copies(
     run_ranks(2, stopped, dropping, stage, changes, tmp_path)
     again = run_ranks(2, resumed, dropping, stage, changes, tmp_path, False)[0]
     assert all((again[1][name] == value).all() for name, value in whole[-1][1].items())
-
-
-def train_until(step: int, settings: TrainConfig) -> int:
-    stop_after(step)
-    return train.run(settings)
 
 
 def test_a_run_validates_and_exports_both_and_goes_on_to_the_bit(

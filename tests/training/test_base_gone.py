@@ -8,11 +8,9 @@ import pytest
 from conftest import NOISY, build_tiny, run_ranks, write_model
 from harness import slow, weights_hash
 from safetensors.torch import load_file
-from trainings import config, losses, stop_after, train_on
+from trainings import config, losses, train_on, train_until
 from transformers import Wav2Vec2FeatureExtractor
 
-from mgc_dist import train
-from mgc_dist.config import TrainConfig
 from mgc_dist.errors import UserError
 from mgc_dist.journal import read_environment
 from mgc_dist.training import resume
@@ -29,11 +27,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     build_tiny(noisy, seed=7).net.save_pretrained(BASE)
     Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(BASE)
     return tmp_path
-
-
-def train_until(step: int, settings: TrainConfig) -> int:
-    stop_after(step)
-    return train.run(settings)
 
 
 @pytest.mark.parametrize(

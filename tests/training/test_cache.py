@@ -15,7 +15,7 @@ import torch
 from conftest import BASE_FLAVOUR, NOISY, build_tiny, run_ranks, write_model
 from harness import Patch, die, losses_of, slow, start, until, weights_hash, weights_of
 from metrics import read_metrics
-from trainings import config, losses, stop_after, train_on
+from trainings import config, losses, train_on, train_until
 
 from mgc_dist import train
 from mgc_dist.cluster.ranks import seed_everything
@@ -636,11 +636,6 @@ def test_weights_that_are_not_finite_are_told(
 
 
 # the identity of a run
-
-
-def train_until(step: int, settings: TrainConfig) -> int:
-    stop_after(step)
-    return train.run(settings)
 
 
 @pytest.mark.parametrize(

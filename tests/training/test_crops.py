@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import build_tiny, run_ranks
 from harness import weights_hash
-from trainings import config, losses, stop_after, train_on
+from trainings import config, losses, train_on, train_until
 
-from mgc_dist import evaluate, train
+from mgc_dist import evaluate
 from mgc_dist.config import EvaluateConfig, TrainConfig
 from mgc_dist.data.order import lay_out, training_batches
 from mgc_dist.data.reader import ShardSet
@@ -78,11 +78,6 @@ def test_training_hears_one_crop_and_evaluation_all(tiny_model: Path) -> None:
         each = [whole.eval()(wave[:, at : at + 3000]) for at in (0, 2500, 5000)]
         torch.testing.assert_close(model.eval()(wave), torch.stack(each).mean(0))
         assert model(wave[:, :3000]).equal(each[0]), "what has the length of a crop is heard whole"
-
-
-def train_until(step: int, settings: TrainConfig) -> int:
-    stop_after(step)
-    return train.run(settings)
 
 
 def test_crops_do_not_depend_on_ranks_nor_on_a_stop(

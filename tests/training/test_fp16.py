@@ -11,12 +11,10 @@ from harness import slow, weights_hash
 from metrics import read_metrics
 from test_equality import CLIP, Trajectory, build, drawn, make_engine, reference, trajectory
 from torch import nn
-from trainings import config, losses, stop_after, train_on
+from trainings import config, losses, train_on, train_until
 
-from mgc_dist import train
 from mgc_dist.cluster import ranks
 from mgc_dist.cluster.ranks import Ranks
-from mgc_dist.config import TrainConfig
 from mgc_dist.errors import UserError
 from mgc_dist.training import loss_scale
 from mgc_dist.training.loss_scale import LossScale
@@ -97,11 +95,6 @@ def test_the_scale_moves_as_torchs_does(monkeypatch: pytest.MonkeyPatch) -> None
 def knobs_of(stage: int, **changes: Any) -> dict[str, Any]:
     knobs = {"zero_stage": stage, "precision": "fp16", "freeze": "feature_encoder"}
     return knobs | changes
-
-
-def train_until(step: int, settings: TrainConfig) -> int:
-    stop_after(step)
-    return train.run(settings)
 
 
 @pytest.mark.parametrize("stage", [2, slow(0), slow(3)])

@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from test_equality import CLIP, Trajectory, build, reference, trajectory
 from test_forecast import of
 from torch.optim import AdamW
-from trainings import config, losses, stop_after, train_on
+from trainings import config, losses, train_on, train_until
 
-from mgc_dist import train
 from mgc_dist.cluster import ranks
-from mgc_dist.config import EngineConfig, TrainConfig
+from mgc_dist.config import EngineConfig
 from mgc_dist.errors import UserError
 from mgc_dist.training.forecast import memory_of, show
 
@@ -69,11 +68,6 @@ def kind_of_optimizer(file: Path, stage: int) -> tuple[bool, str]:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_it_is_torchs_optimizer_which_needs_no_compiler(stage: int, tiny_model: Path) -> None:
     assert run_ranks(1, kind_of_optimizer, tiny_model, stage) == [(True, AdamW.__name__)]
-
-
-def train_until(step: int, settings: TrainConfig) -> int:
-    stop_after(step)
-    return train.run(settings)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

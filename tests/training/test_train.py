@@ -11,7 +11,7 @@ import torch
 from conftest import NOISY, build_tiny, run_ranks, write_model
 from harness import slow, weights_hash
 from metrics import read_metrics
-from trainings import config, losses, stop_after, train_on
+from trainings import config, losses, train_on, train_until
 from transformers import AutoConfig
 
 from mgc_dist import evaluate, train
@@ -133,11 +133,6 @@ def test_bf16_weights_keep_frozen_ones_and_go_on_elsewhere(
     name = "net.wav2vec2.encoder.layers.0.feed_forward.output_dense.weight"
     assert states[0][name].equal(states[1][name])
     assert states[0][name].equal(states[0][name].bfloat16().float())
-
-
-def train_until(step: int, settings: TrainConfig) -> int:
-    stop_after(step)
-    return train.run(settings)
 
 
 @pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 2), (2, 2), (3, 2), (2, 1)])
