@@ -7,6 +7,7 @@ may the bias table; within a seed all conditions must have been measured on the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,23 @@ class Run:
     result: Result
     seed: int
     settings: Settings
+
+    @cached_property
+    def without(self) -> dict[str, NDArray[np.float64]]:
+        """Each of `figures` without each cluster, float64 [C]; of a subgroup, of those it has."""
+        result = self.result
+        cluster = next(iter(intervals.units_of(result.groups).values()))
+
+        def of(inside: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
+            label, guess = result.label[inside], result.guess[inside]
+            genres = len(result.genres)
+            return intervals.leave_out(label, guess, cluster[inside], genres=genres).figures
+
+        found = of(np.ones(len(result.label), bool))
+        for name in sorted({name for name in result.subgroups if name is not None}):
+            inside = np.array([each == name for each in result.subgroups])
+            found[f"{SUBGROUP}{name}"] = of(inside)["accuracy"]
+        return found
 
 
 def settings_of(run: Path) -> tuple[int, Settings]:
@@ -225,10 +243,8 @@ def _sure(pairs: Sequence[tuple[Run, Run]], gain: dict[int, float], name: str) -
     results = [run.result for pair in pairs for run in pair]
     unit, without = "", None
     if len({(each.dataset_id, each.tracks) for each in results}) == 1:
-        unit, cluster = next(iter(intervals.units_of(results[0].groups).items()))
-        without = np.array(
-            [_without(b, cluster, name) - _without(a, cluster, name) for a, b in pairs]
-        )
+        unit = next(iter(intervals.units_of(results[0].groups)))
+        without = np.array([run.without[name] - one.without[name] for one, run in pairs])
     sure = intervals.over_seeds(values, without)
     return {
         "unit": {"": "seeds", "groups": "seeds and artists", "tracks": "seeds and tracks"}[unit],
@@ -237,18 +253,6 @@ def _sure(pairs: Sequence[tuple[Run, Run]], gain: dict[int, float], name: str) -
         "detectable": sure and sure.detectable,
         "gained": int((values > 1e-12).sum()),  # rounding is no gain
     }
-
-
-def _without(run: Run, cluster: NDArray[np.int64], name: str) -> NDArray[np.float64]:
-    """A figure without each cluster, float64 [C]; of a subgroup, of those that have its tracks."""
-    result, genres = run.result, len(run.result.genres)
-    inside = np.ones(len(result.label), bool)
-    if name.startswith(SUBGROUP):
-        inside = np.array([each == name.removeprefix(SUBGROUP) for each in result.subgroups])
-    left = intervals.leave_out(
-        result.label[inside], result.guess[inside], cluster[inside], genres=genres
-    )
-    return left.figures["accuracy" if name.startswith(SUBGROUP) else name]
 
 
 def _correct(gains: Sequence[Report]) -> None:
