@@ -17,6 +17,10 @@ def run(config: CompareConfig) -> None:
     found = compare(config)
     (tables.pair if found.is_pair else tables.seeds)(found.figures)
     print(f"written: {found.folder}/comparison.json, comparison.png")
+    if found.is_pair and config.out is None and (config.runs[1] / "report.html").is_file():
+        from mgc_dist.report import page  # it imports torch, for the audio of mistakes
+
+        page.attempt(config.runs[1])
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 import soundfile
 import torch
@@ -51,6 +52,10 @@ _NEEDED = (
     "mgc_dist.bias",
 )
 """What a rank imports, in 10 s: once, in the process that ranks are forked from."""
+
+
+hypothesis.settings.register_profile("no clock", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("no clock")
 
 
 @cache

@@ -1,13 +1,15 @@
 """The report of a bias table, shown: on the terminal, as files beside the table, on a page."""
 
 import json
+import math
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as Grid
 
-from mgc_dist.bias_model import summary
+from mgc_dist.bias_model import probe_share, summary
 from mgc_dist.bias_model import table as tables
+from mgc_dist.bias_model.probe_share import share
 from mgc_dist.bias_model.summary import GENRE_TOO_GOOD
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tracks import SPLITS
@@ -32,10 +34,14 @@ def bring(table: Path, shards: ShardSet, *, write_anew: bool) -> tuple[Path, Pat
         UserError: no table there, or it does not fit the data set.
     """
     found = tables.read(table, shards.manifest, shards.keys)
-    report = summary.make(found, shards.manifest, shards.labels, shards.tracks)
+    probe = summary.probe_of(table, found)
+    if found.header:
+        probe = probe_share.measure(shards.folder / "probe", found.header, shards, probe)
+    report = summary.make(found, shards.manifest, shards.labels, shards.tracks, probe)
     show(report)
     files = summary.paths_of(table)
-    if write_anew or not all(path.is_file() for path in files):
+    is_old = write_anew or probe != summary.probe_of(table, found)
+    if is_old or not all(path.is_file() for path in files):
         write(table, report)
     return files
 
@@ -60,6 +66,7 @@ def section(report: BiasReport) -> Section:
         title="What the bias model explains",
         warnings=tuple(report.get("warnings") or ()),
         tables=(Table(label="bias model", columns=columns, rows=rows),),
+        paragraphs=tuple(f"{line}." for line in _strength(report)),
         drawings=(_drawing(report),),
         folded=(("by genre", _by_genre(report)),) if report.get("per_genre") else (),
     )
@@ -80,8 +87,9 @@ def _drawing(report: BiasReport) -> Drawing:
         label=f"{label}. Accuracy by genre: {shares}" if shares else label,
         figure=figures.bias(counts, genres, GENRE_TOO_GOOD),
         about="Training segments, by heads that did not see their tracks, nor their artists "
-        "where known. Far right: what the shortcut explains. Effective size of the rest: "
-        f"{size:.0f} of {sum(counts)} segments. Below: the bias model's accuracy by genre.",
+        "where known. Far right: what the bias model explains, by a shortcut or by the music: this "
+        f"figure cannot tell. Effective size of the rest: {size:.0f} of {sum(counts)} segments. "
+        "Below: the bias model's accuracy by genre.",
     )
 
 
@@ -122,8 +130,32 @@ def show(report: BiasReport) -> None:
         f"effective sample size of the weights 1 - b_y: {size:.0f} of {rows} rows "
         f"({100 * size / rows:.0f} %)"
     )
+    for line in _strength(report):
+        console.print(f"{line}.")
     for warning in report["warnings"]:
         console.print(f"Warning: {warning}.", markup=False)
+
+
+def _strength(report: BiasReport) -> list[str]:
+    """How far it is from saying nothing, and how much of a probe of the main model it knows."""
+    if "divergence" not in report:  # version 0.1.0 did not report it
+        return []
+    genres, accuracy = len(report["per_genre"]), report["splits"]["train"]["accuracy"]
+    lines = [
+        f"mean KL(b || uniform) of the training segments: {report['divergence']:.2f} of at most "
+        f"{math.log(genres):.2f} nats; product of experts changes the loss by beta times that"
+    ]
+    probe = report.get("probe")
+    if probe is None:
+        told = "not measured; launch/probe.py with the main model, then this command again, does"
+        return [*lines, f"share of what a probe of the main model knows: {told}"]
+    known = share(accuracy, probe, genres)
+    told = "at chance" if known is None else f"the bias model knows {100 * known:.0f} % of that"
+    return [
+        *lines,
+        f"a linear probe of {probe['model']}, layer {probe['layer']}, is right in "
+        f"{probe['accuracy']:.3f} of them on the same folds; beyond chance, {told}",
+    ]
 
 
 def _title(report: BiasReport) -> str:

@@ -198,6 +198,21 @@ class Dossier:
         return next(iter(self.evaluations.items()), None)
 
     @cached_property
+    def comparisons(self) -> list[tuple[Json, "Dossier"]]:
+        """Figures of `compare A RUN` over the tracks of the main evaluation, each with run A."""
+        found = []
+        for path in sorted((self.run / "comparison").glob("*/comparison.json")):
+            pair = _json(path)
+            if not pair or pair.get("mode") != "pair" or self.main is None:
+                continue
+            name, figures = self.main
+            if (pair.get("name"), pair.get("dataset_id")) != (name, figures.get("dataset_id")):
+                continue
+            beside = self.run.resolve().parent / Path(pair["a"]).name
+            found.append((pair, Dossier(beside if beside.is_dir() else Path(pair["a"]))))
+        return found
+
+    @cached_property
     def predictions(self) -> list[Prediction]:
         """A line a track of the main evaluation."""
         if self.main is None:

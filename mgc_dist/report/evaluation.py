@@ -226,6 +226,10 @@ def _subgroups(
     found, genres = subject.subgroups, subject.genres
     right = result.guesses == result.labels
     groups = subgroups.figures(found.of_track, right, result.labels, genres, cluster)
+    for name, of in groups.items():
+        if of["count"]:
+            inside = np.array([each == name for each in found.of_track])
+            of["calibration"] = _calibration(result, inside)
     of_row = found.of_row
     if of_row is None:
         by_track = dict(zip(result.tracks.tolist(), found.of_track, strict=True))
@@ -241,6 +245,12 @@ def _subgroups(
         },
         "worst_group": subgroups.worst(groups),
     }
+
+
+def _calibration(result: SplitScores, inside: NDArray[np.bool_]) -> dict[str, float]:
+    """Figures of calibration over some of the tracks, bool [M]."""
+    found = scores(result.probabilities[inside], result.labels[inside], result.guesses[inside])
+    return {name: found.figures[name] for name in ("ece", "ece_floor", "overconfidence")}
 
 
 def _without_nan(value: object) -> object:

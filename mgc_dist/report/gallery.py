@@ -10,6 +10,7 @@ from mgc_dist.report import figures
 from mgc_dist.report.figures import Bar
 from mgc_dist.report.section import Drawing, Section, Table
 from mgc_dist.scoring import shared_genres
+from mgc_dist.scoring.metrics import METRICS
 from mgc_dist.scoring.written import EvaluationFigures, GroupFigures
 
 
@@ -66,6 +67,8 @@ def reliability(evaluation: EvaluationFigures) -> Section | None:
         return None
     track, fitted = evaluation["track"], evaluation.get("temperature")
     told = f"Expected calibration error {cell(track.get('ece'))}"
+    if track.get("ece_floor") is not None:  # version 0.1.0 did not report it
+        told += f" (a perfectly calibrated model of this size: {cell(track['ece_floor'])})"
     if fitted and "without" in fitted:  # version 0.1.0 did not report with the temperature
         without = fitted["without"]
         told += (
@@ -83,8 +86,17 @@ def reliability(evaluation: EvaluationFigures) -> Section | None:
         "line, confidence is right as often as it says. Below: how many tracks.",
     )
     return Section(
-        title="Does it know when it is right?", drawings=(drawing,), paragraphs=(f"{told}.",)
+        title="Does it know when it is right?",
+        drawings=(drawing,),
+        paragraphs=(f"{told}. {_gap(track.get('overconfidence'))}".rstrip(),),
     )
+
+
+def _gap(overconfidence: float | None) -> str:
+    if overconfidence is None:
+        return ""
+    way = "above" if overconfidence >= 0 else "below"
+    return f"Mean confidence is {abs(overconfidence):.3f} {way} the accuracy."
 
 
 def groups(evaluation: EvaluationFigures) -> Section | None:
@@ -114,8 +126,20 @@ def groups(evaluation: EvaluationFigures) -> Section | None:
     rows = tuple((g, *(_in_group(of, g) for of in given["groups"].values())) for g in genres)
     table = Table(label="groups by genre", columns=("genre", *given["groups"]), rows=rows)
     return Section(
-        title="Groups", drawings=(drawing,), folded=(("by genre", table),) if rows else ()
+        title="Groups",
+        drawings=(drawing,),
+        tables=_calibration(given["groups"]),
+        folded=(("by genre", table),) if rows else (),
     )
+
+
+def _calibration(groups: dict[str, GroupFigures]) -> tuple[Table, ...]:
+    """Calibration by group; nothing of files that version 0.1.0 wrote."""
+    known = {name: of["calibration"] for name, of in groups.items() if "calibration" in of}
+    keys = ("ece", "ece_floor", "overconfidence")
+    columns = ("group", *(METRICS[key].head for key in keys))
+    rows = tuple((name, *(cell(of[key]) for key in keys)) for name, of in known.items())
+    return (Table(label="calibration by group", columns=columns, rows=rows),) if rows else ()
 
 
 EVALUATION: tuple[Callable[[EvaluationFigures], Section | None], ...] = (

@@ -37,6 +37,10 @@ def evaluation(figures: EvaluationFigures) -> None:
             f"all of it with temperature {tempered['value']:.3f}, fitted on validation tracks; "
             f"without it: NLL {_cell(without['nll'])}, ECE {_cell(without['ece'])}"
         )
+    console.print(
+        "ECE floor: what a perfectly calibrated model would show. Overconf.: mean confidence "
+        "less accuracy."
+    )
     genres = _table("by genre, over tracks", ("genre", "precision", "recall", "95 %", "F1", "n"))
     for genre, row in figures["per_genre"].items():
         cells = (row["precision"], row["recall"], row["recall_interval"], row["f1"])

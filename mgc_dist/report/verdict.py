@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mgc_dist import cli
-from mgc_dist.report import figures
+from mgc_dist.report import beside, figures
 from mgc_dist.report.canvas import SECOND
 from mgc_dist.report.dossier import Decider, Dossier
 from mgc_dist.report.figures import Line
@@ -201,6 +201,23 @@ def _mistake(number: int, line: Prediction, decider: Decider | None) -> Mistake:
     return replace(mistake, drawing=drawing, start_s=start_s, wav=decider.wav)
 
 
+def _of_the_loss(dossier: Dossier, loss: str) -> str:
+    pair = beside.with_ce(dossier)
+    if pair is None:
+        return (
+            f"It says nothing about whether the loss {loss} helped. That takes the same run with "
+            "--loss ce, compared on the same tracks, and several seeds."
+        )
+    unit, bounds = by_unit(pair["intervals"])[0]
+    low, high = bounds.get("accuracy") or (-1.0, 1.0)
+    helped = "helped" if low > 0 else "hurt" if high < 0 else "made no difference that is shown"
+    return (
+        f"On these tracks the loss {loss} {helped}: its accuracy less that of --loss ce is "
+        f"{pair['accuracy']['difference']:+.3f} (95 % {low:+.3f} to {high:+.3f} {unit}). One "
+        "training each: other seeds may say otherwise."
+    )
+
+
 def conclusions(dossier: Dossier) -> Section:
     """What may be said after this, and what not."""
     lines = []
@@ -226,11 +243,7 @@ def conclusions(dossier: Dossier) -> Section:
     if objective and not objective.needs_bias:
         lines.append("Plain cross-entropy: the run to compare a debiased one with.")
     else:
-        loss = objective.description if objective else "unknown"
-        lines.append(
-            f"It says nothing about whether the loss {loss} helped. That takes the same run with "
-            "--loss ce, compared on the same tracks, and several seeds."
-        )
+        lines.append(_of_the_loss(dossier, objective.description if objective else "unknown"))
     limits = "Tracks of one artist in training and test raise the figures of any model; "
     lines.append(limits + "what this split controls is said above.")
     return Section(title="What may be concluded", bullets=tuple(lines))

@@ -15,6 +15,8 @@ from mgc_dist.scoring.written import GenreFigures
 
 BINS = 15
 """Of confidence, as in Guo et al. (ICML 2017)."""
+_EXACT = 500
+"""Items of a bin up to which its mean deviation is exact; beyond, that of a normal distribution."""
 
 
 def track_means(
@@ -59,7 +61,10 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: mean gap, each bin by its count (Guo et al., eq. 3)."""
+        """Expected calibration error: mean gap, each bin by its count.
+
+        Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
+        """
         gap = np.nan_to_num(np.abs(self.confidence - self.accuracy))
         return float((gap * self.count).sum() / self.count.sum())
 
@@ -245,9 +250,8 @@ def reliability(
         guess: int64 [M], the predicted labels.
         bins: of equal width.
     """
-    confidence = probabilities[np.arange(len(label)), guess]
-    # a model that has diverged gives NaN: the lowest bin
-    bin_of = np.minimum((np.nan_to_num(confidence) * bins).astype(np.int64), bins - 1)
+    confidence = _confidence(probabilities, guess)
+    bin_of = _bins_of(confidence, bins)
     count = np.bincount(bin_of, minlength=bins)
     with np.errstate(invalid="ignore"):  # an empty bin has no mean: NaN
         return Reliability(
@@ -258,19 +262,55 @@ def reliability(
         )
 
 
-def expected_calibration_error(
-    probabilities: NDArray[np.float64], label: NDArray[np.int64], bins: int = BINS
-) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins of confidence, 0 to 1.
+def ece_floor(confidence: NDArray[np.float64], bins: int = BINS) -> float:
+    """The mean expected calibration error of a model that is right as often as it says.
+
+    An error above 0 is no fault by itself: in a bin of few items, the share that is right is never
+    exactly their confidence. Items are taken for independent.
 
     Args:
-        probabilities: float64 [M, K].
-        label: int64 [M].
+        confidence: float64 [M], probability of each prediction.
         bins: of equal width.
 
-    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
+    Returns:
+        0 to 1; NaN where there is no item, or a confidence is NaN.
+
+    Source: Broecker and Smith, "Increasing the Reliability of Reliability Diagrams", Weather and
+    Forecasting 22, 2007, for comparing with a calibrated forecast of the same size.
     """
-    return reliability(probabilities, label, probabilities.argmax(axis=1), bins).error
+    if not len(confidence) or not np.isfinite(confidence).all():
+        return float("nan")
+    bin_of = _bins_of(confidence, bins)
+    total = sum(_mean_deviation(confidence[bin_of == k]) for k in np.unique(bin_of))
+    return float(total) / len(confidence)
+
+
+def _overconfidence(
+    probabilities: NDArray[np.float64], label: NDArray[np.int64], guess: NDArray[np.int64]
+) -> float:
+    """Mean confidence less accuracy: below 0 where the model is right more often than it says."""
+    return float(_confidence(probabilities, guess).mean() - (guess == label).mean())
+
+
+def _confidence(
+    probabilities: NDArray[np.float64], guess: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    return probabilities[np.arange(len(guess)), guess]
+
+
+def _bins_of(confidence: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
+    # a model that has diverged gives NaN: the lowest bin
+    return np.minimum((np.nan_to_num(confidence) * bins).astype(np.int64), bins - 1)
+
+
+def _mean_deviation(chance: NDArray[np.float64]) -> float:
+    """E |S - E S| of a sum of independent Bernoulli draws with these chances, [n]."""
+    if len(chance) > _EXACT:
+        return float(np.sqrt(2 / np.pi * (chance * (1 - chance)).sum()))
+    share = np.ones(1)  # P(S = 0), P(S = 1), ...
+    for each in chance:
+        share = np.convolve(share, (1 - each, each))
+    return float((share * np.abs(np.arange(len(share)) - chance.sum())).sum())
 
 
 METRICS: dict[str, Metric] = {
@@ -283,6 +323,11 @@ METRICS: dict[str, Metric] = {
         head="ECE",
         of_probabilities=lambda given, label, guess: reliability(given, label, guess).error,
     ),
+    "ece_floor": Metric(
+        head="ECE floor",
+        of_probabilities=lambda given, label, guess: ece_floor(_confidence(given, guess)),
+    ),
+    "overconfidence": Metric(head="overconf.", of_probabilities=_overconfidence),
 }
 """Figures by the name that they have in files."""
 

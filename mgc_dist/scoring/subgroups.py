@@ -203,7 +203,8 @@ def _of_one(
     inside = np.array([found == name for found in names], dtype=bool)
     interval = intervals.of_share(right[inside], cluster[inside])
     return {
-        **_share(right[inside]),
+        "count": int(inside.sum()),
+        "accuracy": _share(right[inside])["accuracy"],
         "interval": interval and list(interval),
         "genres": {
             genre: _share(right[inside & (label == number)]) for number, genre in enumerate(genres)

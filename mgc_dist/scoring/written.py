@@ -63,6 +63,7 @@ class GroupFigures(Share):
 
     interval: list[float] | None
     genres: dict[str, Share]
+    calibration: NotRequired[Values]
 
 
 class WorstGroup(TypedDict):
@@ -145,11 +146,25 @@ class BiasGenre(TypedDict):
     conflicting_tracks: int
 
 
+class ProbeFigures(TypedDict):
+    """A linear probe of the main model on the folds of a bias table, out of fold, over segments.
+
+    `layer` is that of the model's hidden states, as validation tracks chose it.
+    """
+
+    model: str
+    model_hash: str
+    layer: int
+    accuracy: float
+    nll: float
+
+
 class BiasReport(TypedDict):
     """TABLE/report.json.
 
     `layers`, `folds`, `temperature` are None for a table from elsewhere; `splits` is over segments;
     `truth_histogram` has ten counts of training rows by the probability given to the truth;
+    `divergence` is their mean KL(b || uniform) in nats; `probe` is None where none was made;
     `effective_sample_size` is that of the weights 1 - b_y; `per_genre` is of the training split.
     """
 
@@ -162,6 +177,8 @@ class BiasReport(TypedDict):
     table_sha256: str
     splits: dict[str, dict[str, float]]
     truth_histogram: list[int]
+    divergence: NotRequired[float]
+    probe: NotRequired[ProbeFigures | None]
     effective_sample_size: float
     per_genre: dict[str, BiasGenre]
     per_genre_of: dict[str, dict[str, BiasGenre]]

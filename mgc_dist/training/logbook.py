@@ -75,9 +75,15 @@ def warn_of_bias(run: Run) -> None:
     table, shards = run.objective.table, run.shards
     if table is None or not run.ranks.is_first:
         return
-    report = summary.make(table, shards.manifest, shards.labels, shards.tracks)
+    path, objective = run.config.data.table, run.config.objective
+    probe = summary.probe_of(path, table)
+    report = summary.make(table, shards.manifest, shards.labels, shards.tracks, probe)
     for warning in report["warnings"]:
-        log.warning("bias table %s: %s", run.config.data.table, warning)
+        log.warning("bias table %s: %s", path, warning)
+    if "beta" in objective.entry.knobs:
+        strongest = max(objective.beta_at(0), objective.beta_at(1))
+        if much := summary.warning_of_beta(report, strongest):
+            log.warning("%s", much)
 
 
 def begin(run: Run, state: State, attempt: str) -> None:

@@ -182,7 +182,7 @@ def commit_and_die(run: Path, step: int, lease: Lease, keep: int, at: int) -> bo
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(keep=st.integers(1, 3), at=st.integers(0, 60), again=st.integers(0, 60))
 def test_a_kill_anywhere_in_the_commit_leaves_a_whole_checkpoint(
     keep: int, at: int, again: int, tmp_path_factory: pytest.TempPathFactory

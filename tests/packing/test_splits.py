@@ -57,7 +57,7 @@ def test_fault_filtered_lists_are_torchaudios() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 12)), min_size=60, max_size=150))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_stratified_split_keeps_groups_together_and_shares(pairs: list[tuple[str, int]]) -> None:
     found = [
         track(f"{genre}{n}", genre, f"{genre} artist {artist}" if artist else None)
@@ -119,7 +119,7 @@ SPLIT_RULES = {
 
 @pytest.mark.parametrize("borders", SPLIT_RULES)
 @given(found=collections(), data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_track_more_or_less_moves_one_group_a_border(
     borders: int, found: list[Track], data: st.DataObject
 ) -> None:
@@ -137,7 +137,7 @@ def test_a_track_more_or_less_moves_one_group_a_border(
 
 
 @given(found=collections())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_genre_of_three_groups_is_in_every_split(found: list[Track]) -> None:
     dealt = SPLIT_RULES[2](found)
     tracks.refuse_leaks(dealt)
@@ -149,7 +149,7 @@ def test_every_genre_of_three_groups_is_in_every_split(found: list[Track]) -> No
 
 
 @given(found=collections(), data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_with_an_earlier_data_set_nothing_moves(found: list[Track], data: st.DataObject) -> None:
     before = {each.id: each for each in SPLIT_RULES[2](found)}
     gone = data.draw(st.lists(st.sampled_from(found), max_size=5))

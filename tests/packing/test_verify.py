@@ -51,9 +51,7 @@ def test_a_whole_data_set_passes(
     assert "198 segments in 12 shards are as they were packed" in capsys.readouterr().out
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 0.9999999), bit=st.integers(0, 7))
 def test_any_flipped_bit_of_an_archive_is_found(copy: Path, where: float, bit: int) -> None:
     path = copy / "test-000003.tar"  # 6 rows

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,19 +11,22 @@ import numpy as np
 import pytest
 from conftest import run_ranks
 from metrics import read_metrics
-from scipy.special import log_softmax
+from scipy.special import log_softmax, rel_entr
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, recall_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from trainings import config
 
-from mgc_dist import train
-from mgc_dist.bias_model import summary
+from mgc_dist import probe, train
+from mgc_dist.bias_model import probe_share, summary
 from mgc_dist.bias_model import table as tables
-from mgc_dist.config import DataConfig, TrainConfig
+from mgc_dist.config import DataConfig, LossConfig, ProbeConfig, TrainConfig
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.report import bias_report
-from mgc_dist.scoring.written import BiasGenre, BiasReport
+from mgc_dist.scoring.written import BiasGenre, BiasReport, ProbeFigures
 from mgc_dist.training import logbook
 
 
@@ -121,6 +125,96 @@ def test_a_model_that_knows_too_much_is_warned_of_with_the_reason(data) -> None:
     assert "blues (100 %), classical (100 %), country (100 %)" in easy
 
 
+def test_a_bias_model_that_knows_what_a_probe_of_the_main_model_knows_is_warned_of(
+    data, table: Path
+) -> None:
+    found, label, track = data
+    header = replace(tables.read_header(table), temperature=1.3)
+    ours = table_of(noisy(label, 1.5), ours=header)
+    accuracy = summary.make(ours, found, label, track)["splits"]["train"]["accuracy"]
+    probe: ProbeFigures = {"model": "m", "model_hash": "h", "layer": 4, "accuracy": 0.9, "nll": 0.3}
+    chance = 1 / 3
+    share = (accuracy - chance) / (0.9 - chance)
+    assert 0.5 < share < 0.8
+    assert "probe" not in " ".join(summary.make(ours, found, label, track, probe)["warnings"])
+    weaker = probe | {"accuracy": accuracy}
+    (*_, said) = summary.make(ours, found, label, track, weaker)["warnings"]
+    assert "knows 100 % of what a linear probe of m knows" in said
+    at_chance = probe | {"accuracy": chance}
+    assert "probe" not in " ".join(summary.make(ours, found, label, track, at_chance)["warnings"])
+
+
+def test_divergence_is_the_mean_kl_from_uniform(data) -> None:
+    found, label, track = data
+    table = table_of(noisy(label, 1.0))
+    report = summary.make(table, found, label, track)
+    p = np.exp(table.log_probability[:66].astype(np.float64))
+    kl = rel_entr(p, np.full_like(p, 1 / 3)).sum(axis=1).mean()
+    assert report["divergence"] == pytest.approx(kl, abs=1e-6)
+    beta = summary.MUCH / kl
+    assert summary.warning_of_beta(report, 0.99 * beta) is None
+    said = summary.warning_of_beta(report, 1.02 * beta)
+    assert said is not None
+    assert "0.51 nats (of 1.10)" in said
+    assert summary.warning_of_beta(report | {"divergence": 0.0}, 5.0) is None
+
+
+@pytest.fixture(scope="module")
+def probed(shards: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards with a bias table, probed by the bands that the bias model sees."""
+    own = tmp_path_factory.mktemp("probed") / "shards"
+    shutil.copytree(shards, own, ignore=shutil.ignore_patterns("bias", "probe"))
+    shutil.copytree(table, own / "bias", ignore=shutil.ignore_patterns("report.*"))
+    settings = ProbeConfig(
+        shards=own, model="logmel", head=("linear",), c=(0.1,), batch=8, device="cpu"
+    )
+    run_ranks(1, probe.run, settings)
+    return own
+
+
+def test_the_probe_is_cross_fitted_on_the_folds_of_the_table(probed: Path) -> None:
+    header = tables.read_header(probed / "bias")
+    with ShardSet(probed) as opened:  # by track: an artist has a genre to itself here
+        apart = tuple(replace(track, group=None) for track in opened.manifest.tracks)
+        training = [track.id for track in apart if track.split == "train"]
+        header = replace(header, fold_of={f"track {id_}": n % 2 for n, id_ in enumerate(training)})
+        alone = SimpleNamespace(
+            manifest=replace(opened.manifest, tracks=apart),
+            packed_id=opened.packed_id,
+            first_row=0,
+            labels=opened.labels,
+            tracks=opened.tracks,
+        )
+        found = probe_share.measure(probed / "probe", header, alone, None)
+        label, track = opened.labels[:66], opened.tracks[:66]
+    states = np.load(probed / "probe" / "hidden.npy")[:66, 0].astype(np.float64)
+    fold = np.array([header.fold_of[f"track {apart[t].id}"] for t in track])
+    right = np.zeros(66, bool)
+    for k in (0, 1):
+        head = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+        head.fit(states[fold != k], label[fold != k])
+        right[fold == k] = head.predict(states[fold == k]) == label[fold == k]
+    assert found is not None
+    assert 0 < right.mean() < 1
+    assert found["accuracy"] == pytest.approx(right.mean())
+    assert (found["model"], found["layer"]) == ("logmel", 0)
+    assert probe_share.measure(probed / "probe", header, alone, found) is found
+    assert probe_share.measure(probed / "nowhere", header, alone, None) is None
+    alone.packed_id = "another"
+    assert probe_share.measure(probed / "probe", header, alone, None) is None
+
+
+def test_a_probe_that_lies_beside_the_shards_is_in_the_report(probed: Path) -> None:
+    with ShardSet(probed) as opened:
+        text, _ = bias_report.bring(probed / "bias", opened, write_anew=True)
+        found = tables.read(probed / "bias", opened.manifest)
+    report = json.loads(text.read_text())
+    accuracy = report["splits"]["train"]["accuracy"]
+    assert report["probe"]["accuracy"] == pytest.approx(accuracy), "the bias model's own bands"
+    assert summary.probe_of(probed / "bias", found) == report["probe"]
+    assert summary.probe_of(probed / "bias", replace(found, sha256="another")) is None
+
+
 def test_a_single_genre_that_is_too_easy_is_named(data, table: Path) -> None:
     found, label, track = data
     logit = noisy(label, 1.0)
@@ -167,7 +261,8 @@ def test_the_text_shows_every_split_genre_and_warning(
     found, label, track = data
     bias_report.show(summary.make(table_of(noisy(label, 9.0)), found, label, track))
     said = capsys.readouterr().out
-    for word in ("train", "validation", "test", *found.genres, "as given", "Warning: "):
+    words = ("train", "validation", "test", *found.genres, "as given", "Warning: ", "nats")
+    for word in words:
         assert word in said
     ours = table_of(noisy(label, 1.0), ours=tables.read_header(table))
     bias_report.show(summary.make(ours, found, label, track))
@@ -211,16 +306,18 @@ def test_training_repeats_every_warning_on_rank_0(
     found, label, track = data
     opened = SimpleNamespace(manifest=found, labels=label, tracks=track)
     settings = TrainConfig(data=DataConfig(shards=shards, bias_table=Path("x.csv")))
-    for first, count in ((True, 3), (False, 0)):
+    mild = replace(settings, objective=LossConfig(loss="poe", beta=0.25))
+    for first, of, count in ((True, settings, 4), (True, mild, 3), (False, settings, 0)):
         caplog.clear()
         run = SimpleNamespace(
             objective=SimpleNamespace(table=table_of(noisy(label, 9.0))),
             shards=opened,
-            config=settings,
+            config=of,
             ranks=SimpleNamespace(is_first=first),
         )
         logging.getLogger("mgc_dist").propagate = True
         logbook.warn_of_bias(run)
         lines = [record.getMessage() for record in caplog.records]
         assert len(lines) == count
-        assert all(line.startswith("bias table x.csv: ") for line in lines)
+        assert all(line.startswith("bias table x.csv: ") for line in lines[:3])
+        assert all("--beta 0.5 times the bias model's KL" in line for line in lines[3:])

@@ -80,7 +80,7 @@ def test_everything_is_shown_at_any_width(
         assert label
         assert wide > 200
         assert high > 40
-    assert chromium.value("document.querySelectorAll('h2').length") == 13
+    assert chromium.value("document.querySelectorAll('h2').length") == 14
     outside = chromium.value(
         "[...document.querySelectorAll('svg text')].filter(t => {"
         "const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();"
@@ -307,7 +307,7 @@ def plain(text: str) -> Seen:
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.text(min_size=1))
 def test_any_text_stays_text(text: str) -> None:
     seen = plain(text)

@@ -14,7 +14,8 @@ from mgc_dist.scoring.score import SplitScores, judge
 from mgc_dist.scoring.subgroups import Subgroups
 
 GENRES = ("blues", "日本の曲")
-SCALARS = {"count", "accuracy", "balanced_accuracy", "macro_f1", "nll", "brier", "ece"}
+CALIBRATION = {"ece", "ece_floor", "overconfidence"}
+SCALARS = {"count", "accuracy", "balanced_accuracy", "macro_f1", "nll", "brier", *CALIBRATION}
 
 
 def measured(**changes: object) -> tuple[Subject, SplitScores]:
@@ -90,6 +91,10 @@ def test_subgroups_of_tracks_and_of_their_segments() -> None:
     assert found["source"] == "a table"
     assert found["groups"]["quiet"]["count"] == 1
     assert found["groups"]["quiet"]["accuracy"] == 0.0
+    quiet = found["groups"]["quiet"]["calibration"]
+    assert set(quiet) == CALIBRATION
+    assert quiet["ece"] == quiet["overconfidence"] == pytest.approx(0.65), "says 0.65, is wrong"
+    assert quiet["ece_floor"] == pytest.approx(2 * 0.65 * 0.35)
     assert found["segment"]["quiet"] == {"count": 2, "accuracy": 0.0}
     assert found["worst_group"] == {"name": "quiet", "accuracy": 0.0, "count": 1}
     own = Subgroups(source="s", of_track=["x", "y", "y"], of_row=["x", "x", "y", "x"])

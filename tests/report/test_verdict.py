@@ -114,6 +114,13 @@ def test_calibration_tells_before_and_after(run: Path) -> None:
     assert "error 0.125 with the logits divided by 1.40" in shown
     assert "fitted on the validation split" in shown
     assert "0.062 without it (NLL 1.125)" in shown
+    assert "perfectly" not in shown
+    assert "Mean confidence" not in shown
+    track = json.loads((run / "evaluation" / "test.json").read_text())["track"]
+    edit(run, track=track | {"ece_floor": 0.0625, "overconfidence": -0.25})
+    shown = words(drawn(run, RELIABILITY))
+    assert "error 0.125 (a perfectly calibrated model of this size: 0.062) with the logits" in shown
+    assert "Mean confidence is 0.250 below the accuracy." in shown
     for other in (None, {"value": 1.4, "nll": 1.125, "ece": 0.0625}):  # as version 0.1.0 wrote it
         edit(run, temperature=other)
         assert "divided" not in words(drawn(run, RELIABILITY))

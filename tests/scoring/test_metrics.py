@@ -103,7 +103,30 @@ def test_calibration_error_by_hand() -> None:
     label = np.array([0, 1, 0, 0])
     # bins of 1/15: 0.9 (two, one right), 0.6 (one, right), 1.0 (one, right)
     expected = (abs(1.8 - 1) + abs(0.6 - 1) + 0) / 4
-    assert metrics.expected_calibration_error(probability, label) == pytest.approx(expected)
+    found = metrics.scores(probability, label).figures
+    assert found["ece"] == pytest.approx(expected)
+    assert found["overconfidence"] == pytest.approx((0.9 + 0.9 + 0.6 + 1.0) / 4 - 3 / 4)
+    # how far two draws of 0.9 are from 1.8: 2, 1 or 0 right; one draw of 0.6; one that is sure
+    two = 0.81 * 0.2 + 0.18 * 0.8 + 0.01 * 1.8
+    assert found["ece_floor"] == pytest.approx((two + 2 * 0.6 * 0.4 + 0) / 4)
+
+
+@pytest.mark.parametrize("count", [3, 290, 20_000])
+def test_the_floor_is_the_mean_error_of_models_that_are_right_as_often_as_they_say(
+    count: int,
+) -> None:
+    rng = np.random.default_rng(count)
+    confidence = 0.5 + 0.5 * rng.beta(3, 1, count)
+    probability = np.stack([confidence, 1 - confidence], axis=1)
+    guess = np.zeros(count, np.int64)
+    errors = [
+        metrics.reliability(probability, (rng.random(count) > confidence).astype(int), guess).error
+        for _ in range(2_000)
+    ]
+    floor = metrics.ece_floor(confidence)
+    assert floor == pytest.approx(np.mean(errors), abs=4 * np.std(errors) / 2_000**0.5)
+    assert np.isnan(metrics.ece_floor(np.array([0.5, np.nan])))
+    assert np.isnan(metrics.ece_floor(np.empty(0)))
 
 
 def test_effective_sample_size() -> None:
@@ -147,7 +170,7 @@ def test_a_new_metric_is_one_entry(
     tables.evaluation(written)
     shown = capsys.readouterr().out
     assert f"kappa {low:.3f} to {high:.3f}" in shown
-    assert re.search(r"ECE\W+kappa\W", shown)
+    assert re.search(r"overconf\.\W+kappa\W", shown)
     evaluation.write(tmp_path, subject, result, written)
     found = results.read(tmp_path, "test")
     assert conditions.figures(found)["kappa"] == pytest.approx(expected)
