@@ -19,11 +19,13 @@ from mgc_dist.models import hub
 from mgc_dist.models.bands import LAYOUTS, BandsKind
 from mgc_dist.models.cnn import CnnConfig, LogMelCnnKind
 from mgc_dist.models.masks import RowMasks
+from mgc_dist.models.pooling import ATTENTION
 from mgc_dist.models.wav2vec2 import Wav2Vec2Kind
 
 _NO_EFFECT = (
     *("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id"),
     *("num_labels", "segment_samples", "calibration_temperature", "classifier_proj_size"),
+    ATTENTION,
     *("*dropout", "*layerdrop", "mask_*", "apply_spec_augment", "ctc_*", "*_token_id"),
 )
 """Settings of a transformers model that do not change what its frozen parts give in eval mode."""

@@ -213,6 +213,7 @@ def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) 
         revision=config.main.revision,
         trust_remote_code=config.main.trust_remote_code,
         lora=config.main.adapters,
+        head=config.main.head,
     )
     if config.optim.layer_lr_decay != 1:
         model.backbone_by_layer()  # refused without layers
