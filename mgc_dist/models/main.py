@@ -333,6 +333,7 @@ def describe_main(
     frozen_layers: int | None,
     activation_checkpointing: bool,
     segment_samples: int,
+    sample_rate: int | None = None,
     cache: str = "none",
     spec_augment: bool = True,
     revision: str | None = None,
@@ -349,6 +350,7 @@ def describe_main(
         frozen_layers: N of `layers:N`.
         activation_checkpointing: recompute activations in the backward pass.
         segment_samples: T.
+        sample_rate: of the segments in Hz; None does not ask whether the model wants it.
         cache: as for `build_main`.
         spec_augment: as for `build_main`.
         revision: as for `build_main`.
@@ -375,6 +377,8 @@ def describe_main(
     frozen = _make_ready(
         kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing, lora
     )
+    if kind.normalises is None and sample_rate is not None:
+        kind.take(hub.feature_extractor(name, sample_rate, revision))
     at = open_boundary(kind, cache, freeze)
     return WaveClassifier(net, do_normalize=True, frozen=frozen, boundary=at)
 
