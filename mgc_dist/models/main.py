@@ -585,17 +585,21 @@ def _batch_norms(net: PreTrainedModel) -> list[nn.Module]:
 
 
 def frozen_fingerprint(model: WaveClassifier) -> str:
-    """xxh3_128 of the weights that training does not change; "none" if it changes all.
+    """xxh3_128 of the weights and statistics that training does not change; "none" without any.
 
     A checkpoint that is carried to another number of ranks does not restore them: they come from
     the model that the run is given, which therefore must be the same.
     """
     digest = xxhash.xxh3_128()
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-    for name, parameter in frozen:
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest() if frozen else "none"
+    if not frozen:
+        return "none"
+    saved = model.state_dict()
+    statistics = [(n, b) for n, b in model.named_buffers() if n in saved]  # of BatchNorm
+    for name, value in (*frozen, *statistics):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _from_checkpoint(

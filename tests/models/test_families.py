@@ -322,6 +322,17 @@ def test_a_bias_table_is_made_of_bands(shards: Path, tmp_path: Path) -> None:
     assert np.load(tmp_path / "table" / "hidden.npy").shape[1:] == (3, 16)
 
 
+def test_frozen_weights_are_known_by_their_statistics_too(tmp_path: Path) -> None:
+    """Of BatchNorm, which are no parameters."""
+    name = write(tmp_path, "wav2vec2-conformer")
+    one, same, other = (build_tiny(name, GENRES, freeze="backbone") for _ in range(3))
+    for part, buffer in other.named_buffers():
+        if part.endswith("layers.1.conv_module.batch_norm.running_mean"):
+            buffer += 1e-3
+    found = [model.frozen_fingerprint(each) for each in (one, same, other)]
+    assert found[0] == found[1] != found[2]
+
+
 NEW = ("audio-spectrogram-transformer", "wav2vec2-bert", "wav2vec2-conformer", "whisper")
 """Whose ways to train no other test has."""
 
