@@ -23,10 +23,13 @@ def _run(config: ExportConfig) -> None:
     from mgc_dist.models.export import export
 
     found = export(config.run, config.out, ema=config.ema)
+    trust = ", trust_remote_code=True" if found.has_code else ""
     print(
         f"Wrote {found.folder}; load it with "
-        f'transformers.pipeline("audio-classification", model="{found.folder}")'
+        f'transformers.pipeline("audio-classification", model="{found.folder}"{trust})'
     )
+    if found.has_code:
+        print("Its head is one that transformers does not have: pooling.py in that folder holds it")
 
 
 def main() -> None:

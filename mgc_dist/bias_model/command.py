@@ -59,7 +59,10 @@ def _all_make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> bool:
     manifest = shards.manifest
     shards.rows_of("train")  # heads are fitted on training rows: refused before the pass
     backbone = build_bias(
-        config.backbone, sample_rate=manifest.sample_rate, revision=config.revision
+        config.backbone,
+        segment_samples=manifest.segment_samples,
+        sample_rate=manifest.sample_rate,
+        revision=config.revision,
     )
     key = StatesKey(
         dataset_id=shards.packed_id,

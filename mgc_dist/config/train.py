@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import UseAppendAction
 
 from mgc_dist.config.augment import AugmentConfig
+from mgc_dist.config.head import HeadConfig
 from mgc_dist.config.knobs import (
     COMPARED,
     DRAWN,
@@ -99,6 +100,7 @@ class ModelConfig:
     """Train low-rank adapters (LoRA) in place of the weights below the head, at --lr (1e-4 to 1e-3
     is usual): `r=16`, or `r=16,alpha=32,targets=q_proj,v_proj` with ends of names of linear layers.
     What --freeze names is not adapted. Checkpoints hold adapters and head only."""
+    head: Annotated[HeadConfig, FLAT] = field(default_factory=HeadConfig)
     spec_augment: Annotated[bool, FIXED] = True
     """Mask frames in training where the model's config asks for it (SpecAugment), above the CNN and
     below layer 1; `--cache trunk` with `--freeze layers:N` needs `--no-spec-augment`."""

@@ -10,6 +10,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from mgc_dist.cluster.ranks import seed_everything
 from mgc_dist.models import custom, hub
+from mgc_dist.models.bands import LAYOUTS
 from mgc_dist.models.hub import normalise
 from mgc_dist.models.main import WaveClassifier, build_main
 from mgc_dist.models.mel import MelSpectrogram
@@ -139,22 +140,33 @@ def build_probed(
     return LayerMeans(model.eval()).requires_grad_(False)
 
 
-def build_bias(name: str, *, sample_rate: int, revision: str | None = None) -> LogMel | HiddenMean:
+def build_bias(
+    name: str, *, segment_samples: int, sample_rate: int, revision: str | None = None
+) -> LogMel | HiddenMean | LayerMeans:
     """A frozen backbone in eval mode that maps int16 [B, T] to float32 [B, L, D].
 
     Args:
         name: `logmel`, hub name or folder.
+        segment_samples: T.
         sample_rate: of the segments in Hz.
         revision: of a hub model.
 
     Raises:
-        UserError: the model cannot be found, or has no encoder over raw audio.
+        UserError: the model cannot be found, does not fit, or has no encoder over audio.
     """
     hub.quiet()
     if name == "logmel":
         return LogMel(sample_rate).eval().requires_grad_(False)
     seed_everything(0)  # what a checkpoint lacks (masked_spec_embed) must not vary
     net, missing = hub.load(AutoModel, name, revision)
+    if net.config.model_type in LAYOUTS:
+        return build_probed(
+            name,
+            ("unused",),
+            segment_samples=segment_samples,
+            sample_rate=sample_rate,
+            revision=revision,
+        )
     hub.refuse_no_encoder(f"--backbone {name}", net)
     lost = sorted(key for key in missing if not key.endswith("masked_spec_embed"))
     if lost:

@@ -19,6 +19,7 @@ from transformers import (
 
 from mgc_dist.models import fbank, hub
 from mgc_dist.models.masks import RowMasks, applies_masks
+from mgc_dist.models.pooling import pooled
 
 MEAN, SCALE = "input_mean", "input_scale"
 """Of AST's bands, in config.json: a checkpoint of a run keeps no feature extractor."""
@@ -317,19 +318,16 @@ class BandsCut:
         """Nothing to do: `above` calls the head alone."""
 
     def below(self, at: str, x: Tensor) -> Tensor:
-        """What the head gets: the model's inputs -> [B, F, D]; of AST its two tokens, [B, 2, D]."""
+        """What the head gets: the model's inputs -> [B, F, D]; of AST two tokens, or all states."""
         states: Tensor = self._kind.base(x).last_hidden_state  # [B, F, D]
-        is_ast = hasattr(self._kind.base, "embeddings")
-        return states[:, :2] if is_ast else states
+        net = self._kind.net
+        reads_all = hasattr(net, "projector") or hasattr(net, "attention")
+        return states if reads_all else states[:, :2]
 
     def above(self, at: str, hidden: Tensor) -> Tensor:
         """The head: [B, F, D] -> logits [B, K]."""
         net = self._kind.net
-        logits: Tensor
-        if hasattr(net, "projector"):
-            logits = net.classifier(net.projector(hidden).mean(dim=1))  # [B, K]
-        else:
-            logits = net.classifier((hidden[:, 0] + hidden[:, 1]) / 2)  # [B, K]
+        logits: Tensor = net.classifier(pooled(net, hidden))  # [B, K]
         return logits
 
     def modules_below(self, at: str) -> dict[str, nn.Module]:

@@ -26,9 +26,10 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_class_from_dynamic_module
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
 
 from mgc_dist.errors import UserError
-from mgc_dist.models import load_errors
+from mgc_dist.models import load_errors, pooling
 
 _PROJECTED = 256
 """Width of the head's first layer: `classifier_proj_size` of wav2vec2."""
@@ -77,7 +78,8 @@ def read_config(
         if trusted:
             _refuse_unpinned(name, revision)
         with _one_at_a_time(trusted):
-            config: PretrainedConfig = AutoConfig.from_pretrained(
+            of = pooling.HeadConfig if pooling.is_marked(name) else AutoConfig
+            config: PretrainedConfig = of.from_pretrained(
                 name, trust_remote_code=trusted, revision=revision or "main", **settings
             )
     except (OSError, ValueError) as error:
@@ -104,7 +106,11 @@ def is_custom(config: PretrainedConfig) -> bool:
 
 def loader(config: PretrainedConfig) -> type:
     """What loads the weights of a classifier with this configuration."""
-    return CustomAudioClassifier if is_custom(config) else AutoModelForAudioClassification
+    if is_custom(config):
+        return pooling.class_of(CustomAudioClassifier, config)
+    plain = MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING.get(type(config), None)
+    found = plain and pooling.class_of(plain, config)
+    return AutoModelForAudioClassification if found is plain else found
 
 
 def code_of(config: PretrainedConfig) -> str:

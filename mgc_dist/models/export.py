@@ -9,7 +9,7 @@ from mgc_dist.config import TrainConfig
 from mgc_dist.errors import UserError
 from mgc_dist.files import replace_text, replacing_folder
 from mgc_dist.journal import read_environment
-from mgc_dist.models import custom, exported, folder
+from mgc_dist.models import custom, exported, folder, pooling
 
 CARD = """---
 pipeline_tag: audio-classification
@@ -34,12 +34,12 @@ classify("song.mp3")
 ## A segment
 
 Give the pipeline {seconds:g} s of mono audio at {sample_rate} Hz. It takes a longer file as one
-segment, and then says something else than `genre.py`.
+segment, and then says something else than `genre.py`. {head}
 
 ```python
 from transformers import pipeline
 
-classify = pipeline("audio-classification", model=".", top_k=None)
+classify = pipeline("audio-classification", model=".", top_k=None{trust})
 classify({{"array": wave, "sampling_rate": {sample_rate}}})
 ```
 
@@ -59,10 +59,12 @@ class Export:
     Attributes:
         folder: that transformers loads.
         temperature: that its last layer was divided by; None if by none.
+        has_code: whether transformers must be told to trust the class of its head.
     """
 
     folder: Path
     temperature: float | None
+    has_code: bool
 
 
 def export(run: Path, out: Path, *, ema: bool = False) -> Export:
@@ -85,10 +87,11 @@ def export(run: Path, out: Path, *, ema: bool = False) -> Export:
             expected="a new or empty folder",
             cure="choose another name",
         )
-    if custom.has_code(source):
+    own_head = pooling.is_marked(source)
+    if custom.has_code(source) and not own_head:
         raise _needs_our_code(run, source, "a model with code of its own")
     classifier = folder.load_exported(source)  # refuses a folder that lacks weights
-    if classifier.needs_our_code:
+    if classifier.needs_our_code and not own_head:
         raise _needs_our_code(run, source, classifier.net.config.model_type)
     trained = cli.parse("train", TrainConfig, ["--config", str(run / "config.yaml")])
     environment = read_environment(run)
@@ -105,6 +108,10 @@ def export(run: Path, out: Path, *, ema: bool = False) -> Export:
         loss=trained.objective.description,
         model=trained.main.model,
         dataset_id=environment["dataset_id"],
+        trust=", trust_remote_code=True" if own_head else "",
+        head="Its head is in `pooling.py` in this folder, which `trust_remote_code=True` runs."
+        if own_head
+        else "",
     )
     with replacing_folder(out) as aside:
         if temperature is None:
@@ -113,7 +120,7 @@ def export(run: Path, out: Path, *, ema: bool = False) -> Export:
             folder.save_calibrated(classifier, aside, sample_rate)
         shutil.copyfile(Path(exported.__file__), aside / "genre.py")
         replace_text(aside / "README.md", card)
-    return Export(folder=out, temperature=temperature)
+    return Export(folder=out, temperature=temperature, has_code=own_head)
 
 
 def _needs_our_code(run: Path, source: Path, kind: str) -> UserError:

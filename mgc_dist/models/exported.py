@@ -40,7 +40,11 @@ class GenreClassifier:
         device: str = "cpu",
     ) -> None:
         self._extractor = AutoFeatureExtractor.from_pretrained(str(folder))
-        model = AutoModelForAudioClassification.from_pretrained(str(folder))
+        beside = Path(folder).resolve() == Path(__file__).resolve().parent
+        model = AutoModelForAudioClassification.from_pretrained(
+            str(folder),
+            trust_remote_code=beside,  # pooling.py, for some heads
+        )
         self._model, self._device = model.eval().to(device), device
         self._rate = int(self._extractor.sampling_rate)
         self._hop, self._batch = round(hop_s * self._rate), batch

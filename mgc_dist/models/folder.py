@@ -14,7 +14,7 @@ from transformers import AutoFeatureExtractor
 from mgc_dist import cli
 from mgc_dist.errors import UserError
 from mgc_dist.files import replaced, replacing_folder
-from mgc_dist.models import custom, hub, load_errors
+from mgc_dist.models import custom, hub, load_errors, pooling
 from mgc_dist.models.kind import kind_of
 from mgc_dist.models.lora import merged
 from mgc_dist.models.main import TEMPERATURE, WaveClassifier
@@ -130,6 +130,8 @@ def save_exported(
         extractor.save_pretrained(temporary)
         if is_custom:
             custom.copy_code(model.net, temporary)
+        elif pooling.is_headed(fresh):
+            pooling.mark(temporary, config.model_type)
         for path in temporary.iterdir():  # safetensors writes 0600, whatever the umask
             path.chmod(temporary.stat().st_mode & 0o666)
 

@@ -179,7 +179,8 @@ def other_rate(name: str, got: int, wanted: int) -> UserError:
         f"sample rate of the shards for {name}",
         got=f"{got} Hz",
         expected=f"{wanted} Hz",
-        cure=f"pack again: python -m mgc_dist.shard --sample-rate {wanted}",
+        cure="pack with it beside what is there, and then give that folder as --shards: "
+        f"python -m mgc_dist.shard --sample-rate {wanted} --out shards/at-{wanted}",
     )
 
 
@@ -232,7 +233,8 @@ def too_long(name: str, segment_samples: int, longest: int, rate: int) -> UserEr
         got=f"{segment_samples / rate:g} s",
         expected=f"at most {longest / rate:g} s, for which it has positions",
         cure="pack shorter segments: python -m mgc_dist.shard "
-        f"--segment-s {min(longest // rate, 3) or longest / rate:g}",
+        f"--segment-s {min(longest // rate, 3) or longest / rate:g}; or train on parts of them: "
+        f"--crop-s {longest // rate or longest / rate:g}",
     )
 
 

@@ -15,15 +15,17 @@ import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mgc_dist.models import hub
+from mgc_dist.models import custom, hub
 from mgc_dist.models.bands import LAYOUTS, BandsKind
 from mgc_dist.models.cnn import CnnConfig, LogMelCnnKind
 from mgc_dist.models.masks import RowMasks
+from mgc_dist.models.pooling import ATTENTION
 from mgc_dist.models.wav2vec2 import Wav2Vec2Kind
 
 _NO_EFFECT = (
     *("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id"),
     *("num_labels", "segment_samples", "calibration_temperature", "classifier_proj_size"),
+    ATTENTION,
     *("*dropout", "*layerdrop", "mask_*", "apply_spec_augment", "ctc_*", "*_token_id"),
 )
 """Settings of a transformers model that do not change what its frozen parts give in eval mode."""
@@ -200,7 +202,8 @@ def fingerprint(net: PreTrainedModel, at: str, *settings: object) -> str:
     kept = {
         k: config[k] for k in sorted(config) if not any(fnmatch.fnmatch(k, p) for p in _NO_EFFECT)
     }
-    words = json.dumps([kept, at, *settings], sort_keys=True, default=str)
+    code = [custom.code_of(net.config)] if custom.is_custom(net.config) else []
+    words = json.dumps([kept, at, *settings, *code], sort_keys=True, default=str)
     digest = xxhash.xxh3_128(hashlib.sha256(words.encode()).digest())
     cut = kind_of(net).cut
     assert cut is not None

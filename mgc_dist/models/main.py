@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from mgc_dist.cluster.ranks import seed_everything
+from mgc_dist.config.head import HeadConfig
 from mgc_dist.config.lora import Lora
 from mgc_dist.errors import UserError
-from mgc_dist.models import custom, hub
+from mgc_dist.models import custom, hub, pooling
 from mgc_dist.models.augment import Augment
 from mgc_dist.models.bands import MEAN, SCALE
 from mgc_dist.models.cnn import CnnConfig
@@ -42,6 +43,9 @@ in the model config"."""
 
 CROP_OF = "crop_of_samples"
 """In config.json, of a model that was trained on crops: T of the segments that they are of."""
+
+
+_AS_EVER = HeadConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +263,7 @@ def build_main(
     trust_remote_code: bool = False,
     base: Base | None = None,
     lora: Lora | None = None,
+    head: HeadConfig = _AS_EVER,
     augment: Augment | None = None,
 ) -> WaveClassifier:
     """The main model, with a new head.
@@ -281,6 +286,7 @@ def build_main(
         trust_remote_code: run code that lies beside the weights.
         base: build it from this, with random weights, and look for nothing by name.
         lora: adapters, which are trained in place of the model's own weights below the head.
+        head: what it reads, and how it pools.
         augment: changes waves in training.
 
     Raises:
@@ -293,9 +299,9 @@ def build_main(
     seed_everything(seed)
     config = _kept_config(base, labels) if base else _new_config(name, sample_rate, labels)
     if config:
-        net = _from_config(name, config)
+        net = _from_config(name, _with_head(name, config, head))
     else:
-        net = _from_checkpoint(name, labels, revision, trust_remote_code)
+        net = _from_checkpoint(name, labels, revision, trust_remote_code, head)
     net.config.segment_samples = segment_samples  # ours: what `predict` cuts files into
     vars(net.config).pop(CROP_OF, None)
     if crop_of is not None:
@@ -327,11 +333,13 @@ def describe_main(
     frozen_layers: int | None,
     activation_checkpointing: bool,
     segment_samples: int,
+    sample_rate: int | None = None,
     cache: str = "none",
     spec_augment: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
     lora: Lora | None = None,
+    head: HeadConfig = _AS_EVER,
 ) -> WaveClassifier:
     """The main model of `build_main` without its weights: on torch's meta device, in a second.
 
@@ -342,11 +350,13 @@ def describe_main(
         frozen_layers: N of `layers:N`.
         activation_checkpointing: recompute activations in the backward pass.
         segment_samples: T.
+        sample_rate: of the segments in Hz; None does not ask whether the model wants it.
         cache: as for `build_main`.
         spec_augment: as for `build_main`.
         revision: as for `build_main`.
         trust_remote_code: as for `build_main`.
         lora: as for `build_main`.
+        head: as for `build_main`.
 
     Raises:
         UserError: the model's configuration cannot be found, or does not fit; or the cache would
@@ -359,6 +369,7 @@ def describe_main(
         spec_augment=spec_augment,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        head=head,
     )
     with torch.device("meta"):
         net = _from_config(name, config).to("meta")
@@ -366,6 +377,8 @@ def describe_main(
     frozen = _make_ready(
         kind, name, segment_samples, freeze, frozen_layers, activation_checkpointing, lora
     )
+    if kind.normalises is None and sample_rate is not None:
+        kind.take(hub.feature_extractor(name, sample_rate, revision))
     at = open_boundary(kind, cache, freeze)
     return WaveClassifier(net, do_normalize=True, frozen=frozen, boundary=at)
 
@@ -378,6 +391,7 @@ def configuration(
     revision: str | None = None,
     trust_remote_code: bool = False,
     base: Base | None = None,
+    head: HeadConfig = _AS_EVER,
 ) -> PretrainedConfig:
     """The configuration of the main model, without its weights; as for `build_main`.
 
@@ -387,7 +401,8 @@ def configuration(
     hub.quiet()
     name, labels = hub.located(name), _labels(genres, spec_augment)
     config = _kept_config(base, labels) if base else _new_config(name, 16_000, labels)
-    return config or _saved_config(name, labels, revision, trust_remote_code)
+    config = config or _saved_config(name, labels, revision, trust_remote_code)
+    return _with_head(name, config, head)
 
 
 def configuration_hash(config: PretrainedConfig) -> str:
@@ -475,12 +490,44 @@ def _new_config(name: str, sample_rate: int, labels: dict[str, Any]) -> Pretrain
     return config
 
 
+def _with_head(name: str, config: PretrainedConfig, head: HeadConfig) -> PretrainedConfig:
+    """The configuration with a head of `--pooling`, `--layer-mix` and `--from-layer`."""
+    asked = {"--pooling attention": head.pooling == "attention", "--layer-mix": head.layer_mix}
+    asked |= {f"--from-layer {head.from_layer}": head.from_layer is not None}
+    flags = " and ".join(flag for flag, is_asked in asked.items() if is_asked)
+    layers = getattr(config, "num_hidden_layers", 0)
+    if flags and not layers:
+        got, cure = f"{config.model_type}, which has no encoder layers", f"leave {flags} out"
+        raise UserError(f"{flags} with --model {name}", got=got, expected="layers", cure=cure)
+    if head.from_layer is not None:
+        if head.from_layer > layers:
+            raise UserError(
+                f"--from-layer {head.from_layer}",
+                got=head.from_layer,
+                expected=f"1 to {layers} for this model",
+                cure="leave it out for the last layer",
+            )
+        config.num_hidden_layers = head.from_layer
+    if config.to_dict().get(pooling.ATTENTION) and head.pooling != "attention":
+        raise UserError(
+            f"--model {name}",
+            got="a model with attention pooling",
+            expected="its own head",
+            cure="add --pooling attention",
+        )
+    if head.pooling == "attention":
+        setattr(config, pooling.ATTENTION, True)
+    if head.layer_mix:
+        config.use_weighted_layer_sum = True
+    return config
+
+
 def _from_config(name: str, config: PretrainedConfig) -> PreTrainedModel:
     try:
         net: PreTrainedModel = (
-            custom.CustomAudioClassifier(config)
-            if custom.is_custom(config)
-            else AutoModelForAudioClassification.from_config(config)
+            kind.from_config(config)
+            if (kind := custom.loader(config)) is AutoModelForAudioClassification
+            else kind(config)
         )
     except _BAD_CONFIG as error:
         raise _refused_config(name, error) from error
@@ -538,23 +585,27 @@ def _batch_norms(net: PreTrainedModel) -> list[nn.Module]:
 
 
 def frozen_fingerprint(model: WaveClassifier) -> str:
-    """xxh3_128 of the weights that training does not change; "none" if it changes all.
+    """xxh3_128 of the weights and statistics that training does not change; "none" without any.
 
     A checkpoint that is carried to another number of ranks does not restore them: they come from
     the model that the run is given, which therefore must be the same.
     """
     digest = xxhash.xxh3_128()
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-    for name, parameter in frozen:
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest() if frozen else "none"
+    if not frozen:
+        return "none"
+    saved = model.state_dict()
+    statistics = [(n, b) for n, b in model.named_buffers() if n in saved]  # of BatchNorm
+    for name, value in (*frozen, *statistics):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _from_checkpoint(
-    name: str, labels: dict[str, Any], revision: str | None, trusted: bool
+    name: str, labels: dict[str, Any], revision: str | None, trusted: bool, head: HeadConfig
 ) -> PreTrainedModel:
-    config = _saved_config(name, labels, revision, trusted)
+    config = _with_head(name, _saved_config(name, labels, revision, trusted), head)
     net, missing = hub.load(custom.loader(config), name, revision, config=config)
     kind = kind_of(net)
     inner = next(f"{part}." for part, module in net.named_modules() if module is kind.base)

@@ -112,6 +112,8 @@ class Wav2Vec2Kind:
         base, layers = self.net.base_model, _layers(self.net)
         if hasattr(base, "masked_spec_embed") and not self._masks_time:
             base.masked_spec_embed.requires_grad_(False)  # unused: ZeRO-3 repeats its last gradient
+        for part in _above_states(self.net):
+            part.requires_grad_(False)  # unused, as well
         if freeze == "none":
             return []
         base.feature_extractor._freeze_parameters()
@@ -276,6 +278,20 @@ def _norms_last(net: PreTrainedModel) -> bool:
     """
     name = type(net.base_model.encoder).__name__
     return "StableLayerNorm" in name or "Conformer" in name
+
+
+def _above_states(net: PreTrainedModel) -> list[nn.Module]:
+    """What a head does not see that reads the states of all layers: all that follows the last one.
+
+    transformers 5.24 counts neither the norm of the large flavour among them (4 did), nor SEW's
+    frames after upsampling.
+    """
+    if not net.config.to_dict().get("use_weighted_layer_sum"):
+        return []
+    encoder = net.base_model.encoder
+    parts = [getattr(encoder, "upsample", None)]
+    parts += [encoder.layer_norm] if _norms_last(net) else []
+    return [part for part in parts if part is not None]
 
 
 def _layers(net: PreTrainedModel) -> nn.ModuleList:

@@ -143,7 +143,7 @@ def forecast(
         world=world,
         largest_micro_batch=config.engine.micro_batch,
     )
-    model = _model_of(config, genres, segment_samples)
+    model = _model_of(config, genres, segment_samples, sample_rate)
     parts = count_parts(model)
     every, trained = (sum(counts) for counts in zip(*parts.values(), strict=True))
     averaged = config.optim.ema_decay > 0
@@ -200,7 +200,9 @@ def _memory_by_stage(
     }
 
 
-def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) -> WaveClassifier:
+def _model_of(
+    config: TrainConfig, genres: Sequence[str], segment_samples: int, sample_rate: int
+) -> WaveClassifier:
     model = describe_main(
         config.main.model,
         genres,
@@ -208,11 +210,13 @@ def _model_of(config: TrainConfig, genres: Sequence[str], segment_samples: int) 
         frozen_layers=config.main.frozen_layers,
         activation_checkpointing=config.main.activation_checkpointing,
         segment_samples=segment_samples,
+        sample_rate=sample_rate,
         cache=config.data.cache,
         spec_augment=config.main.spec_augment,
         revision=config.main.revision,
         trust_remote_code=config.main.trust_remote_code,
         lora=config.main.adapters,
+        head=config.main.head,
     )
     if config.optim.layer_lr_decay != 1:
         model.backbone_by_layer()  # refused without layers

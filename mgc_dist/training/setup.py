@@ -248,6 +248,7 @@ def found_of_model(
             revision=main.revision,
             trust_remote_code=main.trust_remote_code,
             base=base,
+            head=main.head,
         )
     except UserError as error:
         return error
@@ -276,6 +277,7 @@ def _main_model(config: TrainConfig, manifest: Manifest, base: Base | None) -> W
         revision=config.main.revision,
         trust_remote_code=config.main.trust_remote_code,
         lora=config.main.adapters,
+        head=config.main.head,
         base=base,
         augment=Augment(config.augmentation, manifest.sample_rate),
     )

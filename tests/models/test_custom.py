@@ -20,6 +20,7 @@ from mgc_dist.config import ExportConfig, PredictConfig
 from mgc_dist.errors import UserError
 from mgc_dist.journal import read_environment
 from mgc_dist.models import folder as exported
+from mgc_dist.models import kind
 from mgc_dist.models.main import configuration, configuration_hash
 
 GENRES = ("blues", "jazz", "rock")
@@ -116,6 +117,17 @@ def test_a_change_of_the_code_is_another_model(tmp_path: Path) -> None:
     with (name / "modeling_MERT.py").open("a") as code:
         code.write("# another\n")
     assert configuration_hash(configuration(str(name), GENRES, trust_remote_code=True)) != first
+
+
+def test_a_change_of_the_code_is_another_cache(tmp_path: Path) -> None:
+    """With the same configuration and weights: what it makes of them is in the code."""
+    found = []
+    for number, factor in enumerate((1.0, 1.0, 2.0)):
+        name = write_mert(tmp_path / f"{number}" / "MERT")
+        code = (name / "modeling_MERT.py").read_text()
+        (name / "modeling_MERT.py").write_text(code.replace("arange(1.0,", f"arange({factor},"))
+        found.append(kind.fingerprint(build(name, freeze="backbone").net, "backbone"))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import build_tiny
+from conftest import bias_config, build_tiny, make_table, run_ranks
 from harness import slow
 from trainings import config, losses, train_on
 from transformers import (
@@ -24,6 +24,8 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
 
+from mgc_dist.bias_model import table
+from mgc_dist.data import manifest
 from mgc_dist.errors import UserError
 from mgc_dist.models import flops
 from mgc_dist.models import folder as exported
@@ -291,11 +293,44 @@ def test_bands_at_another_rate_are_refused(tmp_path: Path) -> None:
         build_tiny(write(tmp_path, "whisper"), GENRES, sample_rate=24_000)
 
 
-def test_a_bias_model_over_bands_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["audio-spectrogram-transformer", "whisper", "wav2vec2-bert"])
+def test_a_bias_model_hears_bands(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    whole = WhisperForConditionalGeneration if kind == "whisper" else AutoModel.from_config
+    source = whole(FAMILIES[kind](**small(kind))).eval()
+    source.save_pretrained(tmp_path / "saved")
+    words = {"segment_samples": RATE, "sample_rate": RATE}
+    found = build_bias(str(tmp_path / "saved"), **words)
+    encoder = build_tiny(tmp_path / "saved", GENRES, freeze="backbone", segment_samples=RATE).eval()
+    with torch.no_grad():
+        states = encoder.kind.states(encoder._inputs(waves(2, RATE)))
+        told = found(waves(2, RATE))
+    assert told.shape == (2, found.layers, found.width) == (2, 3, 16)
+    for layer, state in enumerate(states):
+        torch.testing.assert_close(told[:, layer], state.mean(1))
+    with pytest.raises(UserError, match=r"24000 Hz, expected 16000 Hz"):
+        build_bias(str(tmp_path / "saved"), segment_samples=RATE, sample_rate=24_000)
+
+
+def test_a_bias_table_is_made_of_bands(shards: Path, tmp_path: Path) -> None:
     kind = "audio-spectrogram-transformer"
     AutoModel.from_config(FAMILIES[kind](**small(kind))).save_pretrained(tmp_path / "saved")
-    with pytest.raises(UserError, match=r"--backbone .*: got .*no feature encoder over raw audio"):
-        build_bias(str(tmp_path / "saved"), sample_rate=RATE)
+    flags = {"backbone": str(tmp_path / "saved"), "bias_table": tmp_path / "table"}
+    run_ranks(1, make_table, bias_config(shards, **flags))
+    made = table.read(tmp_path / "table", manifest.read(shards))
+    assert np.exp(made.log_probability).sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert np.load(tmp_path / "table" / "hidden.npy").shape[1:] == (3, 16)
+
+
+def test_frozen_weights_are_known_by_their_statistics_too(tmp_path: Path) -> None:
+    """Of BatchNorm, which are no parameters."""
+    name = write(tmp_path, "wav2vec2-conformer")
+    one, same, other = (build_tiny(name, GENRES, freeze="backbone") for _ in range(3))
+    for part, buffer in other.named_buffers():
+        if part.endswith("layers.1.conv_module.batch_norm.running_mean"):
+            buffer += 1e-3
+    found = [model.frozen_fingerprint(each) for each in (one, same, other)]
+    assert found[0] == found[1] != found[2]
 
 
 NEW = ("audio-spectrogram-transformer", "wav2vec2-bert", "wav2vec2-conformer", "whisper")

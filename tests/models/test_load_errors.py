@@ -58,7 +58,10 @@ def test_what_the_hub_says(
         raise error()
 
     monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", failing)
-    loads = (lambda: build_tiny("m/x"), lambda: build_bias("m/x", sample_rate=16_000))
+    loads = (
+        lambda: build_tiny("m/x"),
+        lambda: build_bias("m/x", segment_samples=8000, sample_rate=16_000),
+    )
     for load in loads:
         with pytest.raises(UserError, match=rf"model m/x.*{got}.*\n.*{cure}"):
             load()
@@ -147,7 +150,7 @@ def test_an_export_of_our_own_cnn_is_no_bias_model(tmp_path: Path) -> None:
     weights = dict(classifier.state_dict())
     exported.save_exported(classifier, weights, tmp_path / "best", 16_000)
     with pytest.raises(UserError, match=r"got logmel-cnn, which transformers has for no such use"):
-        build_bias(str(tmp_path / "best"), sample_rate=16_000)
+        build_bias(str(tmp_path / "best"), segment_samples=8000, sample_rate=16_000)
     assert build_tiny(tmp_path / "best").net.config.model_type == "logmel-cnn"
 
 

@@ -269,7 +269,7 @@ def test_half_a_download_is_refused(checkpoint: Path) -> None:
     with pytest.raises(UserError, match=r"files that cannot be read.*\n.*download it again"):
         build(checkpoint)
     with pytest.raises(UserError, match=r"files that cannot be read.*\n.*download it again"):
-        build_bias(str(checkpoint), sample_rate=RATE)
+        build_bias(str(checkpoint), segment_samples=8000, sample_rate=RATE)
 
 
 def test_models_that_would_be_wrong_are_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -309,13 +309,13 @@ def test_the_norm_is_frozen_by_where_it_stands_not_by_what_the_config_says(tmp_p
 
 
 def test_bias_backbones_pool_every_layer_over_time(checkpoint: Path) -> None:
-    logmel = build_bias("logmel", sample_rate=RATE)
+    logmel = build_bias("logmel", segment_samples=8000, sample_rate=RATE)
     assert logmel(waves()).shape == (4, logmel.layers, logmel.width) == (4, 1, 40)
     assert logmel(waves()).equal(logmel(waves()))
     net = Wav2Vec2Model.from_pretrained(checkpoint).eval()
     with torch.no_grad():
         layers = net(normalise(waves()), output_hidden_states=True).hidden_states
-    backbone = build_bias(str(checkpoint), sample_rate=RATE)
+    backbone = build_bias(str(checkpoint), segment_samples=8000, sample_rate=RATE)
     found = backbone(waves())
     assert found.shape == (4, backbone.layers, backbone.width) == (4, 3, 32)
     for layer in range(3):
@@ -326,9 +326,11 @@ def test_fingerprint_sees_weights_and_settings_but_not_the_path(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     def hashed(folder: Path) -> str:
-        return fingerprint(build_bias(str(folder), sample_rate=RATE), "pass float32")
+        return fingerprint(
+            build_bias(str(folder), segment_samples=8000, sample_rate=RATE), "pass float32"
+        )
 
-    backbone = build_bias(str(checkpoint), sample_rate=RATE)
+    backbone = build_bias(str(checkpoint), segment_samples=8000, sample_rate=RATE)
     first = fingerprint(backbone, "pass float32")
     moved = checkpoint.rename(tmp_path / "moved")
     assert hashed(moved) == first
@@ -342,7 +344,9 @@ def test_fingerprint_sees_weights_and_settings_but_not_the_path(
     with torch.no_grad():
         next(backbone.parameters()).view(-1)[0] += 1e-6
     assert fingerprint(backbone, "pass float32") != first
-    rates = {fingerprint(build_bias("logmel", sample_rate=r)) for r in (8000, RATE)}
+    rates = {
+        fingerprint(build_bias("logmel", segment_samples=8000, sample_rate=r)) for r in (8000, RATE)
+    }
     assert len(rates) == 2
 
 
@@ -385,7 +389,7 @@ def test_custom_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             activation_checkpointing=False,
             segment_samples=8000,
         ),
-        lambda: build_bias(folder, sample_rate=RATE),
+        lambda: build_bias(folder, segment_samples=8000, sample_rate=RATE),
         lambda: hub.feature_extractor(folder, RATE),
         lambda: exported.load_exported(Path(folder)),
     )
@@ -433,5 +437,5 @@ def test_weights_that_are_no_tensors_are_refused_in_words(
     else:
         weights.write_bytes({"cut": b"PK\x03\x04abc", "empty": b"", "text": b"hello"}[kind])
     with pytest.raises(UserError, match=f"model {checkpoint}: got "):
-        build_bias(str(checkpoint), sample_rate=RATE)
+        build_bias(str(checkpoint), segment_samples=8000, sample_rate=RATE)
     assert not (tmp_path / "ran").exists()

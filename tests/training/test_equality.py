@@ -60,8 +60,12 @@ def factor(step: int) -> float:
 
 
 def reference(file: Path, freeze: str, device: str = "cpu") -> Trajectory:
+    return followed(build(file, freeze, False), device)
+
+
+def followed(model: WaveClassifier, device: str = "cpu") -> Trajectory:
     """Losses, gradients of the first step before clipping, and norms, by torch alone."""
-    net, (wave, label) = build(file, freeze, False).to(device).train(), drawn()
+    net, (wave, label) = model.to(device).train(), drawn()
     wave, label = wave.to(device), label.to(device)
     head, backbone = net.head_and_backbone()
     groups = [{"params": p, "lr": lr} for p, lr in ((backbone, LR), (head, HEAD_LR)) if p]

@@ -1,0 +1,79 @@
+"""Heads through ZeRO against plain autograd; stopped, resumed, kept in the identity, exported."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny, run_ranks
+from harness import slow, weights_hash
+from safetensors.torch import load_file
+from test_equality import Trajectory, followed, trajectory
+from trainings import config, losses, train_on, train_until
+
+from mgc_dist import export
+from mgc_dist.cluster import ranks
+from mgc_dist.config import ExportConfig, TrainConfig
+from mgc_dist.config.head import HeadConfig
+from mgc_dist.errors import UserError
+from mgc_dist.models.folder import load_exported
+from mgc_dist.models.main import WaveClassifier
+
+BOTH = HeadConfig(pooling="attention", layer_mix=True)
+LOWER = HeadConfig(pooling="attention", layer_mix=True, from_layer=1)
+
+
+def build(file: Path) -> WaveClassifier:
+    return build_tiny(file, freeze="feature_encoder", head=BOTH)
+
+
+def headed_trajectory(file: Path, stage: int) -> Trajectory:
+    with ranks.join("cpu") as peers:
+        return trajectory(build(file), peers, stage, False)
+
+
+@pytest.mark.parametrize("stage", [0, 3, slow(2)])
+def test_heads_follow_plain_autograd(stage: int, tiny_model: Path) -> None:
+    expected, first, steep = followed(build(tiny_model))
+    found, grads, norms = run_ranks(2, headed_trajectory, tiny_model, stage)[0]
+    assert found == pytest.approx(expected, abs=2e-6)
+    assert norms == pytest.approx(steep, rel=1e-4, abs=1e-6)
+    assert grads.keys() == first.keys() > {"net.layer_weights", "net.projector.score.weight"}
+    for name, grad in first.items():
+        np.testing.assert_allclose(grads[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def headed(shards: Path, model: Path, run: Path, head: HeadConfig, **changes: Any) -> TrainConfig:
+    knobs = {"loss": "ce", "epochs": 40 / 66, "freeze": "feature_encoder"} | changes
+    settings = config(shards, model, run, **knobs)
+    return replace(settings, main=replace(settings.main, head=head))
+
+
+@pytest.mark.parametrize(("stage", "head"), [(3, LOWER), slow(0, BOTH), slow(2, BOTH)])
+def test_a_run_goes_on_to_the_bit_and_is_exported(
+    stage: int, head: HeadConfig, shards: Path, noisy: Path, tmp_path: Path, capsys: Any
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    knobs = {"zero_stage": stage}
+    train_on(2, headed(shards, noisy, whole, head, **knobs))
+    assert run_ranks(2, train_until, 2, headed(shards, noisy, parts, head, **knobs)) == [0, 0]
+    with pytest.raises(UserError, match=r"--(pooling|layer-mix): got "):
+        train_on(1, headed(shards, noisy, parts, HeadConfig(), resume="auto", **knobs))
+    train_on(2, headed(shards, noisy, parts, head, resume="auto", **knobs))
+    assert losses(parts) == losses(whole)
+    assert weights_hash(parts, stage) == weights_hash(whole, stage)
+    trained = load_file(parts / "best" / "model.safetensors")
+    assert float(trained["projector.score.weight"].abs().max()) > 0
+    assert trained["layer_weights"].unique().numel() > 1
+    out = tmp_path / "out"
+    export.run(ExportConfig(run=parts, out=out))
+    assert "trust_remote_code=True)" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    assert "trust_remote_code=True)" in card
+    wave = torch.zeros(2, 8000, dtype=torch.int16)
+    wave[1] = torch.arange(8000) % 200
+    with torch.no_grad():
+        best, plain = (load_exported(folder) for folder in (parts / "best", out))
+        torch.testing.assert_close(best.calibrated(wave), plain(wave), rtol=0, atol=1e-6)
