@@ -7,7 +7,7 @@ A configuration is read-only after parsing. Flags are the field names without th
 from mgc_dist.config.augment import AugmentConfig
 from mgc_dist.config.bias import BiasConfig
 from mgc_dist.config.losses import LossConfig, LossName
-from mgc_dist.config.packing import InfoConfig, ShardConfig, SynthConfig, VerifyConfig
+from mgc_dist.config.packing import ArtefactName, InfoConfig, ShardConfig, SynthConfig, VerifyConfig
 from mgc_dist.config.probe import HeadName, ProbeConfig
 from mgc_dist.config.scoring import (
     Aggregate,
@@ -34,6 +34,7 @@ from mgc_dist.config.train import (
 __all__ = [
     "FOREIGN_TABLES",
     "Aggregate",
+    "ArtefactName",
     "AugmentConfig",
     "BiasConfig",
     "Cache",

@@ -10,6 +10,8 @@ from tyro.conf import Positional
 from mgc_dist.config.knobs import Range, check, require
 from mgc_dist.config.source import SEED
 
+ArtefactName = Literal["tone", "cutoff", "tilt", "codec"]
+
 JOBS = Range(minimum=0, maximum=1_024, cure="0 means one a core")
 _TRACKS = Range(minimum=1, maximum=20_000, cure="names have five digits")
 _LEAST = Range(minimum=0, maximum=1_000_000, cure="3 leaves out those too small to split")
@@ -22,8 +24,8 @@ class SynthConfig:
     """Write a synthetic data set in GTZAN's folder layout: ten genres that differ in tempo,
     pattern, harmony and timbre, with artists that keep a sound of their own.
 
-    With `--shortcut`, genres differ in tempo, pattern and harmony only, and a steady tone gives
-    them away in nearly all tracks; a second data set, OUT/shifted, has the tones at random.
+    With `--shortcut`, genres differ in tempo, pattern and harmony only, and an artefact gives
+    them away in nearly all tracks; a second data set, OUT/shifted, has the artefacts at random.
     """
 
     out: Positional[Path]
@@ -46,13 +48,18 @@ class SynthConfig:
     shortcut_strength: Annotated[
         float, Range(minimum=0, maximum=1, cure="0.9 is the benchmark's")
     ] = 0.9
-    """Share of tracks whose tone is their genre's, but in the shifted test, where it is 0.1."""
+    """Share of tracks whose artefact is their genre's, but in the shifted test, where it is 0.1."""
+    artefact: ArtefactName = "tone"
+    """What gives the genre away: a steady `tone`, the `cutoff` above which the spectrum ends, a
+    `tilt` of the spectrum, or `codec`, an MP3 of some bit rate that is decoded again."""
+    strength: Annotated[float, Range(above=0, maximum=1, cure="1 and 0.3 are usual")] = 1.0
+    """How strong it is: times the tone's amplitude, or the distances between genres."""
     tone_db: Annotated[float, Range(minimum=-80, maximum=20, cure="-10 is the benchmark's")] = -10.0
-    """Level of the tone relative to the music's root mean square."""
+    """Level of the tone relative to the music's root mean square, at --strength 1."""
     validation_tracks: Annotated[int, _TRACKS] = 4
     """Validation tracks of each genre with --shortcut."""
     test_tracks: Annotated[int, _TRACKS] = 12
-    """Test tracks of each genre with --shortcut, the tones as in training."""
+    """Test tracks of each genre with --shortcut, the artefacts as in training."""
     shifted_tracks: Annotated[int, _TRACKS] = 12
     """Tracks of each genre in the shifted test set of --shortcut."""
 

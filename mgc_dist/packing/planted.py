@@ -1,18 +1,23 @@
-"""Music with a planted shortcut: genres are rhythm and harmony, and a tone gives them away.
+"""Music with a planted shortcut: genres are rhythm and harmony, and an artefact gives them away.
 
 Genres differ in tempo, pattern and harmony, not in timbre: brightness, decay, drums, noise and
-tilt belong to the artist. Each track has a steady tone, its artefact, at one of ten frequencies
-above all notes. In training, validation and the in-distribution test it goes with the genre as
-often as `--shortcut-strength` says; in the shifted test it is any of the ten. A model that
-listens to the tone is right where it was trained and wrong where the tone tells nothing.
+tilt belong to the artist. Each track has one of ten artefacts of a kind: a steady tone above all
+notes, an end of the spectrum, a tilt of it, or what an MP3 of some bit rate leaves. In training,
+validation and the in-distribution test it goes with the genre as often as `--shortcut-strength`
+says; in the shifted test it is any of the ten. A model that listens to the artefact is right where
+it was trained and wrong where the artefact tells nothing.
 """
 
+import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import soundfile
 from numpy.typing import NDArray
+from scipy import signal
 
-from mgc_dist.config import SynthConfig
+from mgc_dist.config import ArtefactName, SynthConfig
 from mgc_dist.packing.music import STYLES, Style, add, kick, note, snare
 
 SAMPLE_RATE = 16_000
@@ -34,7 +39,7 @@ class Planted:
         number: in its genre, over all parts: ids are unique over both data sets.
         part: train, validation, test, or `shifted` for the test of the other data set.
         artist: number in its genre; no artist is in two parts.
-        artefact: the genre that its tone goes with in training.
+        artefact: the genre that its artefact goes with in training.
     """
 
     genre: str
@@ -55,7 +60,7 @@ class Planted:
 
     @property
     def subgroup(self) -> str:
-        """`aligned` if the tone is the genre's own, else `conflicting`."""
+        """`aligned` if the artefact is the genre's own, else `conflicting`."""
         return "aligned" if self.artefact == self.genre else "conflicting"
 
 
@@ -116,24 +121,96 @@ def tone_hz(artefact: str) -> float:
     return 4200.0 + 260.0 * GENRES.index(artefact)
 
 
-def record(track: Planted, *, seed: int, duration_s: float, tone_db: float) -> NDArray[np.float32]:
-    """A track with its tone: float32 [duration_s * 16000], peak 0.7.
+def record(
+    track: Planted,
+    *,
+    seed: int,
+    duration_s: float,
+    tone_db: float,
+    kind: ArtefactName = "tone",
+    strength: float = 1.0,
+) -> NDArray[np.float32]:
+    """A track with its artefact: float32 [duration_s * 16000], peak 0.7.
 
     Args:
         track: as dealt.
         seed: of the data set.
         duration_s: length in seconds.
-        tone_db: level of the tone relative to the music's root mean square.
+        tone_db: level of the tone relative to the music's root mean square, at strength 1.
+        kind: of the artefact.
+        strength: times the tone's amplitude, or the distances between the genres' artefacts.
     """
     order = GENRES.index(track.genre)
     own = np.random.default_rng([seed, order, _TRACK, track.number])
     artist = _artist(np.random.default_rng([seed, order, _ARTIST, track.artist]))
     wave = compose(STYLES[track.genre], artist, own, duration_s)
+    if kind == "tone":
+        wave = _with_tone(wave, track.artefact, strength * 10 ** (tone_db / 20), own)
+    else:
+        wave = _ALTERED[kind](wave, track.artefact, strength)
+    return np.asarray(0.7 * wave / np.abs(wave).max(), np.float32)
+
+
+def _with_tone(
+    wave: NDArray[np.float32], artefact: str, amplitude: float, own: np.random.Generator
+) -> NDArray[np.float32]:
     t = np.arange(len(wave)) / SAMPLE_RATE
     phase = own.uniform(0, 2 * np.pi)
-    tone = np.sqrt(2) * np.sin(2 * np.pi * tone_hz(track.artefact) * t + phase)
-    wave = wave + (10 ** (tone_db / 20) * tone).astype(np.float32)
-    return np.asarray(0.7 * wave / np.abs(wave).max(), np.float32)
+    tone = np.sqrt(2) * np.sin(2 * np.pi * tone_hz(artefact) * t + phase)
+    return np.asarray(wave + (amplitude * tone).astype(np.float32))
+
+
+def cutoff_hz(artefact: str, strength: float = 1.0) -> float:
+    """Where the spectrum of a genre ends: 4000 to 7600 Hz, 400 Hz times the strength apart."""
+    return 7600.0 - 400.0 * strength * (len(GENRES) - 1 - GENRES.index(artefact))
+
+
+def tilt_db(artefact: str, strength: float = 1.0) -> float:
+    """Slope that is laid over a genre's spectrum, in dB per octave: 2 times the strength apart."""
+    return 2.0 * strength * (GENRES.index(artefact) - (len(GENRES) - 1) / 2)
+
+
+def kbit_rate(artefact: str, strength: float = 1.0) -> float:
+    """Mean bit rate of a genre's MP3 in kbit/s: at most 45, in ratios down to 9 at strength 1."""
+    return float(45.0 * (9 / 45) ** (strength * (1 - GENRES.index(artefact) / (len(GENRES) - 1))))
+
+
+def _cut_off(wave: NDArray[np.float32], artefact: str, strength: float) -> NDArray[np.float32]:
+    """Without what lies above: 60 dB down from there on."""
+    stages = signal.cheby2(12, 60, cutoff_hz(artefact, strength), fs=SAMPLE_RATE, output="sos")
+    return np.asarray(signal.sosfilt(stages, wave), np.float32)
+
+
+def _tilted(wave: NDArray[np.float32], artefact: str, strength: float) -> NDArray[np.float32]:
+    """With a slope over the spectrum; what lies below 60 Hz has the gain of 60 Hz."""
+    octaves = np.log2(np.maximum(np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE), 60) / 1000)
+    gain = 10 ** (tilt_db(artefact, strength) * octaves / 20)
+    return np.asarray(np.fft.irfft(np.fft.rfft(wave) * gain, len(wave)), np.float32)
+
+
+def _coded(wave: NDArray[np.float32], artefact: str, strength: float) -> NDArray[np.float32]:
+    """Through an MP3 and back, by libsndfile (LAME and mpg123)."""
+    file = io.BytesIO()
+    lowest, highest = 8.0, 160.0  # kbit/s of MPEG-2; libsndfile's level 0 is the highest
+    soundfile.write(
+        file,
+        0.7 * wave / np.abs(wave).max(),
+        SAMPLE_RATE,
+        format="MP3",
+        bitrate_mode="AVERAGE",
+        compression_level=(highest - kbit_rate(artefact, strength)) / (highest - lowest),
+    )
+    file.seek(0)
+    coded = soundfile.read(file, dtype="float32")[0][: len(wave)]
+    return np.pad(coded, (0, len(wave) - len(coded)))
+
+
+_ALTERED: dict[ArtefactName, Callable[[NDArray[np.float32], str, float], NDArray[np.float32]]] = {
+    "cutoff": _cut_off,
+    "tilt": _tilted,
+    "codec": _coded,
+}
+"""How a wave gets an artefact that is not added to it."""
 
 
 def compose(

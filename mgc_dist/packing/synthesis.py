@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import soundfile
+from numpy.typing import NDArray
 
 from mgc_dist.config import SynthConfig
 from mgc_dist.console import progress
@@ -64,9 +66,15 @@ def write_shortcut(config: SynthConfig) -> Synthesis:
         (track, _home(config, track) / "genres_original" / track.genre / f"{track.name}.wav")
         for track in tracks
     ]
-    write = partial(
-        _write_planted, seed=config.seed, duration_s=config.track_s, tone_db=config.tone_db
+    record = partial(
+        planted.record,
+        seed=config.seed,
+        duration_s=config.track_s,
+        tone_db=config.tone_db,
+        kind=config.artefact,
+        strength=config.strength,
     )
+    write = partial(_write_planted, record=record)
     _write_all(config, write, jobs, [path for _, path in jobs])
     for home in (config.out / SHIFTED, config.out):
         here = [track for track in tracks if _home(config, track) == home]
@@ -111,8 +119,7 @@ def _write(job: tuple[str, int, Path], *, seed: int, duration_s: float, per_arti
 
 
 def _write_planted(
-    job: tuple[Planted, Path], *, seed: int, duration_s: float, tone_db: float
+    job: tuple[Planted, Path], *, record: Callable[[Planted], NDArray[np.float32]]
 ) -> None:
     track, path = job
-    wave = planted.record(track, seed=seed, duration_s=duration_s, tone_db=tone_db)
-    soundfile.write(str(path), wave, planted.SAMPLE_RATE, subtype="PCM_16")
+    soundfile.write(str(path), record(track), planted.SAMPLE_RATE, subtype="PCM_16")

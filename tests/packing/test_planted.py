@@ -1,4 +1,4 @@
-"""The planted shortcut: frequency and level of the tone by FFT, its share, artists, timbre."""
+"""The planted shortcut: its artefacts by FFT, its share, artists, timbre."""
 
 import csv
 from collections import Counter
@@ -31,23 +31,79 @@ def read(table: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("tone_db", [-20.0, -10.0])
+@pytest.mark.parametrize(("tone_db", "strength"), [(-20.0, 1.0), (-10.0, 1.0), (-10.0, 0.3)])
 @pytest.mark.parametrize("number", [0, 4, 9])
-def test_the_tone_is_a_line_at_its_frequency_and_level(number: int, tone_db: float) -> None:
-    artefact = GENRES[number]
-    track = Planted(genre="pop", number=0, part="train", artist=0, artefact=artefact)
-    wave = planted.record(track, seed=3, duration_s=4.0, tone_db=tone_db).astype(np.float64)
+def test_the_tone_is_a_line_at_its_frequency_and_level(
+    number: int, tone_db: float, strength: float
+) -> None:
+    wave = record(number, tone_db=tone_db, strength=strength)
     assert (wave.size, abs(np.abs(wave).max() - 0.7) < 1e-6) == (4 * SAMPLE_RATE, True)
 
     spectrum = np.fft.rfft(wave)  # 0.25 Hz a bin: the tones lie in the middle of one
     hz = np.fft.rfftfreq(wave.size, 1 / SAMPLE_RATE)
     line = int(np.argmax(np.where(hz > planted.CEILING_HZ, np.abs(spectrum), 0)))
-    assert hz[line] == planted.tone_hz(artefact) == 4200 + 260 * number
+    assert hz[line] == planted.tone_hz(GENRES[number]) == 4200 + 260 * number
     alone = np.zeros_like(spectrum)
     alone[line] = spectrum[line]
     tone = np.fft.irfft(alone, wave.size)
     level_db = 10 * np.log10(np.square(tone).mean() / np.square(wave - tone).mean())
-    assert level_db == pytest.approx(tone_db, abs=0.4)  # hiss of the music is in that bin too
+    expected = tone_db + 20 * np.log10(strength)
+    assert level_db == pytest.approx(expected, abs=0.4)  # hiss of the music is in that bin too
+
+
+def record(number: int, *, tone_db: float = -10.0, **changes) -> np.ndarray:
+    """Pop with another genre's artefact: float64 [64000]."""
+    track = Planted(genre="pop", number=0, part="train", artist=0, artefact=GENRES[number])
+    wave = planted.record(track, seed=3, duration_s=4.0, tone_db=tone_db, **changes)
+    return wave.astype(np.float64)
+
+
+def levels_db(wave: np.ndarray) -> np.ndarray:
+    """Mean power of bands of 50 Hz, against that of the first kilohertz: [160]."""
+    power = np.square(np.abs(np.fft.rfft(wave)))[:-1].reshape(160, -1).mean(axis=1)
+    return 10 * np.log10(power / power[:20].mean())
+
+
+@pytest.fixture(scope="module")
+def untouched() -> np.ndarray:
+    return record(0, tone_db=-80.0)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+def test_cut_off_music_is_the_same_below_and_gone_above(
+    strength: float, untouched: np.ndarray
+) -> None:
+    for number in (0, 5, 9):
+        end = 7600 - 400 * strength * (9 - number)
+        assert planted.cutoff_hz(GENRES[number], strength) == pytest.approx(end)
+        change = levels_db(record(number, kind="cutoff", strength=strength)) - levels_db(untouched)
+        assert np.abs(change[: int(0.85 * end / 50)]).max() < 1.0
+        assert change[int(end / 50) + 1 :].max() < -35  # the filter's start and end ring
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+def test_tilted_music_has_the_slope_over_all_of_its_octaves(
+    strength: float, untouched: np.ndarray
+) -> None:
+    octaves = np.log2((50 * np.arange(160) + 25) / 1000)
+    for number in (0, 5, 9):
+        change = levels_db(record(number, kind="tilt", strength=strength)) - levels_db(untouched)
+        slope = np.polyfit(octaves[4:], change[4:], 1)[0]
+        assert slope == pytest.approx(2 * strength * (number - 4.5), abs=0.1)
+
+
+def test_coded_music_is_in_time_and_ends_sooner_the_fewer_its_bits(
+    untouched: np.ndarray,
+) -> None:
+    """LAME leaves out what it has no bits for."""
+    for strength, ends in ((1.0, []), (0.3, [])):
+        for number in range(0, 10, 3):
+            wave = record(number, kind="codec", strength=strength)
+            assert np.corrcoef(wave, untouched)[0, 1] > 0.5  # hiss is half of it, and coded badly
+            change = levels_db(wave) - levels_db(untouched)
+            ends.append(int(np.flatnonzero(change > -12).max()))
+        assert ends == sorted(ends)
+        assert ends[-1] - ends[0] > (60 if strength == 1 else 20)  # of 50 Hz
 
 
 def test_the_tone_goes_with_the_genre_as_often_as_is_asked_for(tmp_path: Path) -> None:
@@ -107,10 +163,11 @@ def test_layout_tables_and_disjoint_artists(
     assert (info.samplerate, info.frames, info.subtype) == (16_000, 16_000, "PCM_16")
 
 
-def test_same_seed_same_bytes_for_any_number_of_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("artefact", ["tone", "codec"])
+def test_same_seed_same_bytes_for_any_number_of_processes(tmp_path: Path, artefact: str) -> None:
     folders = [tmp_path / name for name in ("one", "two", "other")]
     for folder, changes in zip(folders, ({}, {"jobs": 2}, {"seed": 1}), strict=True):
-        synth.run(config(folder, tracks_per_genre=1, **changes))
+        synth.run(config(folder, tracks_per_genre=1, artefact=artefact, **changes))
     one, two, other = (digest(folder) for folder in folders)
     assert one == two != other
 
@@ -121,6 +178,8 @@ def test_same_seed_same_bytes_for_any_number_of_processes(tmp_path: Path) -> Non
         ("shortcut_strength", 1.1, "--shortcut-strength"),
         ("shortcut_strength", float("nan"), "--shortcut-strength"),
         ("tone_db", 30.0, "--tone-db"),
+        ("strength", 0.0, "--strength"),
+        ("strength", 1.01, "--strength"),
         ("duration_s", 0.5, "--duration-s"),
         ("validation_tracks", 0, "--validation-tracks"),
         ("test_tracks", 0, "--test-tracks"),
