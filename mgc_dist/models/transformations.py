@@ -8,6 +8,7 @@ A new transformation is an entry of TRANSFORMATIONS: the command, its files and 
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -303,7 +304,11 @@ def vocoded(x: Tensor, ratio: float, rate: int) -> Tensor:
 
 def _on_cpu(change: Callable[[NDArray[np.float32], float, int], NDArray[np.float32]]) -> Change:
     def each(x: Tensor, given: Given) -> Tensor:
-        rows = [change(row, given.strength, given.rate) for row in x.cpu().numpy()]
+        def one(row: NDArray[np.float32]) -> NDArray[np.float32]:
+            return change(row, given.strength, given.rate)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            rows = list(threads.map(one, x.cpu().numpy()))
         return torch.from_numpy(np.stack(rows)).to(x.device)
 
     return each

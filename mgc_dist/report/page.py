@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from mgc_dist.files import replace_text
-from mgc_dist.report import canvas, gallery, making, verdict
+from mgc_dist.report import canvas, exam_report, gallery, making, verdict
 from mgc_dist.report.dossier import Dossier
 from mgc_dist.report.section import Section
 from mgc_dist.scoring.written import EvaluationFigures
@@ -32,6 +32,7 @@ _BEFORE: tuple[Part, ...] = (
     making.curves,
 )
 _AFTER: tuple[Part, ...] = (
+    exam_report.section,
     making.bias,
     verdict.mistakes,
     making.cost,
