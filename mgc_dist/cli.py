@@ -36,6 +36,7 @@ COMMANDS = {
     "probe": "judge a frozen model by heads on its layers",
     "train": "train the main model",
     "evaluate": "measure a run on a split",
+    "exam": "change the music in ways that keep its genre, and count changed answers",
     "compare": "compare runs on the same tracks",
     "predict": "name the genre of audio files",
     "export": "write a run's best model as a folder for transformers",

@@ -11,11 +11,12 @@ def run(config: CompareConfig) -> None:
         UserError: a run was not evaluated, or the runs were not measured on the same tracks.
     """
     # here, not above: they import scipy and matplotlib, and --help answers without
-    from mgc_dist.report import tables
+    from mgc_dist.report import exam_report, tables
     from mgc_dist.report.comparison import compare
 
     found = compare(config)
     (tables.pair if found.is_pair else tables.seeds)(found.figures)
+    exam_report.show_beside(exam_report.beside(config.runs, config.result_name))
     print(f"written: {found.folder}/comparison.json, comparison.png")
     if found.is_pair and config.out is None and (config.runs[1] / "report.html").is_file():
         from mgc_dist.report import page  # it imports torch, for the audio of mistakes

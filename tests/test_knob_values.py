@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[type[Any], list[str]]] = {
     "probe": (config.ProbeConfig, []),
     "train": (config.TrainConfig, []),
     "evaluate": (config.EvaluateConfig, ["run"]),
+    "exam": (config.ExamConfig, ["run"]),
     "compare": (config.CompareConfig, ["a", "b"]),
     "predict": (config.PredictConfig, ["run", "song.mp3"]),
     "export": (config.ExportConfig, ["run", "out"]),

@@ -29,6 +29,7 @@ SECTIONS = (
     config.EngineConfig(),
     config.RunConfig(dry_run=True),
     config.EvaluateConfig(run=RUN),
+    config.ExamConfig(run=RUN),
     config.CompareConfig(runs=(RUN, RUN)),
     config.PredictConfig(run=RUN, files=()),
     config.DoctorConfig(),

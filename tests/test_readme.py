@@ -18,6 +18,7 @@ CONFIGS = {
     "probe": config.ProbeConfig,
     "train": config.TrainConfig,
     "evaluate": config.EvaluateConfig,
+    "exam": config.ExamConfig,
     "compare": config.CompareConfig,
     "predict": config.PredictConfig,
     "export": config.ExportConfig,
@@ -79,6 +80,7 @@ def test_command_parses(line: str) -> None:
         assert (ROOT / words[place]).is_file()
     needs_out = {
         "evaluate": ["RUN"],
+        "exam": ["RUN"],
         "compare": ["RUN", "RUN"],
         "predict": ["RUN", "x"],
         "export": ["RUN", "OUT"],
@@ -99,6 +101,7 @@ def test_there_are_commands_of_every_kind() -> None:
         "probe",
         "train",
         "evaluate",
+        "exam",
         "compare",
         "predict",
         "export",

@@ -6,6 +6,7 @@ A configuration is read-only after parsing. Flags are the field names without th
 
 from mgc_dist.config.augment import AugmentConfig
 from mgc_dist.config.bias import BiasConfig
+from mgc_dist.config.exam import ExamConfig
 from mgc_dist.config.losses import LossConfig, LossName
 from mgc_dist.config.packing import ArtefactName, InfoConfig, ShardConfig, SynthConfig, VerifyConfig
 from mgc_dist.config.probe import HeadName, ProbeConfig
@@ -45,6 +46,7 @@ __all__ = [
     "DoctorConfig",
     "EngineConfig",
     "EvaluateConfig",
+    "ExamConfig",
     "ExportConfig",
     "HeadName",
     "InfoConfig",

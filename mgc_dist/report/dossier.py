@@ -29,6 +29,8 @@ from mgc_dist.events import E, Event, StartEvent, ValidationEvent, only
 from mgc_dist.files import fingerprint, json_lines
 from mgc_dist.journal import ENVIRONMENT, read_events, read_status
 from mgc_dist.models.folder import BEST_EMA, WEIGHTS, find_exported
+from mgc_dist.scoring import exams
+from mgc_dist.scoring.exams import Exam
 from mgc_dist.scoring.written import BiasReport, EvaluationFigures, Prediction
 
 log = logging.getLogger(__name__)
@@ -219,6 +221,21 @@ class Dossier:
             return []
         lines = json_lines(self.run / "predictions" / f"{self.main[0]}.jsonl")
         return [cast(Prediction, line) for line in lines]
+
+    @cached_property
+    def exam(self) -> tuple[Exam, Path] | None:
+        """An exam of the model, with the folder of its audio; the main evaluation's first."""
+        files = sorted((self.run / "exam").glob("*.json"))
+        name = self.main[0] if self.main else "test"
+        for path in sorted(files, key=lambda path: path.stem != name):
+            try:
+                found = exams.read(path)
+            except UserError as error:
+                log.warning("%s", error)
+                continue
+            if found.weights in self._weights:
+                return found, path.with_suffix("")
+        return None
 
     @cached_property
     def trained_on(self) -> tuple[Path, Manifest] | None:

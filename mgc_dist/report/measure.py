@@ -1,5 +1,7 @@
 """The body of `evaluate`: a run's best model on a split, and its figures in the run folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +77,23 @@ def evaluate(config: EvaluateConfig, meeting: Meeting) -> Evaluation:
         UserError: no model or data there, no genres in common, or a bias table, a map of genres
             or a table of subgroups does not fit.
     """
+    with opened(config, meeting) as (classifier, shards, shared):
+        return _measure(config, classifier, shards, shared, meeting)
+
+
+@contextmanager
+def opened(
+    config: EvaluateConfig, meeting: Meeting
+) -> Iterator[tuple[WaveClassifier, ShardSet, SharedGenres | None]]:
+    """The model, the shards, and their genres in common where they differ (a collective).
+
+    Args:
+        config: which run, on which shards.
+        meeting: of the ranks.
+
+    Raises:
+        UserError: no model or data there, or they do not fit one another.
+    """
     exported = folder.find_exported(config.run, ema=config.ema)
     classifier = folder.load_exported(exported, trust_remote_code=config.trust_remote_code)
     at_hand = fetch.at_hand(config.data or _own_shards(config), config.source)
@@ -86,7 +105,7 @@ def evaluate(config: EvaluateConfig, meeting: Meeting) -> Evaluation:
         _refuse_other(config, classifier, folder.sample_rate_of(exported), shards.manifest)
         genres = shards.manifest.genres
         shared = shared_genres.match(classifier.genres, genres, config.genre_map, shards.folder)
-        return _measure(config, classifier, shards, shared, meeting)
+        yield classifier, shards, shared
 
 
 def _measure(

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from mgc_dist.files import replace_text
-from mgc_dist.report import beside, canvas, gallery, making, verdict
+from mgc_dist.report import beside, canvas, exam_report, gallery, making, verdict
 from mgc_dist.report.dossier import Dossier
 from mgc_dist.report.section import Section
 from mgc_dist.scoring.written import EvaluationFigures
@@ -33,6 +33,7 @@ _BEFORE: tuple[Part, ...] = (
 )
 _AFTER: tuple[Part, ...] = (
     beside.section,
+    exam_report.section,
     making.bias,
     verdict.mistakes,
     making.cost,

@@ -46,6 +46,7 @@ def all_rows(
     width: int,
     progress: Callable[[Iterator[Batch]], Iterator[Batch]] = lambda batches: batches,
     features: Features | None = None,
+    change: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> NDArray[np.float32]:
     """Outputs of every row of a split, on every rank (a collective).
 
@@ -58,6 +59,7 @@ def all_rows(
         width: of the outputs (K).
         progress: wraps the stream of batches, to show how far it is.
         features: given to `forward` in place of waves.
+        change: waves int16 [B, T] and their rows int64 [B], -1 for padding, on the device -> waves.
 
     Returns:
         float32 [rows of the split, width], in row order.
@@ -79,6 +81,7 @@ def all_rows(
         at_once=_LOGITS_AT_ONCE,
         progress=progress,
         features=features,
+        change=change,
     ):
         for found in group:
             place = found.first - first
@@ -97,6 +100,7 @@ def all_batches(
     at_once: int,
     progress: Callable[[Iterator[Batch]], Iterator[Batch]] = lambda batches: batches,
     features: Features | None = None,
+    change: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[list[Outputs]]:
     """Outputs of some batches of a split, on every rank, a few at a time (a collective).
 
@@ -113,6 +117,7 @@ def all_batches(
         at_once: batches that are summed over ranks at a time, and held in memory.
         progress: wraps the stream of batches, to show how far it is.
         features: given to `forward` in place of waves.
+        change: waves int16 [B, T] and their rows int64 [B], -1 for padding, on the device -> waves.
 
     Yields:
         The next batches, in the order of `numbers`, the same on every rank.
@@ -130,7 +135,9 @@ def all_batches(
         turns: list[tuple[Tensor, Tensor]] = []
         last = math.ceil(len(left) / ranks.world) - 1
         for step, item in enumerate(progress(iter(reader))):
-            out = forward(item.input.to(ranks.device, non_blocking=True)).float()  # [B, ...]
+            given = item.input.to(ranks.device, non_blocking=True)
+            given = change(given, item.row.to(ranks.device)) if change else given
+            out = forward(given).float()  # [B, ...]
             turns.append((item.row, out))
             if len(turns) < steps and step < last:
                 continue
