@@ -99,7 +99,7 @@ def test_misspelt_preset_and_flag_name_the_near_miss(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("name", cli.preset_names())
 def test_presets_parse_and_say_what_they_are(name: str) -> None:
-    parse("--preset", name)
+    parse("--preset", name, "--model", "any")
     cli.parse("bias", BiasConfig, ["--preset", name])
     head = (cli.PRESETS / f"{name}.yaml").read_text().split("\n\n")[0]
     for word in ("Purpose:", "Source:", "Cost:", "Expect:", "Command:"):

@@ -32,6 +32,8 @@ Cache = Literal["none", "cnn", "trunk"]
 Schedule = Literal["cosine", "linear", "constant", "inverse-sqrt"]
 CacheDtype = Literal["auto", "fp32", "bf16"]
 
+_YOURS = "?"
+"""What a preset begins a value with that it cannot know; the rest says where to find it."""
 _READERS = Range(minimum=1, maximum=128, cure="the default is good")
 _RATE = Range(minimum=0, maximum=10, cure="1e-5 to 1e-3 is usual")
 _EVERY = Range(above=0, maximum=1_000_000, cure="1 is the smallest usual value")
@@ -119,6 +121,13 @@ class ModelConfig:
         return None if self.lora is None else Lora.parsed(self.lora)
 
     def __post_init__(self) -> None:
+        require(
+            "--model",
+            not self.model.startswith(_YOURS),
+            "a preset that leaves it to you",
+            self.model.removeprefix(_YOURS),
+            "add --model NAME --revision COMMIT, or --model FOLDER",
+        )
         require(
             "--freeze",
             self.freeze in ("none", "feature_encoder", "backbone")
