@@ -22,11 +22,16 @@ def _run(config: ExportConfig) -> None:
     # here, not above: it imports torch, which takes seconds, and --help answers without
     from mgc_dist.models.export import export
 
-    found = export(config.run, config.out, ema=config.ema)
+    found = export(
+        config.run, config.out, ema=config.ema, trust_remote_code=config.trust_remote_code
+    )
+    trust = ", trust_remote_code=True" if found.has_code else ""
     print(
         f"Wrote {found.folder}; load it with "
-        f'transformers.pipeline("audio-classification", model="{found.folder}")'
+        f'transformers.pipeline("audio-classification", model="{found.folder}"{trust})'
     )
+    if found.has_code:
+        print("The model has code of its own: its files and modeling_genre.py, a small class, run.")
 
 
 def main() -> None:
