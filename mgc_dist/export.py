@@ -22,14 +22,18 @@ def _run(config: ExportConfig) -> None:
     # here, not above: it imports torch, which takes seconds, and --help answers without
     from mgc_dist.models.export import export
 
-    found = export(config.run, config.out, ema=config.ema)
+    found = export(
+        config.run, config.out, ema=config.ema, trust_remote_code=config.trust_remote_code
+    )
     trust = ", trust_remote_code=True" if found.has_code else ""
     print(
         f"Wrote {found.folder}; load it with "
         f'transformers.pipeline("audio-classification", model="{found.folder}"{trust})'
     )
     if found.has_code:
-        print("Its head is one that transformers does not have: pooling.py in that folder holds it")
+        print(
+            "The folder holds code that runs then: that of the model, or pooling.py for its head."
+        )
 
 
 def main() -> None:

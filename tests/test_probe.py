@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_ranks
+from layouts import SMALL, write_mert, write_mert2
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from sklearn.preprocessing import StandardScaler
 from test_bias import killed_after
-from test_custom import SMALL, write_mert
 from test_families import write
 from transformers import AutoModelForAudioClassification, HubertConfig, HubertModel
 
@@ -157,12 +157,21 @@ def test_code_of_ones_own_is_probed_if_it_gives_states(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = HubertModel(HubertConfig(**SMALL)).eval()
     with torch.no_grad():
-        states = theirs(normalise(wave), output_hidden_states=True).hidden_states
-    torch.testing.assert_close(built(wave), torch.stack([each.mean(1) for each in states], dim=1))
-    silent = write_mert(tmp_path / "silent")
-    code = silent / "modeling_MERT.py"
+        *states, last = theirs(normalise(wave), output_hidden_states=True).hidden_states
+    wanted = [each.mean(1) for each in (*states, last * (1 + 2 + 3 + 4))]  # its own forward's
+    torch.testing.assert_close(built(wave), torch.stack(wanted, dim=1))
+    second = build_probed(
+        str(write_mert2(tmp_path / "MERT2")), ("a", "b"), trust_remote_code=True, **settings
+    )
+    assert second(wave).shape == (2, 3, 16)
+    silent = write_mert2(tmp_path / "silent")
+    code = silent / "modeling_mert2.py"
+    layers = "(Layer(config) for _ in range(config.num_hidden_layers))"
+    told = code.read_text().replace(f"nn.ModuleList{layers}", f"nn.Sequential(*{layers})")
     code.write_text(
-        code.read_text().replace("return found", "found.hidden_states = None; return found")
+        told.replace(", output_hidden_states=False):", "):").replace(
+            "states if output_hidden_states else None", "None"
+        )
     )
     with pytest.raises(UserError, match=r"gives no hidden states.*\n.*mgc train --freeze backbone"):
         build_probed(str(silent), ("a", "b"), trust_remote_code=True, **settings)

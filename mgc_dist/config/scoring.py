@@ -195,6 +195,8 @@ class ExportConfig:
     """Folder to write; must not exist or be empty."""
     ema: bool = False
     """Take the averaged weights, RUN/best-ema."""
+    trust_remote_code: bool = False
+    """Run the code that lies beside the model's weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ Such code is a stranger's. It runs only with `--trust-remote-code`, and only the
 of one commit of the hub, or of a folder, whose hash is part of a run's identity.
 """
 
-import copy
 import fcntl
 import hashlib
 import json
@@ -13,53 +12,21 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForAudioClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_class_from_dynamic_module
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
 
 from mgc_dist.errors import UserError
 from mgc_dist.models import load_errors, pooling
-
-_PROJECTED = 256
-"""Width of the head's first layer: `classifier_proj_size` of wav2vec2."""
-
-
-class CustomAudioClassifier(PreTrainedModel):  # type: ignore[misc]
-    """A model of foreign code under the head of wav2vec2's classifiers.
-
-    Only who trusts the code may construct it: it imports the class that the configuration names.
-    """
-
-    base_model_prefix = "backbone"
-    main_input_name = "input_values"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        own = copy.deepcopy(config)  # what follows chooses an attention for all
-        super().__init__(config)
-        reference = config.auto_map["AutoModel"].rpartition("--")[2]
-        self.backbone = _class(reference, config.name_or_path, config.code_revision)(own)
-        self.projector = nn.Linear(config.hidden_size, _PROJECTED)
-        self.classifier = nn.Linear(_PROJECTED, config.num_labels)
-        self.post_init()
-
-    def forward(self, input_values: Tensor) -> SequenceClassifierOutput:
-        """Waves [B, T] -> logits [B, K]."""
-        hidden = self.backbone(input_values).last_hidden_state  # [B, F, D]
-        pooled = self.projector(hidden).mean(dim=1)  # [B, 256]
-        return SequenceClassifierOutput(logits=self.classifier(pooled))
+from mgc_dist.models.wrapped import CustomAudioClassifier, class_of
 
 
 def read_config(
@@ -88,7 +55,7 @@ def read_config(
         raise load_errors.explained(name, error) from error
     if not is_custom(config):
         return config
-    config.code_revision = None if Path(name).is_dir() else revision
+    config.code_revision = None if Path(name).is_dir() else revision  # as `class_of` wants it
     if "AutoModel" not in config.auto_map:
         raise UserError(
             f"model {name}",
@@ -96,7 +63,25 @@ def read_config(
             expected="AutoModel in `auto_map` of its config.json",
             cure="choose another model",
         )
+    with _one_at_a_time(True):
+        try:
+            class_of(config)
+        except Exception as error:  # whatever a stranger's code may raise
+            raise load_errors.failed(name, "when it is imported", error) from error
     return config
+
+
+def built(config: PretrainedConfig, name: str) -> PreTrainedModel:
+    """A model of foreign code, with random weights.
+
+    Raises:
+        UserError: its code fails.
+    """
+    try:
+        found: PreTrainedModel = loader(config)(config)
+        return found
+    except Exception as error:  # whatever a stranger's code may raise
+        raise load_errors.failed(name, "when it is built", error) from error
 
 
 def is_custom(config: PretrainedConfig) -> bool:
@@ -172,16 +157,6 @@ def _refuse_unpinned(name: str, revision: str | None) -> None:
                 f"'*.py' --local-dir models/own; take `{owner}--` out of models/own/config.json, "
                 "read the code, and give models/own as the model",
             )
-
-
-@cache
-def _class(reference: str, name: str, commit: str | None) -> type[PreTrainedModel]:
-    """A class of foreign code; kept, for the folder may move while a run goes on."""
-    with _one_at_a_time(True):
-        found: type[PreTrainedModel] = get_class_from_dynamic_module(
-            reference, name, revision=commit, code_revision=commit
-        )
-    return found
 
 
 @contextmanager

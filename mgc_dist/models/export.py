@@ -1,5 +1,6 @@
 """The best model of a run as a folder for transformers, with a card that says what it is."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from mgc_dist.config import TrainConfig
 from mgc_dist.errors import UserError
 from mgc_dist.files import replace_text, replacing_folder
 from mgc_dist.journal import read_environment
-from mgc_dist.models import custom, exported, folder, pooling
+from mgc_dist.models import custom, exported, folder, pooling, wrapped
 
 CARD = """---
 pipeline_tag: audio-classification
@@ -50,6 +51,13 @@ classify({{"array": wave, "sampling_rate": {sample_rate}}})
 - loss: {loss}; main model: {model}
 - data set: {dataset_id}
 """
+CARD_WITH_CODE = CARD.replace(
+    "GenreClassifier()", "GenreClassifier(trust_remote_code=True)"
+).replace(
+    "## A file of any length",
+    "The model has code of its own, which lies here in .py files: read it, then trust it. "
+    "`modeling_genre.py`\nputs the head of mgc_dist on it.\n\n## A file of any length",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +67,7 @@ class Export:
     Attributes:
         folder: that transformers loads.
         temperature: that its last layer was divided by; None if by none.
-        has_code: whether transformers must be told to trust the class of its head.
+        has_code: whether transformers runs code that lies in it.
     """
 
     folder: Path
@@ -67,13 +75,14 @@ class Export:
     has_code: bool
 
 
-def export(run: Path, out: Path, *, ema: bool = False) -> Export:
+def export(run: Path, out: Path, *, ema: bool = False, trust_remote_code: bool = False) -> Export:
     """Copy the best model of a run, with a card and with what predicts whole files.
 
     Args:
         run: the run folder.
         out: a new or empty folder.
         ema: take the averaged weights.
+        trust_remote_code: run code that lies beside the weights.
 
     Raises:
         UserError: no best model in the run, one that transformers cannot load, or a folder with
@@ -88,15 +97,17 @@ def export(run: Path, out: Path, *, ema: bool = False) -> Export:
             cure="choose another name",
         )
     own_head = pooling.is_marked(source)
-    if custom.has_code(source) and not own_head:
-        raise _needs_our_code(run, source, "a model with code of its own")
-    classifier = folder.load_exported(source)  # refuses a folder that lacks weights
-    if classifier.needs_our_code and not own_head:
+    has_code = custom.has_code(source) and not own_head
+    classifier = folder.load_exported(source, trust_remote_code=trust_remote_code)
+    if has_code and pooling.is_headed(classifier.net):
+        raise _needs_our_code(run, source, "a model with code of its own under a head of ours")
+    if classifier.needs_our_code and not (has_code or own_head):
         raise _needs_our_code(run, source, classifier.net.config.model_type)
+    card = CARD_WITH_CODE if has_code else CARD
     trained = cli.parse("train", TrainConfig, ["--config", str(run / "config.yaml")])
     environment = read_environment(run)
     sample_rate, temperature = folder.sample_rate_of(source), classifier.temperature
-    card = CARD.format(
+    text = card.format(
         name=out.name,
         seconds=classifier.segment_samples / sample_rate,
         sample_rate=sample_rate,
@@ -108,7 +119,7 @@ def export(run: Path, out: Path, *, ema: bool = False) -> Export:
         loss=trained.objective.description,
         model=trained.main.model,
         dataset_id=environment["dataset_id"],
-        trust=", trust_remote_code=True" if own_head else "",
+        trust=", trust_remote_code=True" if has_code or own_head else "",
         head="Its head is in `pooling.py` in this folder, which `trust_remote_code=True` runs."
         if own_head
         else "",
@@ -119,8 +130,24 @@ def export(run: Path, out: Path, *, ema: bool = False) -> Export:
         else:
             folder.save_calibrated(classifier, aside, sample_rate)
         shutil.copyfile(Path(exported.__file__), aside / "genre.py")
-        replace_text(aside / "README.md", card)
-    return Export(folder=out, temperature=temperature, has_code=own_head)
+        if has_code:
+            _add_class(aside)
+        replace_text(aside / "README.md", text)
+    return Export(folder=out, temperature=temperature, has_code=has_code or own_head)
+
+
+def _add_class(folder: Path) -> None:
+    """Put the class beside the weights with which transformers loads foreign code and our head."""
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    file, _, config = written["auto_map"]["AutoConfig"].rpartition(".")
+    bound = (
+        f"\n\nfrom .{file} import {config}  # noqa: E402\n\n"  # transformers compares the two
+        f"CustomAudioClassifier.config_class = {config}\n"
+    )
+    code = Path(wrapped.__file__).read_text(encoding="utf-8") + bound
+    replace_text(folder / "modeling_genre.py", code)
+    written["auto_map"]["AutoModelForAudioClassification"] = "modeling_genre.CustomAudioClassifier"
+    replace_text(folder / "config.json", json.dumps(written, indent=2) + "\n")
 
 
 def _needs_our_code(run: Path, source: Path, kind: str) -> UserError:

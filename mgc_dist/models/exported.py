@@ -30,6 +30,7 @@ class GenreClassifier:
         hop_s: seconds from the start of a segment to that of the next one.
         batch: segments at a time.
         device: of torch.
+        trust_remote_code: run the code that lies beside the weights, where there is some.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class GenreClassifier:
         hop_s: float = 1.5,
         batch: int = 16,
         device: str = "cpu",
+        trust_remote_code: bool = False,
     ) -> None:
         self._extractor = AutoFeatureExtractor.from_pretrained(str(folder))
-        beside = Path(folder).resolve() == Path(__file__).resolve().parent
+        own_head = Path(folder, "pooling.py").is_file()
+        beside = own_head and Path(folder).resolve() == Path(__file__).resolve().parent
         model = AutoModelForAudioClassification.from_pretrained(
-            str(folder),
-            trust_remote_code=beside,  # pooling.py, for some heads
+            str(folder), trust_remote_code=trust_remote_code or beside
         )
         self._model, self._device = model.eval().to(device), device
         self._rate = int(self._extractor.sampling_rate)

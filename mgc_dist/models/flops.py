@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mgc_dist.models.foreign import unchanged
 from mgc_dist.models.kind import Cut
 from mgc_dist.models.main import WaveClassifier
+from mgc_dist.models.wrapped import CustomAudioClassifier
 
 _OF_INPUTS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 """Products without a weight: attention's scores, and what they weigh."""
@@ -102,13 +104,19 @@ def count(model: WaveClassifier, segment_samples: int) -> SegmentFlops:
     """Work out the FLOP of a segment, before ZeRO partitions the weights.
 
     torch's counter watches a forward pass on the meta device, where nothing is computed; what the
-    backward pass needs follows from what is trained.
+    backward pass needs follows from what is trained. Code that is not ours may look at numbers, and
+    then gets some, of one segment.
 
     Args:
         model: with its frozen parts marked; on any device, the meta device too.
         segment_samples: T.
     """
-    counted, live = _forward_on_meta(model, segment_samples)
+    try:
+        counted, live = _forward_on(torch.device("meta"), model, segment_samples)
+    except Exception:  # whatever a stranger's code may raise
+        if not isinstance(model.net, CustomAudioClassifier) or model.net.device.type == "meta":
+            raise
+        counted, live = _forward_on(model.net.device, model, segment_samples)
     own = {name: Counter(products) for name, products in counted.items()}
     for name, products in counted.items():
         above = name.rpartition(".")[0]
@@ -149,8 +157,8 @@ def _backward(products: "Counter[object]", module: nn.Module, *, live: bool, fus
     return flops
 
 
-def _forward_on_meta(
-    model: WaveClassifier, segment_samples: int
+def _forward_on(
+    device: torch.device, model: WaveClassifier, segment_samples: int
 ) -> tuple[dict[str, dict[object, int]], dict[nn.Module, bool]]:
     """Products of each module and all in it, and whether a gradient flows to its input."""
     live: dict[nn.Module, bool] = {}
@@ -160,12 +168,13 @@ def _forward_on_meta(
         live[module] = any(x.requires_grad for x in given)
 
     shapes = {
-        name: torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+        name: tensor.detach().to(device).requires_grad_(tensor.requires_grad)
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
-    wave = torch.empty((1, segment_samples), dtype=torch.int16, device="meta")
+    wave = torch.zeros((1, segment_samples), dtype=torch.int16, device=device)
     config, trains = model.net.config, model.training
     with ExitStack() as kept:
+        kept.enter_context(unchanged(model))
         kept.callback(model.train, trains)
         model.train()  # else the feature encoder does not mark its input
         if hasattr(config, "apply_spec_augment"):
@@ -175,7 +184,7 @@ def _forward_on_meta(
             kept.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
         kept.enter_context(torch.random.fork_rng(devices=[]))
         kept.enter_context(torch.enable_grad())
-        kept.enter_context(torch.device("meta"))  # SEW-D makes scalars, on no device of its input's
+        kept.enter_context(device)  # SEW-D makes scalars, on no device of its input's
         kept.enter_context(sdpa_kernel(SDPBackend.MATH))  # the counter does not know all others
         counter = kept.enter_context(FlopCounterMode(display=False))
         gain = {"with_gain": model.gain is not None}

@@ -3,7 +3,6 @@
 With its neighbours the only modules that know transformers.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -13,7 +12,7 @@ from pickle import UnpicklingError
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoFeatureExtractor,
     PretrainedConfig,
@@ -24,6 +23,7 @@ from transformers import (
 from mgc_dist.config.identity import OLD_MODEL
 from mgc_dist.errors import UserError
 from mgc_dist.models import load_errors
+from mgc_dist.models.wrapped import CustomAudioClassifier, remake_unsaved
 
 _ADAPTERS = "adapter_config.json"
 _UNREADABLE = (OSError, ValueError, LookupError, EOFError, SafetensorError, UnpicklingError)
@@ -97,13 +97,17 @@ def load(
             revision=revision or "main",
             **settings,
         )
-    except (*_UNREADABLE, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+    except (*_UNREADABLE, RuntimeError, AttributeError, TypeError) as error:
+        if kind is CustomAudioClassifier and not isinstance(error, _UNREADABLE):
+            raise load_errors.failed(name, "when it is built", error) from error
+        is_unreadable = isinstance(error, _UNREADABLE) or "PytorchStreamReader" in str(error)
+        if not is_unreadable:
             raise  # memory may be short
         raise load_errors.explained(name, error) from error
     if getattr(net, "_hf_peft_config_loaded", False):
         raise _has_adapters(name)
-    _remake_unsaved(net)
+    if kind is not CustomAudioClassifier:  # which does so itself
+        remake_unsaved(net)
     missing = set(info["missing_keys"]) | {item[0] for item in info["mismatched_keys"]}
     return net, missing
 
@@ -116,34 +120,6 @@ def _has_adapters(name: str) -> UserError:
         expected="a whole model; --lora makes adapters of its own",
         cure=f"merge them (peft's merge_and_unload), or take {_ADAPTERS} out of a copy",
     )
-
-
-def _remake_unsaved(net: PreTrainedModel) -> None:
-    """Give a loaded model the tensors that no checkpoint holds, as its own code makes them.
-
-    transformers builds on the meta device, where nothing has a value. What is neither a weight nor
-    a saved buffer, such as the table of a rotary embedding, then holds whatever lay in memory.
-    """
-    saved = set(net.state_dict())
-    unsaved = [name for name in _tensors(net) if name not in saved]
-    if not unsaved:
-        return
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(0)
-        made = _tensors(type(net)(copy.deepcopy(net.config)))
-    for name in unsaved:
-        owner, _, own_name = name.rpartition(".")
-        setattr(net.get_submodule(owner), own_name, made[name].detach())
-
-
-def _tensors(net: nn.Module) -> dict[str, Tensor]:
-    """Buffers and plain attributes of all modules, by name."""
-    return {
-        f"{owner}.{name}".removeprefix("."): value
-        for owner, module in net.named_modules()
-        for name, value in (vars(module) | module._buffers).items()
-        if isinstance(value, Tensor)
-    }
 
 
 def feature_extractor(

@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 from mgc_dist.models import custom, hub
 from mgc_dist.models.bands import LAYOUTS, BandsKind
 from mgc_dist.models.cnn import CnnConfig, LogMelCnnKind
+from mgc_dist.models.foreign import ForeignKind, is_of_wav2vec2
 from mgc_dist.models.masks import RowMasks
 from mgc_dist.models.pooling import ATTENTION
 from mgc_dist.models.wav2vec2 import Wav2Vec2Kind
+from mgc_dist.models.wrapped import CustomAudioClassifier
 
 _NO_EFFECT = (
     *("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id"),
@@ -156,11 +158,13 @@ KINDS: dict[str, Callable[[PreTrainedModel], Kind]] = {
     CnnConfig.model_type: LogMelCnnKind,
     **dict.fromkeys(LAYOUTS, BandsKind),
 }
-"""By `model_type`; what is not here is of wav2vec2's family."""
+"""By `model_type`; what is not here is of wav2vec2's family, or foreign code."""
 
 
 def kind_of(net: PreTrainedModel) -> Kind:
     """The adapter of a model."""
+    if isinstance(net, CustomAudioClassifier) and not is_of_wav2vec2(net.backbone):
+        return ForeignKind(net)
     return KINDS.get(net.config.model_type, Wav2Vec2Kind)(net)
 
 

@@ -43,6 +43,18 @@ def explained(name: str, error: Exception) -> UserError:
     return found or _of_content(name, error)
 
 
+def failed(name: str, when: str, error: Exception) -> UserError:
+    """What to say of an error in code that is not ours."""
+    told = " ".join(str(error).split())[:200]
+    return UserError(
+        f"--model {name}",
+        got=f"{type(error).__name__} of its own code {when}: {told}",
+        expected="code that works with this version of transformers and segments of this length",
+        cure="see its page for the version that it needs; else pack longer segments, or choose "
+        "another model",
+    )
+
+
 def _of_folder(folder: Path, error: Exception) -> UserError | None:
     """What is wrong with a folder by its files; None if nothing is to be seen there."""
     best = folder / "best"

@@ -75,6 +75,7 @@ def _layers(kind: Kind, frozen: Sequence[nn.Module]) -> list[str]:
         for name, module in kind.net.named_modules()
         if isinstance(module, nn.Linear)
         and id(module) in below
+        and module.weight.requires_grad
         and name.rpartition(".")[2] not in kind.never_called
     ]
 

@@ -26,7 +26,7 @@ from mgc_dist.cluster.ranks import seed_everything
 from mgc_dist.config.head import HeadConfig
 from mgc_dist.config.lora import Lora
 from mgc_dist.errors import UserError
-from mgc_dist.models import custom, hub, pooling
+from mgc_dist.models import custom, foreign, hub, pooling
 from mgc_dist.models.augment import Augment
 from mgc_dist.models.bands import MEAN, SCALE
 from mgc_dist.models.cnn import CnnConfig
@@ -34,6 +34,7 @@ from mgc_dist.models.draws import crop, spaced
 from mgc_dist.models.hub import standardised
 from mgc_dist.models.kind import Kind, kind_of, open_boundary
 from mgc_dist.models.lora import adapt
+from mgc_dist.models.wrapped import CustomAudioClassifier
 
 log = logging.getLogger(__name__)
 
@@ -525,7 +526,9 @@ def _with_head(name: str, config: PretrainedConfig, head: HeadConfig) -> Pretrai
 def _from_config(name: str, config: PretrainedConfig) -> PreTrainedModel:
     try:
         net: PreTrainedModel = (
-            kind.from_config(config)
+            custom.built(config, name)
+            if custom.is_custom(config)
+            else kind.from_config(config)
             if (kind := custom.loader(config)) is AutoModelForAudioClassification
             else kind(config)
         )
@@ -556,6 +559,8 @@ def _make_ready(
     lora: Lora | None,
 ) -> list[nn.Module]:
     """Refuse a model that does not fit, freeze and adapt parts of it; return what has eval mode."""
+    if isinstance(kind.net, CustomAudioClassifier):
+        foreign.look(kind.net, kind.base, name, segment_samples)
     kind.refuse_unfit(name, segment_samples)
     kind.fit(segment_samples)
     frozen = kind.freeze(freeze, frozen_layers)
@@ -564,9 +569,21 @@ def _make_ready(
         adapt(kind, lora, frozen)
     _refuse_trained_batch_norm(name, kind.net, frozen)
     if activation_checkpointing:
-        # the reentrant kind drops gradients above a frozen prefix, silently
-        kind.net.activation_checkpointing_enable({"use_reentrant": False})
+        _recompute_activations(name, kind.net)
     return frozen
+
+
+def _recompute_activations(name: str, net: PreTrainedModel) -> None:
+    """Activation checkpointing; the reentrant kind drops gradients above a frozen prefix."""
+    try:
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:  # "... is not compatible with gradient checkpointing."
+        raise UserError(
+            f"--activation-checkpointing with --model {name}",
+            got="code that has none",
+            expected="a model whose layers can recompute their activations",
+            cure="leave it out; a smaller --micro-batch takes less memory too",
+        ) from error
 
 
 def _refuse_trained_batch_norm(name: str, net: PreTrainedModel, frozen: list[nn.Module]) -> None:

@@ -9,7 +9,8 @@ dropout above it draws the same numbers with a cache and without one.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -62,21 +63,7 @@ class Wav2Vec2Kind:
 
     def states(self, x: Tensor) -> Sequence[Tensor]:
         """Hidden states by layer, L times [B, F, D]; code of one's own may give none."""
-        states: Sequence[Tensor] | None
-        try:
-            states = self.base(x, output_hidden_states=True).hidden_states
-        except (TypeError, AttributeError) as error:
-            if "hidden_states" not in str(error):
-                raise
-            states = None
-        if states is None:
-            raise UserError(
-                f"--model {self.net.config.name_or_path}",
-                got="a model that gives no hidden states",
-                expected="one whose forward() takes output_hidden_states=True",
-                cure="choose another model, or train a head: mgc train --freeze backbone",
-            )
-        return states
+        return states_of(self.net, x, _layers(self.net))
 
     def take(self, extractor: Any) -> bool:  # noqa: ANN401 - of transformers
         """Whether waves are normalised."""
@@ -160,6 +147,46 @@ class Wav2Vec2Kind:
         return applies_masks(config) and config.mask_time_prob > 0
 
 
+def states_of(net: PreTrainedModel, x: Tensor, layers: Iterable[nn.Module]) -> Sequence[Tensor]:
+    """Hidden states by layer: the model's inputs -> L times [B, F, D].
+
+    Code that calls its encoder itself, as MERT v1 does, gets no states from transformers 5: they
+    are then what each layer is given, and what comes out in the end.
+
+    Args:
+        net: an audio classifier.
+        x: the model's inputs.
+        layers: of its encoder.
+
+    Raises:
+        UserError: there are none.
+    """
+    given: list[Tensor] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given.append(inputs[0] if inputs else named["hidden_states"])
+
+    with ExitStack() as kept:
+        for layer in layers:
+            kept.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
+        try:
+            found = net.base_model(x, output_hidden_states=True)
+        except TypeError as error:
+            if "hidden_states" not in str(error):
+                raise
+            given.clear()
+            found = net.base_model(x)
+    states: Sequence[Tensor] | None = getattr(found, "hidden_states", None)
+    if states is None and not given:
+        raise UserError(
+            f"--model {net.config.name_or_path}",
+            got="a model that gives no hidden states, and whose layers cannot be told",
+            expected="one whose forward() takes output_hidden_states=True",
+            cure="choose another model, or train a head: mgc train --freeze backbone",
+        )
+    return states or [*given, found.last_hidden_state]
+
+
 class Wav2Vec2Cut:
     """Where the model is cut in two (`mgc_dist.models.kind.Cut`).
 
@@ -180,6 +207,9 @@ class Wav2Vec2Cut:
     def refuse_inexact(self, at: str, flag: str) -> None:
         """Refuse what draws random numbers below, or reads more than the boundary."""
         base, config = self.net.base_model, self.net.config
+        if at != "backbone" and hasattr(base, "feature_extractor_cqt"):
+            got = "a model that reads waves a second time, for a constant-Q transform"
+            raise hub.inexact(flag, got, "--cache trunk with --freeze backbone, or --cache none")
         if at == "cnn":
             return
         if getattr(config, "use_weighted_layer_sum", False):

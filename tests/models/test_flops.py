@@ -102,6 +102,14 @@ def test_every_family_as_torch_counts_it(
     assert 0 < forward < own.training
 
 
+def test_a_count_leaves_no_table_of_its_own(tmp_path: Path) -> None:
+    """Rotary positions keep theirs for the next segment, and the count's has no numbers."""
+    kind = {"model_type": "wav2vec2-conformer", "position_embeddings_type": "rotary"}
+    model = build_tiny(write_model(tmp_path / "m.json", **kind), freeze="backbone")
+    flops.count(model, 8000)
+    assert model(torch.zeros(2, 8000, dtype=torch.int16)).isfinite().all()
+
+
 @pytest.mark.parametrize("size", ["base", "large"])
 @pytest.mark.parametrize("freeze", ["none", "feature_encoder", "half", "backbone"])
 def test_both_sizes_as_torch_counts_them(size: str, freeze: str, tmp_path: Path) -> None:
