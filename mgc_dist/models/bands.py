@@ -17,7 +17,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from mgc_dist.models import fbank, hub
+from mgc_dist.models import cut, fbank, hub
 from mgc_dist.models.masks import RowMasks, applies_masks
 from mgc_dist.models.pooling import pooled
 
@@ -239,14 +239,14 @@ class BandsKind:
 
     def freeze(self, freeze: str, frozen_layers: int | None) -> list[nn.Module]:
         """Freeze; bands carry no gradient, so the backward pass ends where training does."""
-        base, layout, layers = self.base, self._layout, self._layers
+        base, layout, layers = self.base, self._layout, self.layers
         filler = getattr(base, "masked_spec_embed", None)
         if filler is not None and (not self._masks_time or frozen_layers is not None):
             filler.requires_grad_(False)  # unused: ZeRO-3 repeats its last gradient
-        names: tuple[str, ...] = {"none": (), "feature_encoder": layout.encoder}.get(
-            freeze, layout.before
-        )
-        parts = [base.get_submodule(each) for each in names if _has(base, each)]
+        parts = list(self.before.values())
+        if freeze in ("none", "feature_encoder"):
+            names = layout.encoder if freeze == "feature_encoder" else ()
+            parts = [base.get_submodule(each) for each in names]
         if freeze == "backbone":
             parts = [base]
         elif frozen_layers is not None:
@@ -276,8 +276,8 @@ class BandsKind:
         """0 for the last layer and what follows it; all for what lies below the first one."""
         part = self.part_of(name)
         if part.startswith("layer "):
-            return len(self._layers) - 1 - int(part.removeprefix("layer "))
-        return len(self._layers) if part in ("feature_extractor", "embeddings") else 0
+            return len(self.layers) - 1 - int(part.removeprefix("layer "))
+        return len(self.layers) if part in ("feature_extractor", "embeddings") else 0
 
     @property
     def _masks_time(self) -> bool:
@@ -285,14 +285,21 @@ class BandsKind:
         return self.masks is not None and applies_masks(config) and config.mask_time_prob > 0
 
     @property
-    def _layers(self) -> nn.ModuleList:
+    def before(self) -> dict[str, nn.Module]:
+        """All that lies below the first layer, by name."""
+        names = [each for each in self._layout.before if _has(self.base, each)]
+        return {each: self.base.get_submodule(each) for each in names}
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Its encoder's layers, the lowest first."""
         layers = self.base.get_submodule(self._layout.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
 
 
 class BandsCut:
-    """Where the model is cut in two (`mgc_dist.models.kind.Cut`): below the head only.
+    """Where the model is cut in two (`mgc_dist.models.kind.Cut`): at a layer, or below the head.
 
     Args:
         kind: of the model.
@@ -302,15 +309,21 @@ class BandsCut:
         self._kind = kind
 
     def is_below(self, part: str, at: str) -> bool:
-        """All but the head."""
-        return part != "head"
+        """Layers are counted from 0: `layers:N` has the first N below."""
+        if at == "backbone":
+            return part != "head"
+        layer = re.fullmatch(r"layer (\d+)", part)
+        before = part in ("feature_extractor", "embeddings")
+        return int(layer[1]) < cut.layers_below(at) if layer else before
 
     def refuse_inexact(self, at: str, flag: str) -> None:
-        """Refuse all boundaries but the one below the head."""
+        """Refuse the bands' first convolutions, masks below, and a head that reads all layers."""
         config = self._kind.net.config
+        if at == "cnn":
+            got = f"{config.model_type}, whose first convolutions cost less than to read them"
+            raise hub.inexact(flag, got, "--cache trunk with --freeze layers:N, or --cache none")
         if at != "backbone":
-            got = f"{config.model_type}, which is cut below its head only"
-            raise hub.inexact(flag, got, "--cache trunk with --freeze backbone, or --cache none")
+            cut.refuse_masks(config, flag)
         if config.to_dict().get("use_weighted_layer_sum"):
             raise hub.inexact(flag, "a head that reads the states of all layers", "--cache none")
 
@@ -319,20 +332,44 @@ class BandsCut:
 
     def below(self, at: str, x: Tensor) -> Tensor:
         """What the head gets: the model's inputs -> [B, F, D]; of AST two tokens, or all states."""
-        states: Tensor = self._kind.base(x).last_hidden_state  # [B, F, D]
-        net = self._kind.net
+        base, net = self._kind.base, self._kind.net
+        if at != "backbone":
+            return cut.until(self._kind.layers[cut.layers_below(at) - 1], lambda: base(x))
+        states: Tensor = base(x).last_hidden_state  # [B, F, D]
         reads_all = hasattr(net, "projector") or hasattr(net, "attention")
         return states if reads_all else states[:, :2]
 
     def above(self, at: str, hidden: Tensor) -> Tensor:
-        """The head: [B, F, D] -> logits [B, K]."""
+        """What the rest makes of it: [B, F, D] -> logits [B, K]."""
         net = self._kind.net
+        if at != "backbone":
+            hidden = self._above_layers(cut.through(self._encoder, cut.layers_below(at), hidden))
         logits: Tensor = net.classifier(pooled(net, hidden))  # [B, K]
         return logits
 
     def modules_below(self, at: str) -> dict[str, nn.Module]:
         """The modules whose weights decide what lies at a boundary, by name."""
-        return {"backbone": self._kind.base}
+        if at == "backbone":
+            return {"backbone": self._kind.base}
+        layers = self._kind.layers[: cut.layers_below(at)]
+        return self._kind.before | {f"layer {n}": layer for n, layer in enumerate(layers)}
+
+    @property
+    def _encoder(self) -> Any:  # noqa: ANN401 - of transformers
+        """The module that has the layers."""
+        base: Any = self._kind.base
+        return base if hasattr(base, "layers") else base.encoder
+
+    def _above_layers(self, hidden: Tensor) -> Tensor:
+        """What a family does with the last layer's states: [B, F, D] -> [B, F, D]."""
+        base: Any = self._kind.base
+        for name in ("layernorm", "layer_norm"):  # AST's, Whisper's
+            if hasattr(base, name):
+                normed: Tensor = getattr(base, name)(hidden)
+                return normed
+        if base.intermediate_ffn:
+            hidden = hidden + 0.5 * base.intermediate_ffn(hidden)
+        return hidden if base.adapter is None else base.adapter(hidden)
 
 
 def _has(module: nn.Module, name: str) -> bool:

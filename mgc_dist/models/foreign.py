@@ -270,10 +270,12 @@ class ForeignCut:
         return part != "head"
 
     def refuse_inexact(self, at: str, flag: str) -> None:
-        """Refuse all boundaries but the one below the head."""
+        """Refuse all boundaries but the one below the head, and a head that reads all layers."""
         if at != "backbone":
             got = f"{self._net.config.model_type}, whose own code only calls it as a whole"
             raise hub.inexact(flag, got, "--cache trunk with --freeze backbone, or --cache none")
+        if self._net.config.to_dict().get("use_weighted_layer_sum"):
+            raise hub.inexact(flag, "a head that reads the states of all layers", "--cache none")
 
     def open_at(self, at: str) -> None:
         """Nothing to do: `above` calls the head alone."""

@@ -6,7 +6,8 @@ transformers runs it with `trust_remote_code=True`, and without that refuses to 
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,16 +105,56 @@ def _headed(plain: Any) -> Any:  # noqa: ANN401 - a class of transformers
             if hasattr(self, "projector") and not self.sums:
                 return super().forward(*given, **named)
             inputs = given[0] if given else named[self.main_input_name]
-            found = self.base_model(inputs, output_hidden_states=self.sums)
-            hidden = found.last_hidden_state  # [B, F, D]
             if self.sums:
-                hidden = _summed(found.hidden_states, self.layer_weights)
+                states = states_of(self, inputs, _layers_of(self))
+                hidden = _summed(states or [], self.layer_weights)  # [B, F, D]
                 norm = getattr(self.base_model, "layernorm", None)  # of AST, behind its last layer
                 hidden = norm(hidden) if norm else hidden
+            else:
+                hidden = self.base_model(inputs).last_hidden_state  # [B, F, D]
             return SequenceClassifierOutput(logits=self.classifier(pooled(self, hidden)))
 
     Headed.__name__ = plain.__name__  # a pipeline reports others, which it then takes all the same
     return Headed
+
+
+def states_of(
+    net: PreTrainedModel, x: Tensor, layers: Iterable[nn.Module]
+) -> Sequence[Tensor] | None:
+    """Hidden states by layer, L times [B, F, D]; None where they cannot be told.
+
+    Code that calls its encoder itself, as MERT v1 does, gets no states from transformers 5: they
+    are then what each layer is given, and what comes out in the end.
+
+    Args:
+        net: an audio classifier.
+        x: the model's inputs.
+        layers: of its encoder.
+    """
+    given: list[Tensor] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given.append(inputs[0] if inputs else named["hidden_states"])
+
+    with ExitStack() as kept:
+        for layer in layers:
+            hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+            kept.callback(hook.remove)
+        try:
+            found = net.base_model(x, output_hidden_states=True)
+        except TypeError as error:
+            if "hidden_states" not in str(error):
+                raise
+            given.clear()
+            found = net.base_model(x)
+    states: Sequence[Tensor] | None = getattr(found, "hidden_states", None)
+    return states or ([*given, found.last_hidden_state] if given else None)
+
+
+def _layers_of(net: PreTrainedModel) -> Iterable[nn.Module]:
+    """Those of a model's encoder: the list of as many modules as its configuration says."""
+    lists = (module for module in net.base_model.modules() if type(module) is nn.ModuleList)
+    return next((each for each in lists if len(each) == net.config.num_hidden_layers), ())
 
 
 def _add_parts(net: Any, config: PretrainedConfig) -> None:  # noqa: ANN401

@@ -10,7 +10,6 @@ dropout above it draws the same numbers with a cache and without one.
 
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mgc_dist.errors import UserError
-from mgc_dist.models import hub
+from mgc_dist.models import cut, hub, pooling
 from mgc_dist.models.masks import RowMasks, applies_masks
 
-_CALLED_AS_A_WHOLE = ("sew", "sew-d", "wav2vec2-conformer")
-"""Their layers see other frames than the head, or get positions that their encoder makes."""
 _ADAPTED: dict[str, tuple[str, ...]] = {
     "sew-d": ("query_proj", "value_proj"),
     "wav2vec2-conformer": ("linear_q", "linear_v"),
@@ -126,6 +123,8 @@ class Wav2Vec2Kind:
                 return part
         if f".{self.net.base_model_prefix}.layer_norm." in name:
             return "feature_projection"  # of SEW, which has its norm beside it
+        if ".encoder.upsample." in name:
+            return "upsampling"
         layer = re.search(r"\.encoder\.(?:layers|encoder\.layer)\.(\d+)\.", name)
         if layer:
             return f"layer {layer[1]}"
@@ -137,9 +136,8 @@ class Wav2Vec2Kind:
         part = self.part_of(name)
         if part.startswith("layer "):
             return layers - 1 - int(part.removeprefix("layer "))
-        follows = ".encoder.upsample." in name
-        follows |= ".encoder.layer_norm." in name and _norms_last(self.net)
-        return 0 if follows or part == "head" else layers
+        follows = ".encoder.layer_norm." in name and _norms_last(self.net)
+        return 0 if follows or part in ("upsampling", "head") else layers
 
     @property
     def _masks_time(self) -> bool:
@@ -161,30 +159,15 @@ def states_of(net: PreTrainedModel, x: Tensor, layers: Iterable[nn.Module]) -> S
     Raises:
         UserError: there are none.
     """
-    given: list[Tensor] = []
-
-    def keep(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given.append(inputs[0] if inputs else named["hidden_states"])
-
-    with ExitStack() as kept:
-        for layer in layers:
-            kept.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
-        try:
-            found = net.base_model(x, output_hidden_states=True)
-        except TypeError as error:
-            if "hidden_states" not in str(error):
-                raise
-            given.clear()
-            found = net.base_model(x)
-    states: Sequence[Tensor] | None = getattr(found, "hidden_states", None)
-    if states is None and not given:
+    states = pooling.states_of(net, x, layers)
+    if states is None:
         raise UserError(
             f"--model {net.config.name_or_path}",
             got="a model that gives no hidden states, and whose layers cannot be told",
             expected="one whose forward() takes output_hidden_states=True",
             cure="choose another model, or train a head: mgc train --freeze backbone",
         )
-    return states or [*given, found.last_hidden_state]
+    return states
 
 
 class Wav2Vec2Cut:
@@ -201,8 +184,10 @@ class Wav2Vec2Cut:
         """Layers are counted from 0: `layers:N` has the first N below."""
         if part == "head" or at == "cnn":
             return part == "feature_extractor"
+        if at == "backbone":
+            return True
         layer = re.fullmatch(r"layer (\d+)", part)
-        return at == "backbone" or layer is None or int(layer[1]) < _layers_below(at)
+        return part != "upsampling" and (layer is None or int(layer[1]) < cut.layers_below(at))
 
     def refuse_inexact(self, at: str, flag: str) -> None:
         """Refuse what draws random numbers below, or reads more than the boundary."""
@@ -216,20 +201,10 @@ class Wav2Vec2Cut:
             raise hub.inexact(flag, "a head that reads the states of all layers", "--cache cnn")
         if at == "backbone":
             return  # in eval mode as a whole: no SpecAugment, no dropout
-        if config.model_type in _CALLED_AS_A_WHOLE:
+        if not hasattr(base.encoder, "layers"):  # SEW-D
             got = f"layers of {config.model_type}, which only its encoder as a whole can call"
             raise hub.inexact(flag, got, "--cache cnn")
-        masks = max(config.mask_time_prob, config.mask_feature_prob) > 0
-        if applies_masks(config) and masks:
-            raise hub.inexact(
-                flag,
-                "SpecAugment (mask_time_prob or mask_feature_prob of the model's config), which "
-                "changes the input of layer 1 at every step, frozen or not",
-                "--no-spec-augment; or --cache cnn, which lies below it",
-            )
-        if hasattr(base.encoder.layers[0].attention, "rel_attn_embed"):
-            got = "layers that share a position bias which layer 1 makes"
-            raise hub.inexact(flag, got, "--cache cnn")
+        cut.refuse_masks(config, flag)
 
     def open_at(self, at: str) -> None:
         """Let the feature encoder hand its own output on, when it is given that instead of waves.
@@ -256,19 +231,10 @@ class Wav2Vec2Cut:
         if at == "backbone":
             states: Tensor = base(x).last_hidden_state  # [B, F, D]
             return states
-        features: Tensor = base.feature_extractor(x).transpose(1, 2)  # [B, F, D]
         if at == "cnn":
+            features: Tensor = base.feature_extractor(x).transpose(1, 2)  # [B, F, D]
             return features
-        encoder = base.encoder
-        projected = base.feature_projection(features)  # a tuple but for hubert
-        hidden: Tensor = projected[0] if isinstance(projected, tuple) else projected  # [B, F, D]
-        hidden = hidden + encoder.pos_conv_embed(hidden)
-        if not _norms_last(self.net):
-            hidden = encoder.layer_norm(hidden)
-        hidden = encoder.dropout(hidden)
-        for layer in encoder.layers[: _layers_below(at)]:
-            hidden = layer(hidden, attention_mask=None)
-        return hidden
+        return cut.until(base.encoder.layers[cut.layers_below(at) - 1], lambda: base(x))
 
     def above(self, at: str, hidden: Tensor) -> Tensor:
         """What the rest makes of it: [B, F, D] -> logits [B, K], once `open_at` was called."""
@@ -277,13 +243,22 @@ class Wav2Vec2Cut:
             return logits
         encoder = self.net.base_model.encoder
         if at != "backbone":
-            for layer in encoder.layers[_layers_below(at) :]:
-                hidden = layer(hidden, attention_mask=None)
+            hidden = cut.through(encoder, cut.layers_below(at), hidden)
             if _norms_last(self.net):
                 hidden = encoder.layer_norm(hidden)
+            if hasattr(encoder, "upsample"):  # SEW's layers see half of the frames
+                hidden = encoder.upsample(hidden)
+                missing = self._frames - hidden.shape[1]
+                hidden = nn.functional.pad(hidden, (0, 0, 0, max(0, missing)))  # [B, F, D]
         pooled = self.net.projector(hidden).mean(dim=1)  # [B, D]
         logits = self.net.classifier(pooled)  # [B, K]
         return logits
+
+    @property
+    def _frames(self) -> int:
+        """F of a segment, where its feature encoder ends."""
+        samples = torch.tensor(self.net.config.segment_samples, device="cpu")
+        return int(self.net.base_model._get_feat_extract_output_lengths(samples))
 
     def modules_below(self, at: str) -> dict[str, nn.Module]:
         """The modules whose weights decide what lies at a boundary, by name."""
@@ -293,11 +268,10 @@ class Wav2Vec2Cut:
         parts: dict[str, nn.Module] = {"feature_extractor": base.feature_extractor}
         if at == "cnn":
             return parts
-        encoder = base.encoder
-        parts |= {"projection": base.feature_projection, "positions": encoder.pos_conv_embed}
-        layers = encoder.layers[: _layers_below(at)]
-        parts |= {f"layer {n}": layer for n, layer in enumerate(layers)}
-        return parts | ({} if _norms_last(self.net) else {"norm": encoder.layer_norm})
+        before = _before_layers(self.net)
+        parts |= {f"before {n}": part for n, part in enumerate(before)}
+        layers = base.encoder.layers[: cut.layers_below(at)]
+        return parts | {f"layer {n}": layer for n, layer in enumerate(layers)}
 
 
 def _norms_last(net: PreTrainedModel) -> bool:
@@ -343,8 +317,3 @@ def _before_layers(net: PreTrainedModel) -> list[nn.Module]:
         owners += [(encoder.encoder, ("rel_embeddings", "LayerNorm", "conv"))]
     parts = [getattr(owner, name, None) for owner, of_it in owners for name in of_it]
     return [part for part in parts if isinstance(part, nn.Module)]
-
-
-def _layers_below(at: str) -> int:
-    """N of the boundary `layers:N`."""
-    return int(at.removeprefix("layers:"))

@@ -107,15 +107,20 @@ def test_each_trains_and_freezes(kind: str, freeze: str, tmp_path: Path) -> None
         assert set(layers) == {0, 1, 2}, "above the last, above the first, above all below them"
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_what_is_frozen_gives_the_same_at_every_step(kind: str, tmp_path: Path) -> None:
-    """With dropout everywhere that a family has it, and its masks."""
-    noisy = {
+def noise_of(kind: str) -> dict[str, float]:
+    """Settings of a family: dropout wherever it has some."""
+    return {
         name: 0.5
         for name, value in FAMILIES[kind]().to_dict().items()
         if "dropout" in name and isinstance(value, int | float)
     }
-    classifier = build_tiny(write(tmp_path, kind, **noisy), GENRES, freeze="backbone").train()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_is_frozen_gives_the_same_at_every_step(kind: str, tmp_path: Path) -> None:
+    """With dropout everywhere that a family has it, and its masks."""
+    name = write(tmp_path, kind, **noise_of(kind))
+    classifier = build_tiny(name, GENRES, freeze="backbone").train()
     boundary = classifier.kind.base
     seen: list[torch.Tensor] = []
     boundary.register_forward_hook(lambda m, i, out: seen.append(out.last_hidden_state))
@@ -181,12 +186,60 @@ def test_a_cache_below_the_head_changes_nothing(kind: str, tmp_path: Path) -> No
     torch.testing.assert_close(classifier(classifier(wave, only_below=True)), whole)
 
 
-@pytest.mark.parametrize("kind", ["sew", "sew-d", "whisper", "audio-spectrogram-transformer"])
-def test_a_cut_that_a_family_does_not_have_is_refused(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "sew-d"])
+def test_a_cut_at_a_layer_changes_nothing(kind: str, tmp_path: Path) -> None:
+    """With dropout above it and below, where it is off; of the conformer all layers are frozen."""
+    layers = 2 if kind == "wav2vec2-conformer" else 1
+    name = write(tmp_path, kind, **(noise_of(kind) | {"apply_spec_augment": False}))
+    classifier = build_tiny(
+        name, GENRES, freeze=f"layers:{layers}", frozen_layers=layers, cache="trunk"
+    ).train()
+    wave = waves()
+    torch.manual_seed(1)
+    whole = classifier(wave)
+    torch.manual_seed(2)
+    inner = classifier(wave, only_below=True)
+    assert not inner.requires_grad
+    torch.manual_seed(1)
+    torch.testing.assert_close(classifier(inner), whole)
+    work = flops.count(classifier, SAMPLES)
+    above = set(work.above(f"layers:{layers}").parts)
+    assert "head" in above
+    assert ("layer 0" in above, "layer 1" in above) == (False, layers == 1)
+    cut = classifier.kind.cut
+    below = {id(p) for m in cut.modules_below(f"layers:{layers}").values() for p in m.parameters()}
+    named = dict(classifier.kind.base.named_parameters())
+    named.pop("masked_spec_embed", None)
+    assert {n for n, p in named.items() if id(p) in below} == {
+        n for n, p in named.items() if not p.requires_grad
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "freeze", "cache"),
+    [
+        ("sew-d", "layers:1", "trunk"),
+        ("whisper", "feature_encoder", "cnn"),
+        ("audio-spectrogram-transformer", "layers:1", "cnn"),
+        ("wav2vec2-bert", "feature_encoder", "trunk"),
+    ],
+)
+def test_a_cut_that_a_family_does_not_have_is_refused(
+    kind: str, freeze: str, cache: str, tmp_path: Path
+) -> None:
     name = write(tmp_path, kind, apply_spec_augment=False)
-    settings = {"freeze": "layers:1", "frozen_layers": 1, "cache": "trunk"}
-    with pytest.raises(UserError, match=r"--cache trunk with --freeze layers:1: got .*\n  use --"):
+    settings = {"freeze": freeze, "frozen_layers": FREEZES[freeze], "cache": cache}
+    words = rf"--cache {cache} with --freeze {freeze}: got .*\n  use --"
+    with pytest.raises(UserError, match=words):
         build_tiny(name, GENRES, **settings)
+
+
+def test_masks_below_a_layer_of_w2v_bert_are_refused(tmp_path: Path) -> None:
+    name = write(tmp_path, "wav2vec2-bert")
+    settings: dict[str, Any] = {"freeze": "layers:1", "frozen_layers": 1, "cache": "trunk"}
+    with pytest.raises(UserError, match=r"got SpecAugment .*\n  use --no-spec-augment"):
+        build_tiny(name, GENRES, **settings)
+    build_tiny(name, GENRES, spec_augment=False, **settings)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -202,10 +202,6 @@ def test_both_halves_are_the_whole_model(at: str, relative: dict[str, Any], tmp_
     noise |= {"mask_feature_length": 3, "mask_feature_min_masks": 0}
     file = write_model(tmp_path / "m.json", **(noise | relative))
     masks = not at.startswith("layers")
-    if relative.get("model_type") == "wavlm" and not masks:
-        with pytest.raises(UserError, match="share a position bias which layer 1 makes"):
-            cut(file, at, masks)
-        return
     model, wave = cut(file, at, masks)
     for training in (True, False):
         model.train(training)
@@ -218,7 +214,8 @@ def test_both_halves_are_the_whole_model(at: str, relative: dict[str, Any], tmp_
         logits, upper = called(model, inner)
         assert logits.equal(whole)
         assert lower
-        assert not lower & upper, "what lies below is not computed"
+        twice = {n for n in lower & upper if not n.endswith("rel_attn_embed")}  # WavLM's, for all
+        assert not twice, "what lies below is not computed"
     whole.sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
