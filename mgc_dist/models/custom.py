@@ -24,7 +24,7 @@ from transformers import (
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
 from mgc_dist.errors import UserError
-from mgc_dist.models import load_errors
+from mgc_dist.models import load_errors, packages
 from mgc_dist.models.wrapped import CustomAudioClassifier, class_of
 
 
@@ -40,6 +40,8 @@ def read_config(
     Raises:
         UserError: there is no such model, its code is not trusted, or it is not pinned.
     """
+    if packages.is_named(name):
+        return packages.read_config(name, revision, **settings)
     try:
         if trusted:
             _refuse_unpinned(name, revision)
@@ -88,13 +90,16 @@ def is_custom(config: PretrainedConfig) -> bool:
 
 def loader(config: PretrainedConfig) -> type:
     """What loads the weights of a classifier with this configuration."""
-    return CustomAudioClassifier if is_custom(config) else AutoModelForAudioClassification
+    is_ours = is_custom(config) or packages.code_of(config)
+    return CustomAudioClassifier if is_ours else AutoModelForAudioClassification
 
 
 def code_of(config: PretrainedConfig) -> str:
-    """What tells foreign code from any other: its commit, or a sha256 of its folder; else ""."""
+    """What tells foreign code from any other: its commit, or a sha256 of its folder, or its
+    package; else "".
+    """
     if not is_custom(config):
-        return ""
+        return packages.code_of(config)
     folder = Path(config.name_or_path)
     if not folder.is_dir():
         return str(config.code_revision)
