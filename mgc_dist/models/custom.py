@@ -79,6 +79,8 @@ def built(config: PretrainedConfig, name: str) -> PreTrainedModel:
     """
     try:
         return CustomAudioClassifier(config)
+    except UserError:
+        raise
     except Exception as error:  # whatever a stranger's code may raise
         raise load_errors.failed(name, "when it is built", error) from error
 

@@ -57,8 +57,7 @@ class Muq(nn.Module):
 
     def __init__(self, package: dict[str, Any]) -> None:
         super().__init__()
-        from muq import MuQ, MuQConfig  # optional, and 6 s
-
+        muq = _muq()
         plain = Wav2Vec2ConformerConfig().to_dict()
         given = {
             name: value
@@ -69,7 +68,7 @@ class Muq(nn.Module):
         given |= {"_attn_implementation": "sdpa"}  # "'EasyDict' object has no attribute ..."
         # transformers builds on meta: "Tensor on device cpu is not on the expected device meta!"
         with torch.device("cpu"), _own_numbers():
-            whole = MuQ(MuQConfig(**(package | {"w2v2_config": given}))).model
+            whole = muq.MuQ(muq.MuQConfig(**(package | {"w2v2_config": given}))).model
         self.stat = dict(package.get("stat", {}))
         bands = whole.preprocessor_melspec_2048
         self.bands = nn.Sequential(bands.mel_stft, bands.amplitude_to_db)
@@ -87,6 +86,24 @@ class Muq(nn.Module):
 
 
 AutoConfig.register(MuqConfig.model_type, MuqConfig)
+
+
+def _muq() -> Any:  # noqa: ANN401
+    """The package.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    try:
+        import muq  # optional, and 6 s
+    except ImportError as error:
+        raise UserError(
+            "a model of MuQ",
+            got=f"no package muq that can be imported ({error})",
+            expected="MuQ's own package",
+            cure="pip install muq",
+        ) from error
+    return muq
 
 
 @contextmanager
@@ -123,15 +140,7 @@ def read_config(name: str, revision: str | None, **settings: Any) -> MuqConfig: 
             expected="a package that works with transformers 5",
             cure="choose another model: muq:OpenMuQ/MuQ-large-msd-iter",
         )
-    try:
-        import muq  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"--model {name}",
-            got=f"no package muq that can be imported ({error})",
-            expected="MuQ's own package",
-            cure="pip install muq",
-        ) from error
+    _muq()
     place = place_of(name)
     try:
         written, _ = PretrainedConfig.get_config_dict(place, revision=revision or "main")

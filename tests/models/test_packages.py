@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import build_tiny
 from layouts import write_muq
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mgc_dist.config.lora import Lora
 from mgc_dist.errors import UserError
@@ -103,12 +104,17 @@ def test_what_is_no_muq_is_refused(tmp_path: Path) -> None:
         configuration(f"muq:{tmp_path}/a/nowhere", GENRES)
 
 
-def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "muq", None)
-    with pytest.raises(
-        UserError, match=r"no package muq that can be imported.*\n  pip install muq"
-    ):
+def test_a_package_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "muq", None)
+    words = r"no package muq that can be imported.*\n  pip install muq"
+    with pytest.raises(UserError, match=words):
         configuration("muq:any", GENRES)
+    packages.MuqConfig(segment_samples=SAMPLES).save_pretrained(tmp_path)  # as of a run's best/
+    save_file({}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=words):
+        exported.load_exported(tmp_path)
 
 
 def test_omar_rq_is_refused_with_the_reason() -> None:
