@@ -89,8 +89,8 @@ class ModelConfig:
     """The main model."""
 
     model: Annotated[str, LEARNED] = "facebook/wav2vec2-large-960h-lv60-self"
-    """Hub name or folder of a transformers waveform model, a config .json (random weights), or
-    `logmel-cnn`: a small CNN on log-mel bands, for tests and benchmarks."""
+    """Hub name or folder of a transformers audio model, `muq:` with that of a MuQ, a config .json
+    (random weights), or `logmel-cnn`: a small CNN on log-mel bands, for tests and benchmarks."""
     revision: Annotated[str | None, FOUND] = None
     """Branch, tag or commit of a hub model; the run keeps the commit that it stood for."""
     trust_remote_code: Annotated[bool, FOUND] = False

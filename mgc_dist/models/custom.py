@@ -25,7 +25,7 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
 
 from mgc_dist.errors import UserError
-from mgc_dist.models import load_errors, pooling
+from mgc_dist.models import load_errors, packages, pooling
 from mgc_dist.models.wrapped import CustomAudioClassifier, class_of
 
 
@@ -41,6 +41,8 @@ def read_config(
     Raises:
         UserError: there is no such model, its code is not trusted, or it is not pinned.
     """
+    if packages.is_named(name):
+        return packages.read_config(name, revision, **settings)
     try:
         if trusted:
             _refuse_unpinned(name, revision)
@@ -80,6 +82,8 @@ def built(config: PretrainedConfig, name: str) -> PreTrainedModel:
     try:
         found: PreTrainedModel = loader(config)(config)
         return found
+    except UserError:
+        raise
     except Exception as error:  # whatever a stranger's code may raise
         raise load_errors.failed(name, "when it is built", error) from error
 
@@ -91,7 +95,7 @@ def is_custom(config: PretrainedConfig) -> bool:
 
 def loader(config: PretrainedConfig) -> type:
     """What loads the weights of a classifier with this configuration."""
-    if is_custom(config):
+    if is_custom(config) or packages.code_of(config):
         return pooling.class_of(CustomAudioClassifier, config)
     plain = MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING.get(type(config), None)
     found = plain and pooling.class_of(plain, config)
@@ -99,9 +103,11 @@ def loader(config: PretrainedConfig) -> type:
 
 
 def code_of(config: PretrainedConfig) -> str:
-    """What tells foreign code from any other: its commit, or a sha256 of its folder; else ""."""
+    """What tells foreign code from any other: its commit, or a sha256 of its folder, or its
+    package; else "".
+    """
     if not is_custom(config):
-        return ""
+        return packages.code_of(config)
     folder = Path(config.name_or_path)
     if not folder.is_dir():
         return str(config.code_revision)

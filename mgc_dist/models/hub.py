@@ -123,7 +123,10 @@ def _has_adapters(name: str) -> UserError:
 
 
 def feature_extractor(
-    name: str, sample_rate: int, revision: str | None = None
+    name: str,
+    sample_rate: int,
+    revision: str | None = None,
+    own: Wav2Vec2FeatureExtractor | None = None,
 ) -> Wav2Vec2FeatureExtractor:
     """The feature extractor of a model; one that normalises where it has none of its own.
 
@@ -131,13 +134,14 @@ def feature_extractor(
         name: hub name, folder or config .json.
         sample_rate: of the shards in Hz.
         revision: branch, tag or commit of a hub model.
+        own: that of the model, where it is known.
 
     Raises:
         UserError: it cannot be found, or wants another sample rate.
     """
-    extractor = Wav2Vec2FeatureExtractor(sampling_rate=sample_rate, do_normalize=True)
+    extractor = own or Wav2Vec2FeatureExtractor(sampling_rate=sample_rate, do_normalize=True)
     has_own = Path(name, "preprocessor_config.json").is_file()
-    if has_own or not (Path(name).exists() or name.endswith(".json")):
+    if own is None and (has_own or not (Path(name).exists() or name.endswith(".json"))):
         try:
             extractor = AutoFeatureExtractor.from_pretrained(
                 name, trust_remote_code=False, revision=revision or "main"

@@ -26,7 +26,7 @@ from mgc_dist.cluster.ranks import seed_everything
 from mgc_dist.config.head import HeadConfig
 from mgc_dist.config.lora import Lora
 from mgc_dist.errors import UserError
-from mgc_dist.models import custom, foreign, hub, pooling
+from mgc_dist.models import custom, foreign, hub, packages, pooling
 from mgc_dist.models.augment import Augment
 from mgc_dist.models.bands import MEAN, SCALE
 from mgc_dist.models.cnn import CnnConfig
@@ -315,7 +315,8 @@ def build_main(
     if normalises is None and base:
         normalises = base.do_normalize
     elif normalises is None:
-        normalises = kind.take(hub.feature_extractor(name, sample_rate, revision))
+        own = packages.extractor_of(net.config)
+        normalises = kind.take(hub.feature_extractor(name, sample_rate, revision, own))
     return WaveClassifier(
         net,
         do_normalize=normalises,
@@ -410,8 +411,9 @@ def configuration_hash(config: PretrainedConfig) -> str:
     """Hash of what a configuration says of the model, not of where it lies or who wrote it."""
     said = config.to_dict()
     content = {name: value for name, value in said.items() if name not in _OF_THE_FILE}
-    if custom.is_custom(config):
-        content["code"] = custom.code_of(config)
+    code = custom.code_of(config)
+    if code:
+        content["code"] = code
     text = json.dumps(content, sort_keys=True, default=str)
     return f"{config.model_type} {xxhash.xxh3_128_hexdigest(text.encode())}"
 
@@ -445,7 +447,8 @@ def _labels(genres: Sequence[str], spec_augment: bool) -> dict[str, Any]:
 
 def is_at_hand(name: str) -> bool:
     """Whether a model can be had without a hub: it is a file or folder, or one of our own."""
-    return name == CnnConfig.model_type or Path(hub.located(name)).exists()
+    place = packages.place_of(hub.located(name))
+    return name == CnnConfig.model_type or Path(place).exists()
 
 
 def is_found(name: str, revision: str | None) -> bool:
@@ -527,10 +530,11 @@ def _from_config(name: str, config: PretrainedConfig) -> PreTrainedModel:
     try:
         net: PreTrainedModel = (
             custom.built(config, name)
-            if custom.is_custom(config)
-            else kind.from_config(config)
-            if (kind := custom.loader(config)) is AutoModelForAudioClassification
-            else kind(config)
+            custom.built(config, name)
+            if issubclass(own := custom.loader(config), CustomAudioClassifier)
+            else own.from_config(config)
+            if own is AutoModelForAudioClassification
+            else own(config)
         )
     except _BAD_CONFIG as error:
         raise _refused_config(name, error) from error
@@ -623,7 +627,8 @@ def _from_checkpoint(
     name: str, labels: dict[str, Any], revision: str | None, trusted: bool, head: HeadConfig
 ) -> PreTrainedModel:
     config = _with_head(name, _saved_config(name, labels, revision, trusted), head)
-    net, missing = hub.load(custom.loader(config), name, revision, config=config)
+    place = packages.place_of(name)
+    net, missing = hub.load(custom.loader(config), place, revision, config=config)
     kind = kind_of(net)
     inner = next(f"{part}." for part, module in net.named_modules() if module is kind.base)
     lost = sorted(

@@ -35,7 +35,8 @@ class CustomAudioClassifier(PreTrainedModel):  # type: ignore[misc]
         # support an attention implementation through torch.nn.functional..."
         own._attn_implementation = None
         super().__init__(config)
-        self.backbone = class_of(own)(own)
+        # a configuration of an installed package makes its model itself
+        self.backbone = own.backbone() if hasattr(own, "backbone") else class_of(own)(own)
         self.projector = nn.Linear(config.hidden_size, _PROJECTED)
         self.classifier = nn.Linear(_PROJECTED, config.num_labels)
         self.post_init()

@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     HubertConfig,
     HubertModel,
+    Wav2Vec2ConformerConfig,
     Wav2Vec2FeatureExtractor,
 )
 
@@ -182,4 +183,25 @@ def write_mert2(folder: Path, seed: int = 0, **changes: Any) -> Path:
     net = AutoModel.from_config(config, trust_remote_code=True)
     save_file(net.state_dict(), folder / "model.safetensors", {"format": "pt"})
     Wav2Vec2FeatureExtractor(sampling_rate=RATE, do_normalize=True).save_pretrained(folder)
+    return folder
+
+
+def write_muq(folder: Path, seed: int = 0) -> Path:
+    """MuQ with random weights, saved by its own package."""
+    from muq import MuQ, MuQConfig
+
+    conformer = {
+        **{"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32},
+        **{"num_hidden_layers": 2, "position_embeddings_type": "rotary"},
+    }
+    plain = json.loads(Wav2Vec2ConformerConfig(**conformer).to_json_string(use_diff=False))
+    torch.manual_seed(seed)
+    config = MuQConfig(
+        encoder_dim=16,
+        encoder_depth=2,
+        conv_dim=8,
+        stat={"melspec_2048_mean": 6.8, "melspec_2048_std": 18.4},
+        w2v2_config=plain,
+    )
+    MuQ(config).save_pretrained(folder)
     return folder

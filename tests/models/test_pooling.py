@@ -43,17 +43,32 @@ def drawn(classifier: WaveClassifier) -> WaveClassifier:
     return classifier.eval()
 
 
+def seen(classifier: WaveClassifier, wave: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
+    """States of every layer, [B, F, D] each, and what the base gives in the end."""
+    base, between = classifier.kind.base, []
+    layers = getattr(getattr(base, "encoder", None), "layers", ())
+    hooks = [layer.register_forward_hook(lambda *given: between.append(given)) for layer in layers]
+    found = base(classifier._inputs(wave), output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    if found.hidden_states is None:  # of code that calls its encoder itself
+        first, *outputs = [between[0][1][0], *(of[2] for of in between)]
+        outputs = [each[0] if isinstance(each, tuple) else each for each in outputs]
+        return [first, *outputs[:-1], found.last_hidden_state], found.last_hidden_state
+    return list(found.hidden_states), found.last_hidden_state
+
+
 def by_hand(classifier: WaveClassifier, wave: torch.Tensor, head: HeadConfig) -> np.ndarray:
     """Logits [B, K] in float64, from the states that the base gives."""
     net: Any = classifier.net
     with torch.no_grad():
-        found = classifier.kind.base(classifier._inputs(wave), output_hidden_states=True)
-        hidden = found.last_hidden_state.double()  # [B, F, D]
+        states, hidden = seen(classifier, wave)
+        hidden = hidden.double()  # [B, F, D]
         if head.layer_mix:
             shares = np.exp(net.layer_weights.double().numpy())
             hidden = sum(
                 share * state.double()
-                for share, state in zip(shares / shares.sum(), found.hidden_states, strict=True)
+                for share, state in zip(shares / shares.sum(), states, strict=True)
             )
         net = net.double()
         if head.layer_mix and hasattr(classifier.kind.base, "layernorm"):
