@@ -14,7 +14,8 @@ class HeadConfig:
 
     pooling: Annotated[Pooling, FIXED] = "mean"
     """How frames become one vector: their `mean` (AST: of its two tokens), or by `attention`, with
-    learned weights that add up to 1. Models with attention are exported with their class."""
+    learned weights that add up to 1. Models with attention are exported with their class, and
+    keep it where they are the --model of another run."""
     layer_mix: Annotated[bool, FIXED] = False
     """Give the head a learned weighted sum of all layers in place of the last one; not with
     `--cache trunk`."""

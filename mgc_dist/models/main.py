@@ -512,13 +512,6 @@ def _with_head(name: str, config: PretrainedConfig, head: HeadConfig) -> Pretrai
                 cure="leave it out for the last layer",
             )
         config.num_hidden_layers = head.from_layer
-    if config.to_dict().get(pooling.ATTENTION) and head.pooling != "attention":
-        raise UserError(
-            f"--model {name}",
-            got="a model with attention pooling",
-            expected="its own head",
-            cure="add --pooling attention",
-        )
     if head.pooling == "attention":
         setattr(config, pooling.ATTENTION, True)
     if head.layer_mix:

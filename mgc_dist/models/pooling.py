@@ -231,7 +231,9 @@ class HeadConfig(PretrainedConfig):  # type: ignore[misc]
     def from_dict(cls, config_dict: dict[str, Any], **settings: Any) -> Any:  # noqa: ANN401
         """As that of transformers."""
         said = dict(config_dict)
-        said["model_type"] = said.pop(_OWN_TYPE)
+        said["model_type"] = said.pop(_OWN_TYPE, None)
+        if said["model_type"] not in CONFIG_MAPPING:
+            raise ValueError(f"config.json: {_OWN_TYPE} is {said['model_type']}")
         return CONFIG_MAPPING[said["model_type"]].from_dict(said, **settings)
 
 

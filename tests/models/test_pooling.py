@@ -1,5 +1,6 @@
 """Heads: attention, sums over layers and a named layer, of every family, by formulas of our own."""
 
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from test_families import FAMILIES, GENRES, RATE, SAMPLES, freeze_of, waves, wri
 from transformers import pipeline
 
 from mgc_dist.config.head import HeadConfig
+from mgc_dist.config.lora import Lora
 from mgc_dist.errors import UserError
 from mgc_dist.models import exported as genre_file
 from mgc_dist.models import flops, kind
@@ -124,16 +126,14 @@ def test_exports_say_the_same(family: str, head: HeadConfig, tmp_path: Path) -> 
     with torch.no_grad():
         logits = classifier(wave)
         assert exported.load_exported(folder)(wave).equal(logits)
-        again = build_tiny(folder, GENRES, freeze=freeze_of(family), head=head).eval()
-        assert again(wave).equal(logits)
+        for asked in (head, HeadConfig()):
+            again = build_tiny(folder, GENRES, freeze=freeze_of(family), head=asked).eval()
+            assert again(wave).equal(logits), "what has such a head keeps it"
     is_plain = family == "wav2vec2" and head == MIX
     trusts = {} if is_plain else {"trust_remote_code": True}
     if not is_plain:
         with pytest.raises(ValueError, match="trust_remote_code=True"):
             pipeline("audio-classification", model=str(folder))
-        if head.pooling == "attention":
-            with pytest.raises(UserError, match=r"attention pooling.*\n  add --pooling attention"):
-                build_tiny(folder, GENRES, freeze=freeze_of(family))
     classify = pipeline("audio-classification", model=str(folder), top_k=None, **trusts)
     said = classify({"array": wave[0].numpy().astype(np.float32) / 32768, "sampling_rate": RATE})
     scores = {item["label"]: item["score"] for item in said}
@@ -219,6 +219,31 @@ def test_a_cache_of_one_layer_is_refused_to_a_sum_over_all(family: str, tmp_path
         build_tiny(write(tmp_path, family), GENRES, **settings)
     if family == "wav2vec2":
         build_tiny(write(tmp_path, family), GENRES, **(settings | {"cache": "cnn"}))
+
+
+def test_a_head_of_a_model_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    classifier = build_tiny(write(tmp_path, "wav2vec2"), GENRES, head=ATTENTION)
+    folder = tmp_path / "best"
+    exported.save_exported(classifier, dict(classifier.state_dict()), folder, RATE)
+    file = folder / "config.json"
+    for own in ("theirs", None):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"type_below_head": own}))
+        with pytest.raises(UserError, match=rf"type_below_head is {own}"):
+            exported.load_exported(folder)
+
+
+def test_adapters_leave_the_head_trained(tmp_path: Path) -> None:
+    lora = Lora(r=2, alpha=4.0, targets=())
+    settings = {"freeze": "feature_encoder", "head": BOTH, "lora": lora}
+    classifier = build_tiny(write(tmp_path, "wav2vec2"), GENRES, **settings)
+    trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
+    assert {"net.layer_weights", "net.projector.score.weight"} < trained
+    assert all("lora" in name for name in trained if name.startswith("net.wav2vec2."))
+    drawn(classifier)
+    exported.save_exported(classifier, dict(classifier.state_dict()), tmp_path / "best", RATE)
+    with torch.no_grad():
+        found = exported.load_exported(tmp_path / "best")(waves())
+        torch.testing.assert_close(found, classifier(waves()), rtol=0, atol=1e-6)
 
 
 def test_custom_code_gets_heads(tmp_path: Path) -> None:
