@@ -1,18 +1,24 @@
 """The audit: what is planted is named by its own family, nothing where nothing is planted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import shard_config
+import torch
+from conftest import bias_config, make_table, run_ranks, shard_config
+from trainings import config, train_on
 
 from mgc_dist import audit, shard, synth
 from mgc_dist.bias_model import families
+from mgc_dist.bias_model import table as tables
 from mgc_dist.bias_model.findings import LEAST_GAIN
-from mgc_dist.config import AuditConfig, ShardConfig, SynthConfig
+from mgc_dist.bias_model.heads import cross_fit
+from mgc_dist.config import AuditConfig, ShardConfig, SourceConfig, SynthConfig
 from mgc_dist.data.reader import ShardSet
+from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
 from mgc_dist.models import traits
 from mgc_dist.packing import music
@@ -176,3 +182,71 @@ def test_repetitions_that_packing_found_are_told(tracks: Path, tmp_path: Path) -
         "of_two_genres": ["x.wav (blues) is y.wav (country)"],
     }
     assert "x.wav (blues) is y.wav (country)" in (out / "audit" / "audit.html").read_text()
+
+
+@pytest.mark.parametrize("fold", [None, 1])
+def test_the_bias_table_of_a_family_is_its_cross_fit(
+    fold: int | None, tracks: Path, shards: Path, tmp_path: Path
+) -> None:
+    if fold is not None:
+        shards = tmp_path / "folds"
+        shard.run(shard_config(tracks, shards, split="kfold", folds=3, repetitions=False))
+    settings = {"bias_table": tmp_path / "bias", "backbone": "audit:lines"}
+    made = bias_config(shards, source=SourceConfig(fold=fold), **settings)
+    run_ranks(2, make_table, made)
+    header = tables.read_header(made.table)
+    assert (header.backbone, header.layers) == ("audit:lines", (0,))
+    with ShardSet(shards, fold) as data:
+        of_track = [header.fold_of.get(group_key(t.id, t.group), -1) for t in data.manifest.tracks]
+        waves = np.stack([data.read(row) for row in range(data.manifest.rows)])
+        values = traits.Traits("lines", 16_000)(torch.from_numpy(waves))[:, 0].numpy()
+        dealt, label = np.array(of_track)[data.tracks], data.labels
+        read = tables.read(made.table, data.manifest, data.keys)
+    fit = cross_fit(values, label, dealt, folds=2, genres=3, c=1.0)
+    assert np.abs(read.log_probability - fit.log_probability).max() < 1e-3
+
+
+@pytest.mark.parametrize("fold", [None, 1])
+def test_the_bias_table_of_file_facts_knows_the_format_of_each_row(
+    fold: int | None, formats: Path, tmp_path: Path
+) -> None:
+    """A format is a genre: the table of any split or fold names the genre of every row."""
+    split = {"split": "stratified"} if fold is None else {"split": "kfold", "folds": 4}
+    shard.run(shard_config(formats, tmp_path / "out", groups=None, repetitions=False, **split))
+    made = bias_config(
+        tmp_path / "out", source=SourceConfig(fold=fold), backbone="audit:file", folds=2
+    )
+    run_ranks(2, make_table, made)
+    before = (made.table / tables.HEADER).stat().st_mtime_ns
+    run_ranks(1, make_table, made)
+    assert (made.table / tables.HEADER).stat().st_mtime_ns == before, "it was there already"
+    with ShardSet(tmp_path / "out", fold) as data:
+        read = tables.read(made.table, data.manifest, data.keys)
+        assert (read.log_probability.argmax(axis=1) == data.labels).all()
+    with pytest.raises(UserError, match=r"a table of another bias model(.|\n)*--overwrite"):
+        run_ranks(1, make_table, replace(made, backbone="audit:stereo"))
+
+
+def test_a_run_trains_with_the_table_of_a_family(
+    copy: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run_ranks(1, make_table, bias_config(copy, backbone="audit:lines"))
+    train_on(1, config(copy, tiny_model, tmp_path / "run", epochs=20 / 66))
+    told = json.loads((tmp_path / "run" / "env.json").read_text())
+    sha256 = tables.read_header(copy / "bias").table_sha256
+    assert sha256 in json.dumps(told), "the table is a part of the run's identity"
+
+
+def test_families_that_cannot_serve_are_refused_with_a_way_out(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        UserError, match=r"--backbone audit:line: got line, expected one of file, st"
+    ):
+        run_ranks(1, make_table, bias_config(copy, backbone="audit:line"))
+    monkeypatch.setattr(families.provenance, "read", lambda folder, manifest: None)
+    with pytest.raises(
+        UserError, match=r"--backbone audit:file: got no tracks\.parquet(.|\n)*audit:lin"
+    ):
+        run_ranks(1, make_table, bias_config(copy, backbone="audit:file"))
+    run_ranks(1, make_table, bias_config(copy, backbone="audit:lines"))  # the cure
