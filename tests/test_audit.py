@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import bias_config, make_table, run_ranks, shard_config
+from conftest import bias_config, make_table, run_ranks, shard_config, write_tracks
 from trainings import config, train_on
 
 from mgc_dist import audit, shard, synth
@@ -140,6 +140,24 @@ def test_a_codec_a_genre_is_called_out_in_a_folder_of_music(
     assert "artists are unknown" in capsys.readouterr().out.lower()
     assert sorted(formats.rglob("*")) == before, "nothing is written into the music"
     assert [path.name for path in tmp_path.iterdir()] == ["audit"]
+
+
+def test_a_wrong_label_is_doubted_and_can_be_listened_to(tmp_path: Path) -> None:
+    write_tracks(tmp_path / "music", genres=3, tracks=8)
+    wrong = tmp_path / "music" / "blues" / "blues.00005.wav"
+    wrong.rename(tmp_path / "music" / "country" / wrong.name)
+    out = tmp_path / "audit"
+    audit.run(AuditConfig(data=tmp_path / "music", groups=None, out=out, jobs=1))
+    doubts = json.loads((out / "audit.json").read_text())["doubts"]
+    first = doubts["tracks"][0]
+    assert (first["source"], first["genre"]) == (f"country/{wrong.name}", "country")
+    assert first["sounds_like"] == "blues"
+    assert first["probability"] > first["of_label"]
+    assert doubts["share"] == pytest.approx(len(doubts["tracks"]) / 24)
+    assert doubts["accuracy_without"] >= doubts["accuracy"]
+    page = (out / "audit.html").read_text()
+    assert "labelled country" in page
+    assert f"would score {1 - doubts['share']:.3f} at most" in page
 
 
 def test_processes_change_no_figure(shards: Path, tmp_path: Path) -> None:
