@@ -73,9 +73,10 @@ shortcut: .venv/installed  ## ten losses on a planted shortcut, five seeds, and 
 	$(RUN) python benchmarks/shortcut.py --work runs/shortcut --json benchmarks/results/shortcut.json
 
 MUSIC ?=
-hear: .venv/installed  ## 87 kinds of audio files against ffmpeg's decoder; repetitions, MUSIC=FOLDER among them
+hear: .venv/installed  ## 87 kinds of audio files against ffmpeg's decoder; repetitions, MUSIC=FOLDER among them; the audit, 40 minutes
 	$(RUN) python benchmarks/hearing.py --json benchmarks/results/hearing.json
 	$(RUN) python benchmarks/repetitions.py --json benchmarks/results/repetitions.json $(if $(MUSIC),--real $(MUSIC))
+	$(RUN) python benchmarks/audit.py --json benchmarks/results/audit.json
 
 clean:  ## remove what `make demo`, `soak`, `hunt` and `shortcut` made, not the virtual environment
 	rm -rf data/demo shards/demo runs/demo-poe runs/demo-ce runs/demo-times.json runs/soak runs/hunt runs/shortcut

@@ -32,6 +32,7 @@ PRESETS = Path(str(importlib.resources.files("mgc_dist") / "presets"))
 COMMANDS = {
     "synth": "write a synthetic data set",
     "shard": "pack tracks into shards; `shard verify` and `shard info` look at them",
+    "audit": "say what besides music tells the genre in a data set",
     "bias": "run the bias model over the shards, and make the bias table",
     "probe": "judge a frozen model by heads on its layers",
     "train": "train the main model",

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[type[Any], list[str]]] = {
     "shard": (config.ShardConfig, []),
     "shard verify": (config.VerifyConfig, []),
     "shard info": (config.InfoConfig, []),
+    "audit": (config.AuditConfig, []),
     "bias": (config.BiasConfig, []),
     "probe": (config.ProbeConfig, []),
     "train": (config.TrainConfig, []),

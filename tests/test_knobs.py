@@ -21,6 +21,7 @@ SECTIONS = (
     config.SynthConfig(out=RUN),
     config.ShardConfig(),
     config.VerifyConfig(),
+    config.AuditConfig(),
     config.BiasConfig(),
     config.SourceConfig(),
     config.DataConfig(),

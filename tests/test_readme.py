@@ -14,6 +14,7 @@ CONFIGS = {
     "shard": config.ShardConfig,
     "shard verify": config.VerifyConfig,
     "shard info": config.InfoConfig,
+    "audit": config.AuditConfig,
     "bias": config.BiasConfig,
     "probe": config.ProbeConfig,
     "train": config.TrainConfig,

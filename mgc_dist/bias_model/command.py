@@ -1,23 +1,27 @@
 """The body of `bias`: what is missing of the pass, the heads and the table."""
 
+import hashlib
+import json
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mgc_dist.bias_model import states, summary, table
+from mgc_dist.bias_model import families, states, summary, table
 from mgc_dist.bias_model.folds import deal_folds
 from mgc_dist.bias_model.heads import cross_fit, head_hash, refuse_empty_folds
 from mgc_dist.bias_model.states import STORE, StatesKey
 from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.config import BiasConfig
-from mgc_dist.data.manifest import Manifest
+from mgc_dist.data.manifest import TRACKS, Manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
 from mgc_dist.models.backbone import build_bias, fingerprint
+from mgc_dist.models.traits import PREFIX, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +62,19 @@ def _all_make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> bool:
     """False if the table is there already."""
     manifest = shards.manifest
     shards.rows_of("train")  # heads are fitted on training rows: refused before the pass
-    backbone = build_bias(
-        config.backbone,
-        segment_samples=manifest.segment_samples,
-        sample_rate=manifest.sample_rate,
-        revision=config.revision,
+    folds = _deal(config, manifest)  # this too
+    family = families.family_of(config.backbone)
+    if family in families.OF_FILES:
+        return _all_of_files(config, shards, peers, folds)
+    backbone = (
+        Traits(family, manifest.sample_rate).eval()
+        if family
+        else build_bias(
+            config.backbone,
+            segment_samples=manifest.segment_samples,
+            sample_rate=manifest.sample_rate,
+            revision=config.revision,
+        )
     )
     key = StatesKey(
         dataset_id=shards.packed_id,
@@ -72,7 +84,6 @@ def _all_make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> bool:
         width=backbone.width,
     )
     layers = resolve_layers(config, backbone.layers)
-    folds = _deal(config, manifest)  # refused before the pass, not after it
     if peers.all_decide(lambda: _is_made(config, manifest, key.bias_hash, layers)):
         return False
     states.all_bring(
@@ -85,8 +96,42 @@ def _all_make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> bool:
         overwrite=config.overwrite,
         flags=("--bias-table", "--backbone"),
     )
-    peers.all_decide(lambda: _fit_and_write(config, shards, key, layers, folds))
+    peers.all_decide(
+        lambda: _fit_and_write(
+            config, shards, _pooled(config, shards, key, layers), key.bias_hash, layers, folds
+        )
+    )
     return True
+
+
+def _all_of_files(
+    config: BiasConfig, shards: ShardSet, peers: Ranks, folds: dict[str, int]
+) -> bool:
+    """As `_all_make`, of a family that no wave tells: no pass, and no states to keep."""
+    family = families.of_file(config.backbone.removeprefix(PREFIX), shards.folder, shards.manifest)
+    if family is None:
+        raise UserError(
+            f"--backbone {config.backbone}",
+            got=f"no {TRACKS} in {shards.folder}, which an older version has packed",
+            expected="a table of how the sources were recorded",
+            cure="pack the data set again, or take a family of the waves, such as audit:lines",
+        )
+    layers = resolve_layers(config, 1)
+    said = json.dumps([config.backbone, family.columns]).encode()
+    bias_hash = hashlib.sha256(said + family.values.tobytes()).hexdigest()
+    if peers.all_decide(lambda: _is_made(config, shards.manifest, bias_hash, layers)):
+        return False
+    of_row = family.values[shards.tracks]  # [N, d]
+    peers.all_decide(lambda: _fit_and_write(config, shards, of_row, bias_hash, layers, folds))
+    return True
+
+
+def _pooled(
+    config: BiasConfig, shards: ShardSet, key: StatesKey, layers: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """Mean states of each row, in the order of the fold: float32 [N, D]."""
+    pooled = states.mean_of_layers(STORE.open(config.states, key), layers)
+    return np.roll(pooled, -shards.first_row, axis=0) if shards.first_row else pooled
 
 
 def resolve_layers(config: BiasConfig, count: int) -> tuple[int, ...]:
@@ -162,16 +207,16 @@ def _is_made(
 def _fit_and_write(
     config: BiasConfig,
     shards: ShardSet,
-    key: StatesKey,
+    hidden: NDArray[np.float32],
+    bias_hash: str,
     layers: tuple[int, ...],
     folds: dict[str, int],
 ) -> None:
     manifest = shards.manifest
     keys = [group_key(track.id, track.group) for track in manifest.tracks]
     of_track = np.array([folds.get(key, -1) for key in keys], np.int64)
-    pooled = states.mean_of_layers(STORE.open(config.states, key), layers)
     fit = cross_fit(
-        np.roll(pooled, -shards.first_row, axis=0) if shards.first_row else pooled,
+        hidden,
         shards.labels,
         of_track[shards.tracks],
         folds=config.folds,
@@ -184,7 +229,7 @@ def _fit_and_write(
         dataset_id=manifest.dataset_id,
         genres=manifest.genres,
         backbone=config.backbone,
-        bias_hash=key.bias_hash,
+        bias_hash=bias_hash,
         head_hash=head_hash(fit.heads),
         layers=layers,
         folds=config.folds,

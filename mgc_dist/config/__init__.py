@@ -4,6 +4,7 @@ A configuration is read-only after parsing. Flags are the field names without th
 (`--global-batch`, not `--optim.global-batch`), so a field name is used once per command.
 """
 
+from mgc_dist.config.audit import AuditConfig
 from mgc_dist.config.augment import AugmentConfig
 from mgc_dist.config.bias import BiasConfig
 from mgc_dist.config.exam import ExamConfig
@@ -36,6 +37,7 @@ __all__ = [
     "FOREIGN_TABLES",
     "Aggregate",
     "ArtefactName",
+    "AuditConfig",
     "AugmentConfig",
     "BiasConfig",
     "Cache",

@@ -24,7 +24,8 @@ class BiasConfig:
     nothing is fitted, and its report is written beside it."""
     source: Annotated[SourceConfig, FLAT] = field(default_factory=SourceConfig)
     backbone: str = "facebook/wav2vec2-base"
-    """Hub name or folder of a transformers model, or `logmel` (40 log-mel bands, no weights)."""
+    """Hub name or folder of a transformers model; `logmel` (40 log-mel bands, no weights); or a
+    family that `audit` names, such as `audit:lines`."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     layer: tuple[int, ...] = (-1,)

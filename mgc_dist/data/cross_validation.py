@@ -59,7 +59,7 @@ def turned(index: NDArray[np.void], packed: Manifest, seen: Manifest) -> NDArray
         return index
     index = np.roll(index, -first_row(packed, seen))
     skipped = packed.shards.index(seen.shards[0])
-    index["shard"] = (index["shard"] - skipped) % len(packed.shards)
+    index["shard"] = (index["shard"].astype(np.int64) - skipped) % len(packed.shards)
     return index
 
 

@@ -14,6 +14,7 @@ from mgc_dist.models.bands import LAYOUTS
 from mgc_dist.models.hub import normalise
 from mgc_dist.models.main import WaveClassifier, build_main
 from mgc_dist.models.mel import MelSpectrogram
+from mgc_dist.models.traits import Traits
 
 
 class LogMel(nn.Module):
@@ -176,11 +177,11 @@ def build_bias(
     return module.eval().requires_grad_(False)
 
 
-def fingerprint(module: LogMel | HiddenMean | LayerMeans, *settings: str) -> str:
+def fingerprint(module: LogMel | HiddenMean | LayerMeans | Traits, *settings: str) -> str:
     """sha256 of a frozen model: names, shapes, dtypes and bytes of its weights, its settings.
 
     Args:
-        module: from `build_bias` or `build_probed`.
+        module: from `build_bias` or `build_probed`, or a family of traits.
         settings: anything else that its output depends on.
     """
     digest = hashlib.sha256()

@@ -529,7 +529,6 @@ def _from_config(name: str, config: PretrainedConfig) -> PreTrainedModel:
             if own is AutoModelForAudioClassification
             else own(config)
         )
-    except _BAD_CONFIG as error:
         raise _refused_config(name, error) from error
     return net
 

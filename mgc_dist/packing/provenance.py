@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mgc_dist.data.manifest import TrackEntry
-from mgc_dist.data.tables import Value, write_columns
+from mgc_dist.data.manifest import TRACKS, Manifest, TrackEntry
+from mgc_dist.data.tables import Value, read_columns, write_columns
 from mgc_dist.data.tracks import group_key
 from mgc_dist.files import sha256
 
@@ -76,6 +76,51 @@ def telling(tracks: Sequence[TrackEntry], about: Sequence[About]) -> dict[str, f
         if share > chance + max(_LEAST_GAIN * (1 - chance), _ERRORS * error):
             found[name] = round(share, 3)
     return found
+
+
+def indicators(
+    about: Sequence[About], names: Sequence[str]
+) -> tuple[list[str], NDArray[np.float32]]:
+    """Properties as a linear model takes them: a column for each value, or part of the values.
+
+    Args:
+        about: of each of M tracks.
+        names: d properties of PROPERTIES; one that is unknown is a value too.
+
+    Returns:
+        What each column stands for, and zeros and ones, float32 [M, columns].
+    """
+    titles, columns = [], []
+    for name in names:
+        known = [own.get(name) for own in about]
+        place = _in_bins(known)
+        for number in np.unique(place).tolist():
+            mine = place == number
+            titles.append(f"{name} {_told([known[n] for n in np.flatnonzero(mine)])}")
+            columns.append(mine.astype(np.float32))
+    return titles, np.stack(columns, axis=1)
+
+
+def _told(values: Sequence[Value]) -> str:
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if len(numbers) < len(values) or len(set(numbers)) == 1:
+        return "unknown" if values[0] is None else str(values[0])
+    return f"{min(numbers):g} to {max(numbers):g}"
+
+
+def read(folder: Path, manifest: Manifest) -> list[About] | None:
+    """What the table beside the shards says of each track, in the manifest's order.
+
+    Returns:
+        None for a data set from before there was one.
+
+    Raises:
+        UserError: the table is unreadable.
+    """
+    if not manifest.tracks_sha256:
+        return None
+    rows = {row["track"]: row for row in read_columns(folder / TRACKS, "shards")}
+    return [rows.get(track.id, {}) for track in manifest.tracks]
 
 
 def _guessed(

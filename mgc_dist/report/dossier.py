@@ -338,18 +338,19 @@ def _decider(
         wrong=wrong.tolist(),
         truth=truth.tolist(),
         segment=decided,
-        wav=base64.b64encode(_wav(audio, dataset.sample_rate)).decode("ascii"),
+        wav=wav_of(audio, dataset.sample_rate),
     )
 
 
-def _wav(audio: NDArray[np.int16], sample_rate: int) -> bytes:
+def wav_of(audio: NDArray[np.int16], sample_rate: int) -> str:
+    """A WAV file of a segment, int16 [T], in base64."""
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setnchannels(1)
         writer.setsampwidth(2)
         writer.setframerate(sample_rate)
         writer.writeframes(audio.astype("<i2").tobytes())
-    return file.getvalue()
+    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _json(path: Path) -> Json | None:

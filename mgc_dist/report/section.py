@@ -85,6 +85,15 @@ class Mistake:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Example:
+    """A track to listen to: its id, why it is shown, and the audio of a segment in base64."""
+
+    track: str
+    about: str
+    wav: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A part of a page, in the order in which its attributes are listed; most are empty.
 
@@ -101,6 +110,7 @@ class Section:
         bullets: sentences as a list.
         folded: tables that are opened by their names.
         mistakes: wrong tracks.
+        examples: tracks to listen to.
     """
 
     title: str = ""
@@ -115,3 +125,4 @@ class Section:
     bullets: tuple[str, ...] = ()
     folded: tuple[tuple[str, Table], ...] = ()
     mistakes: tuple[Mistake, ...] = ()
+    examples: tuple[Example, ...] = ()

@@ -153,6 +153,24 @@ def of_share(right: NDArray[np.bool_], cluster: NDArray[np.int64]) -> Interval |
     return of_figure(float(right.mean()), error, clusters=len(items), items=len(right))
 
 
+def p_above(right: NDArray[np.bool_], cluster: NDArray[np.int64], level: float) -> float:
+    """One-sided p-value that the share of right items, bool [M], is not above a level.
+
+    The normal test of a share whose interval is Wilson's, as `of_figure` has it: with as many
+    independent items as would have the share's standard error, and Student's t. 1 of fewer than
+    two clusters.
+    """
+    _, place = np.unique(cluster, return_inverse=True)
+    items, hits = np.bincount(place), np.bincount(place, right)
+    share, clusters = float(right.mean()), len(items)
+    if clusters < 2:
+        return 1.0
+    error = deviation((hits.sum() - hits) / (items.sum() - items))
+    spread = share * (1 - share)
+    count = min(spread / error**2, len(right)) if error > 0 and spread > 0 else clusters
+    return float(stats.t.sf((share - level) / (level * (1 - level) / count) ** 0.5, clusters - 1))
+
+
 def of_difference(difference: float, error: float, *, clusters: int) -> Interval | None:
     """Interval of a difference; None where all clusters agree, which says nothing of others."""
     if clusters < 2 or error == 0:

@@ -185,6 +185,22 @@ def test_holm_agrees_with_statsmodels_figures() -> None:
     assert intervals.holm([]) == []
 
 
+def test_a_share_is_surely_above_a_level_as_often_as_chance_allows(drawn) -> None:
+    """Of 2,000 test sets of 40 artists, whose tracks are right together, 2.5 % or a little less."""
+    rng = np.random.default_rng(1)
+    cluster = np.repeat(np.arange(40), 4)
+    found = []
+    for _ in range(2000):
+        own = rng.beta(0.1 * 4, 0.9 * 4, 40)[cluster]  # 0.1 on average
+        found.append(intervals.p_above(rng.random(160) < own, cluster, 0.1))
+    assert 0.005 < (np.array(found) < 0.025).mean() < 0.035
+    alone = np.arange(160)
+    right = alone < 32
+    expected = (0.2 - 0.1) / np.sqrt(0.1 * 0.9 / 160)
+    assert intervals.p_above(right, alone, 0.1) == pytest.approx(stats.t.sf(expected, 159), rel=0.1)
+    assert intervals.p_above(right, np.zeros(160, int), 0.1) == 1.0
+
+
 def test_mcnemar_agrees_with_scipy() -> None:
     for first, second in ((0, 5), (5, 0), (6, 11), (7, 7), (1, 30), (120, 90)):
         expected = stats.binomtest(first, first + second, 0.5).pvalue
