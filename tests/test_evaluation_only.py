@@ -8,13 +8,14 @@ import yaml
 from conftest import bias_config, build_tiny, make_table, run_ranks, shard_config
 from trainings import config, train_on
 
-from mgc_dist import evaluate, shard
-from mgc_dist.config import EvaluateConfig, InfoConfig, VerifyConfig
+from mgc_dist import evaluate, exam, shard
+from mgc_dist.config import EvaluateConfig, ExamConfig, InfoConfig, VerifyConfig
 from mgc_dist.data import manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.models.folder import save_exported
 from mgc_dist.packing import card
+from mgc_dist.scoring import exams
 
 GENRES = ("blues", "classical", "country")
 
@@ -99,3 +100,18 @@ def test_what_needs_training_rows_refuses_it(
     with pytest.raises(UserError, match=message):
         run_ranks(1, make_table, bias_config(tests_only))
     assert not (tests_only / "bias").exists()
+
+
+def test_it_is_examined_without_controls(
+    tests_only: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    built = build_tiny(tiny_model, GENRES).eval()
+    save_exported(built, built.state_dict(), tmp_path / "model", 16_000)
+    settings = ExamConfig(
+        run=tmp_path / "model", data=tests_only, only=("polarity",), name="test", band_segments=8
+    )
+    run_ranks(1, exam.run, settings)
+    found = exams.read(tmp_path / "model" / "exam" / "test.json")
+    assert found.refitted is None
+    assert [line.control for line in found.transformations] == [None]
+    assert found.tracks == 12

@@ -19,7 +19,7 @@ from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.models.folder import load_exported, save_exported
 from mgc_dist.models.transformations import transformed
-from mgc_dist.report import examination, page
+from mgc_dist.report import exam_report, examination, page
 from mgc_dist.scoring import exams
 from mgc_dist.scoring.metrics import track_means
 
@@ -240,3 +240,19 @@ def test_the_page_shows_the_exam_and_its_audio(examined: Path) -> None:
     assert text.count("data:audio/wav") == len(found.heard) > 0
     for name in ("polarity", "mp3", "splice"):
         assert name in text
+
+
+def test_compare_shows_exams_of_the_same_tracks_side_by_side(
+    examined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(examined, tmp_path / "other"))
+    exam_report.show_beside(exam_report.beside((examined, other), "test"))
+    found, shown = exams.read(examined / "exam" / "test.json"), capsys.readouterr().out
+    for line in found.transformations:
+        row = next(row for row in shown.splitlines() if f" {line.name} {line.strength:g} " in row)
+        assert row.count(f"{line.accuracy:.3f}") == 2
+    path = other / "exam" / "test.json"
+    path.write_text(path.read_text().replace(found.dataset_id, "0" * 64))
+    assert exam_report.beside((examined, other), "test") == []
+    path.unlink()
+    assert exam_report.beside((examined, other), "test") == []

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -10,12 +11,14 @@ from rich.table import Table as Grid
 
 from mgc_dist.report import canvas, figures
 from mgc_dist.report.canvas import SECOND
-from mgc_dist.report.dossier import Dossier
 from mgc_dist.report.figures import Bar, Line
 from mgc_dist.report.gallery import cell
 from mgc_dist.report.section import Drawing, Mistake, Section, Table, Tile
 from mgc_dist.scoring import exams
 from mgc_dist.scoring.exams import Bands, Exam, Heard
+
+if TYPE_CHECKING:  # it imports torch, which compare does not need
+    from mgc_dist.report.dossier import Dossier
 
 _COLUMNS = ("transformation", "accuracy", "95 %", "changed", "lost", "won", "p", "control")
 _ABOUT = (
@@ -45,7 +48,7 @@ def write(exam: Exam, path: Path) -> None:
     canvas.save(_accuracies(exam).figure, path, title)
 
 
-def section(dossier: Dossier) -> Section | None:
+def section(dossier: "Dossier") -> Section | None:
     """The part of the page; None where there is no exam of the model."""
     if dossier.exam is None:
         return None

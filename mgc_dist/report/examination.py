@@ -189,6 +189,8 @@ class _Examiner:
     def _all_refit(self, keys: Sequence[Key]) -> None:
         """Answers of the last layer, fitted anew on transformed training rows (a collective)."""
         missing = self._missing("refitted", keys)
+        if not missing:
+            return
         below = _BelowHead(self._model)
         with self._bar("controls", len(missing), ("train", self._config.split)) as over:
             for key in missing:
@@ -285,8 +287,9 @@ class _Examiner:
         about = {key: (TRANSFORMATIONS[key[0]].unit, TRANSFORMATIONS[key[0]].about) for key in keys}
         untouched = self._judged("answers", UNTOUCHED)
         lines = exams.lines(untouched, found, about, self._cluster, self._genres)
-        first, stop = self._shards.rows_of("train")
+        first, stop = self._shards.manifest.splits["train"]
         if self._config.controls == "none" or first == stop:
+            log.info("no controls" + ": the data set has no training rows" * (first == stop))
             return lines, []
         every = self._config.controls == "all"
         return lines, [UNTOUCHED, *(keys if every else exams.worst(lines))]

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from mgc_dist.errors import UserError
 from mgc_dist.scoring import intervals
 from mgc_dist.scoring.metrics import confusion_of, precision_recall_f1
-from mgc_dist.scoring.score import SplitScores
+
+if TYPE_CHECKING:  # it imports torch, which compare does not need
+    from mgc_dist.scoring.score import SplitScores
 
 Verdict = Literal["no loss", "unfamiliar", "relied upon", "undecided"]
 Key = tuple[str, float]
@@ -207,7 +209,7 @@ def read(path: Path) -> Exam:
 
 
 def drop(
-    before: SplitScores, after: SplitScores, cluster: NDArray[np.int64], genres: int
+    before: "SplitScores", after: "SplitScores", cluster: NDArray[np.int64], genres: int
 ) -> dict[str, Any]:
     """The fields of `Drop`.
 
@@ -237,8 +239,8 @@ def drop(
 
 
 def lines(
-    untouched: SplitScores,
-    found: Mapping[Key, SplitScores],
+    untouched: "SplitScores",
+    found: Mapping[Key, "SplitScores"],
     about: Mapping[Key, tuple[str, str]],
     cluster: NDArray[np.int64],
     genres: Sequence[str],
@@ -281,7 +283,7 @@ def lines(
     return made
 
 
-def _per_genre(of: SplitScores, genres: Sequence[str]) -> dict[str, float | None]:
+def _per_genre(of: "SplitScores", genres: Sequence[str]) -> dict[str, float | None]:
     confusion = confusion_of(of.labels, of.guesses, len(genres))
     recall = precision_recall_f1(confusion)[1]
     has = confusion.sum(axis=1) > 0
@@ -298,8 +300,8 @@ def worst(found: Sequence[Line], count: int = WORST) -> list[Key]:
 
 def controlled(
     line: Line,
-    before: SplitScores,
-    after: SplitScores,
+    before: "SplitScores",
+    after: "SplitScores",
     cluster: NDArray[np.int64],
     genres: int,
 ) -> Line:
@@ -334,6 +336,6 @@ def _is_loss(of: Drop) -> bool:
     return of.difference < 0 and (bounds is None or bounds[1] < 0)
 
 
-def always_right(scores: Sequence[SplitScores]) -> float:
+def always_right(scores: Sequence["SplitScores"]) -> float:
     """Share of tracks that are right in all of them."""
     return float(np.all([each.guesses == each.labels for each in scores], axis=0).mean())
