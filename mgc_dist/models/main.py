@@ -523,12 +523,12 @@ def _from_config(name: str, config: PretrainedConfig) -> PreTrainedModel:
     try:
         net: PreTrainedModel = (
             custom.built(config, name)
-            custom.built(config, name)
             if issubclass(own := custom.loader(config), CustomAudioClassifier)
             else own.from_config(config)
             if own is AutoModelForAudioClassification
             else own(config)
         )
+    except _BAD_CONFIG as error:
         raise _refused_config(name, error) from error
     return net
 
