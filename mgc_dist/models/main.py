@@ -520,14 +520,15 @@ def _with_head(name: str, config: PretrainedConfig, head: HeadConfig) -> Pretrai
 
 
 def _from_config(name: str, config: PretrainedConfig) -> PreTrainedModel:
+    own: Any = custom.loader(config)
+    net: PreTrainedModel
     try:
-        net: PreTrainedModel = (
-            custom.built(config, name)
-            if issubclass(own := custom.loader(config), CustomAudioClassifier)
-            else own.from_config(config)
-            if own is AutoModelForAudioClassification
-            else own(config)
-        )
+        if issubclass(own, CustomAudioClassifier):
+            net = custom.built(config, name)
+        elif own is AutoModelForAudioClassification:
+            net = own.from_config(config)
+        else:
+            net = own(config)
     except _BAD_CONFIG as error:
         raise _refused_config(name, error) from error
     return net
