@@ -5,7 +5,7 @@
 
 - `small`: 1,000 synthetic tracks of 30 s, as many as GTZAN has: packed, a log-mel bias pass, one
   epoch of a tiny wav2vec2 on two ranks (so tiny that what is not a step shows), evaluation. The
-  commands are those of the README, each from its start to its end.
+  commands are those that the docs show, each from its start to its end.
 - `large`: wav2vec2-large's weights (random, from a folder of 1.3 GB), half of the layers frozen,
   two steps of four rows on one rank: what loading, saving and exporting take at the real size.
 

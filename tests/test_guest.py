@@ -252,12 +252,12 @@ def run_block(code: str, folder: Path) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     os.chdir(folder)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "python.md", "exec"), {})
 
 
-def test_the_way_that_readme_shows(shards: Path, table: Path, noisy: Path, tmp_path: Path) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+def test_the_way_that_the_docs_show(shards: Path, table: Path, noisy: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "python.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     file = tmp_path / "short.yaml"
     file.write_text(cli.dump("train", short(shards, noisy, tmp_path / "unused")))
     assert code.count('"--preset", "gtzan"') == 1

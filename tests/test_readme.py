@@ -1,4 +1,4 @@
-"""Every command that README and presets show parses, and every file that they name exists."""
+"""Every command that pages and presets show parses, and every place that they link exists."""
 
 import re
 import shlex
@@ -9,6 +9,13 @@ import pytest
 from mgc_dist import cache, cli, config, slurm
 
 ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ("log.md", "design.md", "benchmarks.md", "performance.md", "exactness.md", "faults.md")
+"""Pages that tell of experiments: what they show was run once, with the code of that day."""
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "slurm" / "README.md",
+    *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in RECORDS),
+)
 CONFIGS = {
     "synth": config.SynthConfig,
     "shard": config.ShardConfig,
@@ -27,13 +34,13 @@ CONFIGS = {
     "cache": cache.CacheConfig,
     "slurm": slurm.SlurmConfig,
 }
-OTHERS = ("python3 -m venv ", ".venv/bin/pip ", "squeue ", "printf ", "#")
+OTHERS = ("python3 -m venv ", ".venv/bin/pip ", ". .venv/bin/", "squeue ", "printf ", "#")
 """Beginnings of lines that are not ours to check."""
 LOOP = re.compile(r"\s*(for|done)\b")
 
 
 def shown_commands() -> list[str]:
-    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "slurm/README.md"))
+    text = "\n".join(page.read_text() for page in PAGES)
     blocks = re.findall(r"```bash\n(.*?)```", text.replace("\\\n", " "), re.S)
     kinds = "mgc|deepspeed|python -m mgc_dist|python launch|make|sbatch"
     inline = re.findall(rf"`((?:{kinds}) [^`]+)`", text)
@@ -44,6 +51,9 @@ def shown_commands() -> list[str]:
         joined = head.replace("\n#  ", "").split("  (")[0]
         lines += [part.strip() for part in joined.split("&&")]
     lines = [line for line in lines if not LOOP.match(line) and not line.startswith(OTHERS)]
+    lines = [
+        line for line in lines if line != "mgc" and not re.fullmatch(r"deepspeed --\S+ \S+", line)
+    ]
     return list(dict.fromkeys(map(unrolled, lines)))
 
 
@@ -113,11 +123,29 @@ def test_there_are_commands_of_every_kind() -> None:
         assert verb in text
 
 
-def test_linked_files_and_the_tree_exist() -> None:
+def anchors(page: Path) -> set[str]:
+    """What headings of a page can be linked by."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / "docs" / name for name in RECORDS)], ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^)]*)\)", page.read_text()):
+        place = (page.parent / target).resolve() if target else page
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), f"{target}#{anchor}"
+
+
+def test_every_page_is_linked_from_readme() -> None:
     text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
-    tree = text.split("## The tree")[1]
+    for page in (ROOT / "docs").glob("*.md"):
+        linked = f"](docs/{page.name}" in text
+        assert linked or page.name in ("log.md", "formats.md"), page.name
+
+
+def test_the_tree_names_every_module() -> None:
+    tree = (ROOT / "docs" / "house.md").read_text().split("## The tree")[1]
     modules = {path.stem for path in (ROOT / "mgc_dist").rglob("*.py")} - {"__init__"}
     modules |= {path.name for path in (ROOT / "mgc_dist").iterdir() if path.is_dir()} - {
         "__pycache__"

@@ -50,7 +50,7 @@ class Loss:
 
     Attributes:
         short: a few words for `--help`.
-        formula: for a row with label y, as README shows it.
+        formula: for a row with label y, as docs/debiasing.md shows it.
         source: the papers that it is from.
         rows: loss of each row, float32 [B], without its weight.
         knobs: fields of `LossConfig` that this loss alone reads, and how each is said.
