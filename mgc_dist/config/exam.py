@@ -36,8 +36,8 @@ class ExamConfig:
     """Transformations to try, such as `polarity mp3`; all by default."""
     controls: Controls = "worst"
     """Fit the last layer anew on transformed training segments: for the `worst` three
-    transformations, for `all`, or for `none`. What comes back was unfamiliar, what does not was
-    relied upon."""
+    transformations, for `all`, or for `none`. Of what comes back, the rest of the model still tells
+    the genre."""
     head_c: Annotated[float, Range(minimum=1e-9, maximum=1e9, cure="1.0 is usual")] = 1.0
     """Inverse strength of the L2 penalty of the fitted layers (scikit-learn's C)."""
     band_segments: Annotated[int, Range(minimum=0, maximum=1_000_000, cure="64 is usual")] = 64

@@ -41,11 +41,13 @@ class Given:
         strength: in the transformation's unit.
         rate: in Hz.
         draw: a random number for each row, int64 [B].
+        other: another segment for each row, float32 [B, T], where the transformation wants one.
     """
 
     strength: float
     rate: int
     draw: Tensor
+    other: Tensor | None = None
 
 
 Change = Callable[[Tensor, Given], Tensor]
@@ -61,16 +63,25 @@ class Transformation:
         strengths: that are tried.
         about: what it does, in words.
         change: does it.
+        wants_other: whether it needs another segment of the same split for each row.
     """
 
     unit: str
     strengths: tuple[float, ...]
     about: str
     change: Change
+    wants_other: bool = False
 
 
 def transformed(
-    name: str, strength: float, wave: Tensor, row: Tensor, *, rate: int, seed: int
+    name: str,
+    strength: float,
+    wave: Tensor,
+    row: Tensor,
+    *,
+    rate: int,
+    seed: int,
+    other: Tensor | None = None,
 ) -> Tensor:
     """Change segments: int16 [B, T] -> int16 [B, T].
 
@@ -81,9 +92,15 @@ def transformed(
         row: their numbers, int64 [B] on the same device; -1 for padding.
         rate: in Hz.
         seed: of the exam.
+        other: segments int16 [B, T], where the transformation wants others.
     """
     stream = xxhash.xxh32_intdigest(name.encode())
-    given = Given(strength=strength, rate=rate, draw=mixed(mixed(row, seed), stream))
+    given = Given(
+        strength=strength,
+        rate=rate,
+        draw=mixed(mixed(row, seed), stream),
+        other=None if other is None else other.float() / FULL_SCALE,
+    )
     return quantised(TRANSFORMATIONS[name].change(wave.float() / FULL_SCALE, given))
 
 
@@ -191,6 +208,16 @@ def _band_noise(x: Tensor, given: Given) -> Tensor:
     inside = filtered(x, given.rate, lambda f: _in_octave(f, given.strength).to(x.dtype))
     band = filtered(noise, given.rate, lambda f: _in_octave(f, given.strength).to(x.dtype))
     return x - inside + band * (_level(inside) / _level(band).clamp(min=1e-12))
+
+
+def _band_swap(x: Tensor, given: Given) -> Tensor:
+    """Another segment's band in place of a band, of the power that it had."""
+    assert given.other is not None
+    both = torch.cat((x, given.other))
+    inside, theirs = filtered(
+        both, given.rate, lambda f: _in_octave(f, given.strength).to(x.dtype)
+    ).chunk(2)
+    return x - inside + theirs * (_level(inside) / _level(theirs).clamp(min=1e-12))
 
 
 def _level(x: Tensor) -> Tensor:
@@ -387,6 +414,13 @@ TRANSFORMATIONS: dict[str, Transformation] = {
         about="an octave filled by noise of its level",
         change=_band_noise,
     ),
+    "band-swap": Transformation(
+        unit="Hz",
+        strengths=(250, 500, 1000, 2000, 4000, 5600),
+        about="another segment's octave, as loud: what is lost was relied upon",
+        change=_band_swap,
+        wants_other=True,
+    ),
     "noise": Transformation(
         unit="dB below", strengths=(30, 20, 10), about="white noise", change=_noise
     ),
@@ -410,4 +444,4 @@ TRANSFORMATIONS: dict[str, Transformation] = {
         unit="%", strengths=_TURNS, about="higher at the same tempo", change=_pitch
     ),
 }
-"""By name, 26 of them."""
+"""By name, 27 of them."""

@@ -20,15 +20,16 @@ from mgc_dist.scoring.exams import Bands, Exam, Heard
 if TYPE_CHECKING:  # it imports torch, which compare does not need
     from mgc_dist.report.dossier import Dossier
 
-_COLUMNS = ("transformation", "accuracy", "95 %", "changed", "lost", "won", "p", "control")
+_COLUMNS = ("transformation", "accuracy", "95 %", "changed", "lost", "won", "p", "reading")
 _ABOUT = (
     "Changed: share of tracks with another answer. Lost and won: tracks that are right only "
-    "untouched, and only transformed. p: McNemar's, corrected for all lines (Holm). Control: "
+    "untouched, and only transformed. p: McNemar's, corrected for all lines (Holm). Reading: "
     "accuracy with the last layer fitted anew on training segments that are transformed alike."
 )
 _VERDICTS = (
-    "Unfamiliar: at least half of the loss comes back with that layer. Relied upon: less does. "
-    "A loss that stays may also be music that is gone: compare models, not transformations."
+    "Last layer: at least half of the loss comes back with it, so what lies below still tells the "
+    "genre. Below: less does. A band is relied upon where the same band of another segment, as "
+    "loud, costs answers; where only its lack or noise does, that was unfamiliar."
 )
 
 
@@ -133,13 +134,14 @@ def _few_cells(line: exams.Line) -> tuple[str, ...]:
     """What fits on a terminal."""
     bounds = f"{line.interval[0]:.2f}-{line.interval[1]:.2f}" if line.interval else "-"
     numbers = (f"{line.accuracy:.3f}", bounds, f"{line.changed:.3f}", f"{line.p_corrected:.2g}")
-    return (_named(line), *numbers, *(_cells(line)[-1:]))
+    return (f"{line.name} {line.strength:g}", *numbers, *(_cells(line)[-1:]))
 
 
 def _cells(line: exams.Line) -> tuple[str, ...]:
     bounds = f"{line.interval[0]:.3f} to {line.interval[1]:.3f}" if line.interval else "-"
     of = line.control
-    control = f"{of.accuracy:.3f}, {of.verdict}" if of else "-"
+    told = [f"{of.accuracy:.3f}", of.verdict] if of else []
+    control = ", ".join([*told, *([line.reading] if line.reading else [])]) or "-"
     numbers = (f"{line.changed:.3f}", str(line.lost), str(line.won), f"{line.p_corrected:.2g}")
     return (_named(line), f"{line.accuracy:.3f}", bounds, *numbers, control)
 

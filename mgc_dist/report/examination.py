@@ -29,6 +29,7 @@ from mgc_dist.data.reader import Batch, ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.files import fingerprint, locked, replace_text, replacing
 from mgc_dist.models import folder
+from mgc_dist.models.draws import mixed
 from mgc_dist.models.main import WaveClassifier
 from mgc_dist.models.transformations import TRANSFORMATIONS, transformed
 from mgc_dist.report import exam_report, measure
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 VERSION = 1
 """Of what is kept; changes whenever a transformation's digits do."""
 UNTOUCHED: Key = ("untouched", 0.0)
+_OTHERS = 1
+"""Stream of numbers of a row."""
 _HEARD = 2
 """Changed answers of each of the worst transformations that are written as audio."""
 
@@ -247,11 +250,21 @@ class _Examiner:
             batch=self._config.batch,
             width=width,
             progress=over,
-            change=None if key == UNTOUCHED else partial(self._changed, key),
+            change=None if key == UNTOUCHED else partial(self._changed, key, split),
         )
 
-    def _changed(self, key: Key, wave: Tensor, row: Tensor) -> Tensor:
-        return transformed(*key, wave, row, rate=self._rate, seed=self._config.seed)
+    def _changed(self, key: Key, split: str, wave: Tensor, row: Tensor) -> Tensor:
+        other = self._others(split, row) if TRANSFORMATIONS[key[0]].wants_other else None
+        return transformed(*key, wave, row, rate=self._rate, seed=self._config.seed, other=other)
+
+    def _others(self, split: str, row: Tensor) -> Tensor:
+        """A segment of the same split for each row, by row and seed: int16 [B, T]."""
+        first, stop = self._shards.rows_of(split)
+        draw = mixed(mixed(row, self._config.seed), _OTHERS)
+        chosen = (first + torch.remainder(draw, stop - first)).cpu().numpy()
+        wave = np.empty((len(chosen), self._shards.manifest.segment_samples), np.int16)
+        self._shards.read_batch(chosen, wave, np.empty(len(chosen), np.int64))
+        return torch.from_numpy(wave).to(row.device)
 
     def _all_search(self) -> Bands | None:
         """Bands that suffice, of the first segments of the split; None on other ranks."""
@@ -354,7 +367,8 @@ class _Examiner:
         segment = int(said[1][:, answer].argmax())
         row, entry = first + int(own[segment]), self._tracks[place]
         wave = torch.from_numpy(self._shards.read(row).copy())[None].to(self._peers.device)
-        changed = self._changed(key, wave, torch.tensor([row], device=self._peers.device))
+        split = self._config.split
+        changed = self._changed(key, split, wave, torch.tensor([row], device=self._peers.device))
         file = f"{key[0]} {key[1]:g} {row}.wav"
         with replacing(self._kept.folder / file) as out:
             soundfile.write(out, changed[0].cpu().numpy(), self._rate, "PCM_16", format="WAV")

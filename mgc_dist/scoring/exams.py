@@ -20,7 +20,8 @@ from mgc_dist.scoring.metrics import confusion_of, precision_recall_f1
 if TYPE_CHECKING:  # it imports torch, which compare does not need
     from mgc_dist.scoring.score import SplitScores
 
-Verdict = Literal["no loss", "unfamiliar", "relied upon", "undecided"]
+Verdict = Literal["no loss", "last layer", "below", "undecided"]
+Reading = Literal["unfamiliar", "relied upon"]
 Key = tuple[str, float]
 """A transformation's name, and a strength."""
 WORST = 3
@@ -50,9 +51,9 @@ class Control(Drop):
 
     Attributes:
         recovered: share of the loss that the new layer makes good; None where nothing was lost.
-        verdict: `no loss` where the model's own difference may be zero; `unfamiliar` where at
-            least half of the loss comes back; `relied upon` where less does, and the loss that
-            stays is not by chance; else `undecided`.
+        verdict: `no loss` where the model's own difference may be zero; `last layer` where at
+            least half of the loss comes back, so that what lies below still tells the genre;
+            `below` where less does, and the loss that stays is not by chance; else `undecided`.
     """
 
     recovered: float | None
@@ -71,6 +72,8 @@ class Line(Drop):
         p_corrected: for all lines of the exam.
         per_genre: recall of each genre; None of one without tracks.
         control: with the last layer fitted anew; None where that was not asked for.
+        reading: of a loss by a band that was taken out or filled: `relied upon` where the same
+            band of other segments costs answers too, else `unfamiliar`; None of anything else.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Line(Drop):
     p_corrected: float
     per_genre: dict[str, float | None]
     control: Control | None = None
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +284,16 @@ def lines(
                 per_genre=_per_genre(after, genres),
             )
         )
-    return made
+    swapped = {line.strength: line for line in made if line.name == "band-swap"}
+    return [
+        replace(line, reading="relied upon" if _is_loss(swapped[line.strength]) else "unfamiliar")
+        if line.name in _OF_BANDS and line.strength in swapped and _is_loss(line)
+        else line
+        for line in made
+    ]
+
+
+_OF_BANDS = ("band-stop", "band-noise", "band-swap")
 
 
 def _per_genre(of: "SplitScores", genres: Sequence[str]) -> dict[str, float | None]:
@@ -326,8 +339,8 @@ def _verdict(line: Line, refitted: Drop, recovered: float | None) -> Verdict:
     if recovered is None or not _is_loss(line):
         return "no loss"
     if recovered >= 0.5:
-        return "unfamiliar"
-    return "relied upon" if _is_loss(refitted) else "undecided"
+        return "last layer"
+    return "below" if _is_loss(refitted) else "undecided"
 
 
 def _is_loss(of: Drop) -> bool:

@@ -24,6 +24,7 @@ NOTHING = {
     "high-pass": 1e-9,
     "band-stop": 1e-9,
     "band-noise": 1e-9,
+    "band-swap": 1e-9,
     "noise": 300,
     "hum": 300,
     "clipping": 0,
@@ -40,7 +41,9 @@ CODECS = ("mp3", "opus", "vorbis")
 def changed(name: str, strength: float, wave: np.ndarray, seed: int = 0) -> np.ndarray:
     """Float [B, T] within -1 to 1, through int16 -> float64 [B, T]."""
     given = torch.from_numpy(np.rint(wave * 32768).astype(np.int16))
-    found = transformed(name, strength, given, torch.arange(len(wave)), rate=RATE, seed=seed)
+    row = torch.arange(len(wave))
+    other = given.flip(0)
+    found = transformed(name, strength, given, row, rate=RATE, seed=seed, other=other)
     assert found.dtype == torch.int16
     return found.numpy() / 32768
 
@@ -100,12 +103,14 @@ def test_strengths_change_rows_by_seed_and_row_alone(name: str, wave: np.ndarray
     long = np.concatenate([*np.roll([wave], 1, axis=1), wave[::-1], *3 * [wave]], axis=1)  # 2.5 s
     given = torch.from_numpy(np.rint(long * 32768).astype(np.int16))
     row = torch.tensor([7, 3, 9, 4])
+    how = {"rate": RATE, "seed": 1}
     for strength in TRANSFORMATIONS[name].strengths:
-        whole = transformed(name, strength, given, row, rate=RATE, seed=1)
-        again = transformed(name, strength, given, row, rate=RATE, seed=1)
+        whole = transformed(name, strength, given, row, other=given.roll(1, 0), **how)
+        again = transformed(name, strength, given, row, other=given.roll(1, 0), **how)
         assert torch.equal(whole, again)
         assert not torch.equal(whole, given)
-        turned = transformed(name, strength, given.flip(0), row.flip(0), rate=RATE, seed=1)
+        others = given.roll(1, 0).flip(0)
+        turned = transformed(name, strength, given.flip(0), row.flip(0), other=others, **how)
         assert (turned.flip(0).int() - whole.int()).abs().max() <= 1
 
 
@@ -185,6 +190,17 @@ def test_a_stopped_band_is_empty_and_a_filled_one_as_loud(wave: np.ndarray) -> N
     assert of_noise == pytest.approx(power, rel=1e-3)
     alike = np.abs((inside * filled[0].conj()).sum(axis=1)) / power
     assert alike.max() < 0.2
+
+
+def test_a_swapped_band_is_another_rows_as_loud(wave: np.ndarray) -> None:
+    inside, outside = octave_of(wave, 1000)
+    found, rest = octave_of(changed("band-swap", 1000, wave), 1000)
+    assert rest == pytest.approx(outside, abs=0.01)
+    power, swapped = (np.square(np.abs(each)).sum(axis=1) for each in (inside, found))
+    assert swapped == pytest.approx(power, rel=1e-3)
+    theirs = inside[::-1]
+    alike = np.abs((theirs * found.conj()).sum(axis=1))
+    assert alike == pytest.approx(np.linalg.norm(theirs, axis=1) * swapped**0.5, rel=1e-3)
 
 
 def test_noise_and_hum_are_so_far_below(wave: np.ndarray) -> None:

@@ -30,10 +30,10 @@ def line(before: int, after: int) -> Line:
     ("model", "refitted", "verdict", "recovered"),
     [
         ((180, 179), (180, 100), "no loss", None),
-        ((180, 100), (180, 170), "unfamiliar", 0.875),
-        ((180, 100), (180, 110), "relied upon", 0.125),
-        ((180, 170), (180, 174), "relied upon", 0.4),
-        ((180, 160), (170, 158), "relied upon", 0.4),
+        ((180, 100), (180, 170), "last layer", 0.875),
+        ((180, 100), (180, 110), "below", 0.125),
+        ((180, 170), (180, 174), "below", 0.4),
+        ((180, 160), (170, 158), "below", 0.4),
     ],
 )
 def test_verdicts(
@@ -101,3 +101,15 @@ def test_a_model_with_one_answer_fools_nobody() -> None:
     found = sufficient.Search(lambda given: torch.eye(2)[[0] * len(given)], RATE)(wave).numpy()
     assert sufficient.summed_up(found, ("a", "b"), RATE).fooled is None
     assert sufficient.edges_hz(RATE)[[0, -1]] == pytest.approx([0, 8000])
+
+
+def test_a_band_is_relied_upon_where_swapping_it_costs_answers() -> None:
+    about = {(name, s): ("", "") for name in ("band-stop", "band-swap", "hum") for s in (1.0, 2.0)}
+    right = (100, 110, 188, 120, 90, 90)  # as in `about`; swapping the first band costs two
+    found = {key: answers(n) for key, n in zip(about, right, strict=True)}
+    lines = exams.lines(answers(190), found, about, np.arange(TRACKS), ("a", "b"))
+    assert [each.reading for each in lines] == [
+        *("unfamiliar", "relied upon"),
+        *(None, "relied upon"),
+        *(None, None),
+    ]
