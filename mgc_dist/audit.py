@@ -44,7 +44,8 @@ def _examine(config: AuditConfig, folder: Path, out: Path) -> None:
     from mgc_dist.report import audit_report
 
     with ShardSet(folder, is_whole=True) as shards:
-        audit_report.bring(findings.examine(config, shards), shards, out)
+        found = findings.examine(config, shards)
+        audit_report.bring(found, shards, out, config.data.resolve().name)
 
 
 def main() -> None:

@@ -140,6 +140,7 @@ def test_a_codec_a_genre_is_called_out_in_a_folder_of_music(
     assert "artists are unknown" in capsys.readouterr().out.lower()
     assert sorted(formats.rglob("*")) == before, "nothing is written into the music"
     assert [path.name for path in tmp_path.iterdir()] == ["audit"]
+    assert "Audit of music" in (tmp_path / "audit" / "audit.html").read_text()
 
 
 def test_a_wrong_label_is_doubted_and_can_be_listened_to(tmp_path: Path) -> None:
