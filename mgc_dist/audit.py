@@ -1,6 +1,7 @@
 """`python -m mgc_dist.audit SHARDS`: what besides music tells the genre in a data set."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from mgc_dist import cli
@@ -24,18 +25,17 @@ def run(config: AuditConfig) -> None:
 
 
 def _pack(config: AuditConfig, out: Path) -> None:
-    from mgc_dist.packing import command
+    """Pack music as one split, so that no genre has too few artists to be looked at."""
+    from mgc_dist.files import replace_text
+    from mgc_dist.packing import command, layouts, splits
 
-    packed = ShardConfig(
-        data=config.data,
-        groups=config.groups,
-        out=out,
-        split="stratified",
-        same_group=True,
-        allow_bad="99%",
-        jobs=config.jobs,
+    music = ShardConfig(
+        data=config.data, groups=config.groups, out=out, allow_bad="99%", jobs=config.jobs
     )
-    command.shard(packed, print)
+    tracks = [replace(track, split="test") for track in layouts.find(music).tracks]
+    table = out.parent / "splits.csv"
+    replace_text(table, splits.as_table(tracks))
+    command.shard(replace(music, split="table", split_file=table), print)
 
 
 def _examine(config: AuditConfig, folder: Path, out: Path) -> None:
@@ -44,7 +44,8 @@ def _examine(config: AuditConfig, folder: Path, out: Path) -> None:
     from mgc_dist.report import audit_report
 
     with ShardSet(folder, is_whole=True) as shards:
-        audit_report.bring(findings.examine(config, shards), shards, out)
+        found = findings.examine(config, shards)
+        audit_report.bring(found, shards, out, config.data.resolve().name)
 
 
 def main() -> None:

@@ -129,6 +129,13 @@ def test_a_codec_a_genre_is_called_out_in_a_folder_of_music(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(formats.rglob("*"))
+    artists = [f"{genre}{number},{genre} {number // 4}" for genre in "abc" for number in range(8)]
+    (tmp_path / "two.csv").write_text("track,artist\n" + "\n".join(artists) + "\n")
+    out = tmp_path / "two"  # artists of a genre: too few for splits, enough for an audit
+    audit.run(AuditConfig(data=formats, groups=tmp_path / "two.csv", out=out, folds=2, jobs=1))
+    known = json.loads((out / "audit.json").read_text())
+    assert (known["unit"], known["artists"]) == ("groups", 6)
+    assert max(each["accuracy"] for each in known["families"]) == 1.0
     audit.run(AuditConfig(data=formats, jobs=1))
     found = json.loads((tmp_path / "audit" / "audit.json").read_text())
     named = {each["name"]: each for each in found["families"] if each["named"]}
@@ -139,7 +146,8 @@ def test_a_codec_a_genre_is_called_out_in_a_folder_of_music(
     assert any("codec" in line for line in found["leaks"]), "what packing has found is told too"
     assert "artists are unknown" in capsys.readouterr().out.lower()
     assert sorted(formats.rglob("*")) == before, "nothing is written into the music"
-    assert [path.name for path in tmp_path.iterdir()] == ["audit"]
+    assert {path.name for path in tmp_path.iterdir()} == {"audit", "two", "two.csv"}
+    assert "Audit of music" in (tmp_path / "audit" / "audit.html").read_text()
 
 
 def test_a_wrong_label_is_doubted_and_can_be_listened_to(tmp_path: Path) -> None:
@@ -147,7 +155,7 @@ def test_a_wrong_label_is_doubted_and_can_be_listened_to(tmp_path: Path) -> None
     wrong = tmp_path / "music" / "blues" / "blues.00005.wav"
     wrong.rename(tmp_path / "music" / "country" / wrong.name)
     out = tmp_path / "audit"
-    audit.run(AuditConfig(data=tmp_path / "music", groups=None, out=out, jobs=1))
+    audit.run(AuditConfig(data=tmp_path / "music", out=out, jobs=1))
     doubts = json.loads((out / "audit.json").read_text())["doubts"]
     first = doubts["tracks"][0]
     assert (first["source"], first["genre"]) == (f"country/{wrong.name}", "country")

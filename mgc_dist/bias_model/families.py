@@ -35,8 +35,10 @@ OF_FILES = {
 """Families that only the source files tell: what they are, and their properties."""
 NAMES = (*OF_FILES, *FAMILIES)
 PROBE = "log-mel"
-_ROWS, _BATCH = 1024, 32
-"""Segments that a process is given at a time, and that it computes at a time."""
+_ROWS = 1024
+"""Segments that a process is given at a time."""
+_SAMPLES = 32 * 48_000
+"""Audio samples that it computes at a time: 0.1 GB with all that is made of them."""
 HEAD_C = 1.0
 """Inverse penalty of all models here, as the bias model's by default."""
 
@@ -97,9 +99,9 @@ def _measured(block: tuple[int, int], *, folder: Path, alone: bool) -> NDArray[n
     found = []
     with ShardSet(folder, is_whole=True) as shards, torch.inference_mode():
         rate, samples = shards.manifest.sample_rate, shards.manifest.segment_samples
-        probe = Probe(rate)
-        for first in range(*block, _BATCH):
-            rows = np.arange(first, min(first + _BATCH, block[1]))
+        probe, batch = Probe(rate), max(1, _SAMPLES // samples)
+        for first in range(*block, batch):
+            rows = np.arange(first, min(first + batch, block[1]))
             wave = np.empty((len(rows), samples), np.int16)
             shards.read_batch(rows, wave, np.empty(len(rows), np.int64))
             taken = torch.from_numpy(wave)  # [B, T]

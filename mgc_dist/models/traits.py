@@ -147,7 +147,12 @@ def _offset(heard: Heard) -> Tensor:
 
 
 def _quantiles(x: Tensor, shares: tuple[float, ...], dim: int) -> Tensor:
-    return torch.quantile(x, torch.tensor(shares, device=x.device), dim=dim)
+    """As torch.quantile, which refuses more than 16 million values: half a minute of 32 rows."""
+    ordered = x.sort(dim=dim).values.movedim(dim, 0)
+    places = [share * (len(ordered) - 1) for share in shares]
+    return torch.stack(
+        [torch.lerp(ordered[int(at)], ordered[math.ceil(at)], at % 1.0) for at in places]
+    )
 
 
 def _bandwidth(heard: Heard) -> Tensor:

@@ -25,13 +25,14 @@ _HEARD = 12
 Figures = dict[str, Any]
 
 
-def bring(found: Audit, shards: ShardSet, folder: Path) -> None:
+def bring(found: Audit, shards: ShardSet, folder: Path, name: str) -> None:
     """Write FOLDER/audit.json and audit.html, and print the same in short.
 
     Args:
         found: of these shards.
         shards: for the audio.
         folder: is made.
+        name: of the data set, for the title.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sections = [
@@ -40,7 +41,7 @@ def bring(found: Audit, shards: ShardSet, folder: Path) -> None:
         _leaks(found.figures),
         _doubts(found, shards),
     ]
-    replace_text(folder / "audit.html", render(f"Audit of {shards.folder.name}", sections))
+    replace_text(folder / "audit.html", render(f"Audit of {name}", sections))
     text = json.dumps(found.figures, indent=1, ensure_ascii=False)
     replace_text(folder / "audit.json", text)
     _show(found.figures, folder)
@@ -88,23 +89,34 @@ def _families(of: Figures) -> Section:
     rows = tuple(
         (
             each["name"],
-            each["about"],
+            "yes" if each["named"] else "no",
             f"{each['accuracy']:.3f}",
             _told(each["interval"]),
             f"{each['p']:.2g}",
-            "yes" if each["named"] else "no",
         )
         for each in of["families"]
     )
-    columns = ("family", "what", "accuracy", "95 %", "p, corrected", "named")
-    uses = tuple((each["name"], "; ".join(each["uses"]) or "nothing") for each in of["families"])
+    columns = ("family", "named", "accuracy", "95 %", "p, corrected")
+    uses = tuple(
+        (each["name"], each["about"], "; ".join(each["uses"]) or "nothing")
+        for each in of["families"]
+    )
+    is_told = any(each["named"] for each in of["families"])
     return Section(
         title="What tells the genre",
-        paragraphs=(_verdict(of), _rule(of), f"{of['tracks']} tracks; {_unit(of)}."),
+        warnings=(_verdict(of),) if is_told else (),
+        paragraphs=(
+            *(() if is_told else (_verdict(of),)),
+            _rule(of),
+            f"{of['tracks']} tracks; {_unit(of)}.",
+        ),
         drawings=(drawing,),
         tables=(Table(label="families", columns=columns, rows=rows),),
         folded=(
-            ("what each goes by", Table(label="uses", columns=("family", "traits"), rows=uses)),
+            (
+                "what they are, and go by",
+                Table(label="uses", columns=("family", "what", "goes by"), rows=uses),
+            ),
         ),
     )
 

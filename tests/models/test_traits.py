@@ -109,6 +109,12 @@ def test_level_clipping_offset_silence_and_hiss() -> None:
     assert all(loud[name] > quiet[name] + 20 for name in quiet)
 
 
+def test_quantiles_are_torchs_where_torch_takes_them() -> None:
+    x, shares = torch.randn(3, 5, 14), (0.0, 0.1, 0.5, 0.75, 1.0)
+    expected = torch.quantile(x, torch.tensor(shares), dim=2)
+    torch.testing.assert_close(traits._quantiles(x, shares, 2), expected)
+
+
 @pytest.mark.parametrize(("samples", "rate"), [(400, 4_000), (400, 192_000), (24_000, 8_000)])
 @pytest.mark.parametrize("size", [0, 1, 12_000])
 def test_any_wave_has_finite_traits_under_their_names(samples: int, rate: int, size: int) -> None:
