@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from mgc_dist.bias_model import summary as bias_summary
 from mgc_dist.bias_model import table as tables
-from mgc_dist.data import manifest, record
+from mgc_dist.data import manifest, opening, record
 from mgc_dist.data.manifest import Manifest, ShardEntry
 from mgc_dist.data.order import Plan, lay_out, training_batches
 from mgc_dist.data.reader import Reader, ShardSet
@@ -96,7 +97,7 @@ def make(made: Made) -> dict[str, Any]:
     index["wave_bytes"], index["record_bytes"] = 2 * SAMPLES, size
     index["checksum"] = record.checksum(bytes(size))
     label_of = {genre: label for label, genre in enumerate(plan.genres)}
-    order = np.concatenate(list(plan.rows_of_tracks()))
+    order = plan.rows()
     index["track"][order] = np.repeat(np.arange(made.tracks), made.segments)
     index["segment"][order] = np.tile(np.arange(made.segments), made.tracks)
     index["label"] = np.array([label_of[t.genre] for t in plan.tracks])[index["track"]]
@@ -104,7 +105,7 @@ def make(made: Made) -> dict[str, Any]:
     for name, count in plan.shards():
         (folder / name).touch()
         os.truncate(folder / name, record.shard_bytes(count, SAMPLES))
-    tracks = pack.track_entries(plan, [pack.PackedTrack(id=t.id) for t in plan.tracks])
+    tracks = pack.track_entries(plan, [""] * made.tracks)
     ends = np.cumsum(list(plan.split_rows.values())).tolist()
     manifest.write(
         folder,
@@ -127,12 +128,13 @@ def make(made: Made) -> dict[str, Any]:
         ),
     )
     _bias(folder, plan, rows)
+    ShardSet(folder).close()  # what is measured is every start but the first, which checks all
     return {"rows": rows, "shards": len(counts), "index_mib": round(index.nbytes / 2**20, 1)}
 
 
 def _bias(folder: Path, plan: PackPlan, rows: int) -> None:
     groups = sorted({str(track.group) for track in plan.tracks if track.split == "train"})
-    logits = np.random.default_rng(0).normal(size=(rows, GENRES)).astype(np.float32)
+    logits = np.random.default_rng(0).standard_normal((rows, GENRES), np.float32)
     header = tables.Header(
         dataset_id="0" * 64,
         genres=plan.genres,
@@ -153,8 +155,8 @@ def _bias(folder: Path, plan: PackPlan, rows: int) -> None:
 # --- parts: each prepares, and returns what is measured
 
 
-def opening(made: Made) -> Callable[[], object]:
-    """What a rank does first; the data set has been opened here before, as on every later start."""
+def opened(made: Made) -> Callable[[], object]:
+    """What a rank does first, where the data set has been opened before."""
     return lambda: ShardSet(made.folder)
 
 
@@ -221,10 +223,9 @@ def packing_plan(made: Made) -> Callable[[], object]:
 
     def work() -> object:
         plan = made.plan()
-        places = [(made.folder / name, 0) for name, _ in plan.shards()]
-        rows = plan.rows_of_tracks()
-        sent = len(pickle.dumps((plan, rows, places, waves)))
-        tracks = pack.track_entries(plan, [pack.PackedTrack(id=t.id) for t in plan.tracks])
+        work = pack.tasks(plan, plan.rows(), waves, {})
+        sent = max(len(pickle.dumps(task)) for task in work)
+        tracks = pack.track_entries(plan, [""] * made.tracks)
         index: NDArray[np.void] = np.load(made.folder / manifest.INDEX, mmap_mode="r")
         identities = pack.identities(index, tracks, ("0" * 32 for _ in range(len(index))))
         settings = {f"{n}": v for n, v in vars(plan.cut).items()}
@@ -233,19 +234,31 @@ def packing_plan(made: Made) -> Callable[[], object]:
     return work
 
 
+def checking(made: Made) -> Callable[[], object]:
+    """The first opening of all, which checks everything."""
+    note = opening.FOLDER
+
+    def work() -> object:
+        shutil.rmtree(made.folder / note, ignore_errors=True)
+        return ShardSet(made.folder)
+
+    return work
+
+
 PARTS: dict[str, Callable[[Made], Callable[[], object]]] = {
-    "open": opening,
+    "open": opened,
     "plan": order,
     "first_batch": first_batch,
     "bias": bias_table,
     "report": bias_report,
     "evaluate": figures,
     "pack_plan": packing_plan,
+    "first_open": checking,
 }
 
 
 def measured(name: str, made: Made) -> dict[str, float]:
-    """A part in a process of its own: `NAME_s` and `NAME_mib`."""
+    """A part in a process of its own: `NAME_s`, `NAME_cpu_s` and `NAME_mib`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
         _again(name, made),
@@ -267,7 +280,12 @@ def measured(name: str, made: Made) -> dict[str, float]:
         said = child.stdout.read()
     if child.returncode:
         sys.exit(f"{name} failed with exit code {child.returncode}")
-    return {f"{name}_s": json.loads(said), f"{name}_mib": round(highest - before, 1)}
+    wall_s, cpu_s = json.loads(said)
+    return {
+        f"{name}_s": wall_s,
+        f"{name}_cpu_s": cpu_s,
+        f"{name}_mib": round(highest - before, 1),
+    }
 
 
 def _again(name: str, made: Made) -> list[str]:
@@ -296,9 +314,10 @@ def part(name: str, made: Made) -> None:
     work = PARTS[name](made)
     print("ready", flush=True)
     sys.stdin.readline()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     kept = work()
-    print(json.dumps(round(time.perf_counter() - began, 4)), flush=True)
+    ended, used = time.perf_counter(), time.process_time() - used
+    print(json.dumps([round(ended - began, 4), round(used, 4)]), flush=True)
     time.sleep(4 * EVERY_S)  # what is kept is looked at once more
     del kept
 
@@ -327,7 +346,8 @@ def main() -> None:
             facts = json.loads(said)
             for name in words.parts:
                 facts |= measured(name, made)
-                shown = f"{facts[f'{name}_s']:.3f} s, {facts[f'{name}_mib']:.0f} MiB"
+                wall_s, cpu_s, mib = (facts[f"{name}_{unit}"] for unit in ("s", "cpu_s", "mib"))
+                shown = f"{wall_s:.3f} s, CPU {cpu_s:.3f} s, {mib:.0f} MiB"
                 print(f"{tracks} tracks: {name}: {shown}", file=sys.stderr, flush=True)
         found[str(tracks)] = facts
     content = {

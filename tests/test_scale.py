@@ -40,6 +40,7 @@ def test_every_part_does_its_work(made: scale.Made) -> None:
     assert done["evaluate"]["track"]["count"] == 100
     assert done["bias"].log_probability.shape == (19_000, scale.GENRES)
     done["open"].close()
+    done["first_open"].close()
 
 
 def test_a_part_is_measured_in_a_process_of_its_own(made: scale.Made) -> None:

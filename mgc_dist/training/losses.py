@@ -65,7 +65,7 @@ class Objective:
         self._config = config
         self._plan = plan
         self.table = table
-        self._label_of = shards.labels_of  # of the map: an array of its own took 150 MB of 19 M rows
+        self._label_of = shards.labels_of  # of the map: an array took 150 MB of 19 M rows
         self._first_row, _ = shards.rows_of("train")
         self._class_weight = class_weights(config.class_weight, shards)
         self._of_step = (-1, 0.0)
