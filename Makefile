@@ -5,7 +5,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Tests wait for processes more than they compute: three at a time keep two cores busy.
 PYTEST := python -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test test-slow test-slurm test-gpu soak hunt exactness check bench speed gpu shortcut hear clean
+.PHONY: demo test test-slow test-slurm test-gpu soak hunt exactness check bench speed scale gpu shortcut hear clean
 
 .venv/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -65,6 +65,9 @@ speed: .venv/installed  ## a step against the original's and Hugging Face's Trai
 	for name in step scaling startup; do \
 	  $(RUN) python benchmarks/$$name.py --render benchmarks/results/$$name.json || exit 1; done
 	$(RUN) python benchmarks/dataplane.py --json benchmarks/results/dataplane.json
+
+scale: .venv/installed  ## what 1,000 to 100,000 tracks cost before a step: seconds and memory, part by part; 10 minutes
+	$(RUN) python benchmarks/scale.py --tracks 1000 10000 100000 --json benchmarks/results/scale.json
 
 gpu: .venv/installed  ## training, the Trainer, bias pass and reader on one GPU: a table in 6 minutes
 	$(RUN) python benchmarks/gpu.py --json benchmarks/results/gpu.json

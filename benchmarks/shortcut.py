@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 
 from mgc_dist.bias_model.states import STORE
 from mgc_dist.data import manifest
-from mgc_dist.data.reader import ShardSet, open_index
+from mgc_dist.data.opening import open_index
+from mgc_dist.data.reader import ShardSet
 from mgc_dist.files import replace_text
 from mgc_dist.scoring.intervals import over_seeds
 

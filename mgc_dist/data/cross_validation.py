@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mgc_dist.data.manifest import Manifest
+from mgc_dist.data.manifest import Manifest, Tracks
 from mgc_dist.data.tracks import SPLITS, folds_of
 from mgc_dist.errors import UserError
 
@@ -85,6 +85,6 @@ def _turned(packed: Manifest, order: list[int]) -> Manifest:
         dataset_id=hashlib.sha256(identity.encode()).hexdigest(),
         settings=packed.settings | {"fold": order[-1]},
         splits={name: (end - rows[name], end) for name, end in zip(rows, stops, strict=True)},
-        tracks=tuple(replace(track, split=new[track.split]) for track in packed.tracks),
+        tracks=Tracks(lambda: (replace(t, split=new[t.split]) for t in packed.tracks)),
         shards=packed.shards[skipped:] + packed.shards[:skipped],
     )

@@ -6,10 +6,12 @@ It is written last: without a manifest there is no data set.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from mgc_dist.data.tracks import Track, names_of_splits, refuse_leaks
 from mgc_dist.errors import UserError
@@ -21,6 +23,8 @@ NAME = "manifest.json"
 INDEX = "index.npy"
 TRACKS = "tracks.parquet"
 """A row a track: what the manifest says of it, and how its source was recorded and encoded."""
+_ROWS_AT_ONCE = 4096
+"""Rows whose text is made and hashed in one go."""
 _SEAL = "manifest_sha256"
 E = TypeVar("E", "TrackEntry", "ShardEntry")
 _SETTINGS = ("segment_samples", "hop_samples", "sample_rate", "rows_per_shard")
@@ -62,6 +66,39 @@ class ShardEntry:
     sha256: str
 
 
+class Tracks(Sequence[TrackEntry]):
+    """Tracks that are read when they are first asked for: training needs none of a million names.
+
+    Args:
+        load: gives all of them, in order; it is called once.
+    """
+
+    def __init__(self, load: Callable[[], Iterable[TrackEntry]]) -> None:
+        self._load = load
+
+    @cached_property
+    def _all(self) -> tuple[TrackEntry, ...]:
+        return tuple(self._load())
+
+    @overload
+    def __getitem__(self, place: int) -> TrackEntry: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[TrackEntry, ...]: ...
+    def __getitem__(self, place: int | slice) -> TrackEntry | tuple[TrackEntry, ...]:
+        return self._all[place]
+
+    def __iter__(self) -> Iterator[TrackEntry]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._all == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything about a data set but its audio.
@@ -71,7 +108,8 @@ class Manifest:
         settings: of the packing: segment_samples, hop_samples, sample_rate, split, seed, ...
         genres: names in label order.
         splits: name -> [first row, last row + 1].
-        tracks: packed tracks; the index refers to them by position.
+        tracks: packed tracks; the index refers to them by position. `Tracks`, which are read
+            when they are first asked for, where `opening` has found the data set checked.
         excluded: id -> reason of the tracks that were left out.
         shards: the tar files in row order.
         index_sha256: hash of index.npy.
@@ -85,7 +123,7 @@ class Manifest:
     settings: dict[str, int | float | str]
     genres: tuple[str, ...]
     splits: dict[str, tuple[int, int]]
-    tracks: tuple[TrackEntry, ...]
+    tracks: Sequence[TrackEntry]
     excluded: dict[str, str]
     shards: tuple[ShardEntry, ...]
     index_sha256: str
@@ -144,19 +182,28 @@ def dataset_id(
         genres: in label order.
         rows: (key, split, group, label, xxh3_128 of the audio) in row order.
     """
-    text = json.dumps(
+    text = _canonical(
         {
             "format_version": FORMAT_VERSION,
             "segment_samples": settings["segment_samples"],
             "hop_samples": settings["hop_samples"],
             "sample_rate": settings["sample_rate"],
             "genres": list(genres),
-            "rows": list(rows),
-        },
-        sort_keys=True,
-        separators=(",", ":"),
+            "rows": [],
+        }
     )
-    return hashlib.sha256(text.encode()).hexdigest()
+    before, after = text.split('"rows":[')  # in a name a quote is \"
+    digest = hashlib.sha256(f'{before}"rows":['.encode())
+    every, comma = iter(rows), ""
+    while block := list(islice(every, _ROWS_AT_ONCE)):
+        digest.update(f"{comma}{_canonical(block)[1:-1]}".encode())
+        comma = ","
+    digest.update(after.encode())
+    return digest.hexdigest()
+
+
+def _canonical(content: object) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
 def twins(tracks: Iterable[TrackEntry]) -> list[tuple[str, str]]:
@@ -172,7 +219,8 @@ def twins(tracks: Iterable[TrackEntry]) -> list[tuple[str, str]]:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Write the manifest under a temporary name, flush it, and rename it."""
-    content = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(manifest)
+    about = asdict(replace(manifest, tracks=tuple(manifest.tracks)))
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION} | about
     replace_text(folder / NAME, sealed(content))
 
 
@@ -183,8 +231,7 @@ def sealed(content: dict[str, Any]) -> str:
 
 
 def _seal_of(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
 
 def read(folder: Path) -> Manifest:
@@ -208,7 +255,7 @@ def read(folder: Path) -> Manifest:
         version = (content.pop("format"), content.pop("format_version"))
         if version == (FORMAT, FORMAT_VERSION) and not whole:
             raise ValueError(f"content that is not of its own {_SEAL} {seal}")
-        manifest = _from_json(content) if version == (FORMAT, FORMAT_VERSION) else None
+        manifest = from_json(content) if version == (FORMAT, FORMAT_VERSION) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     if manifest is None:
@@ -222,7 +269,13 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
-def _from_json(content: dict[str, Any]) -> Manifest:
+def tracks_of(content: dict[str, Any]) -> Iterator[TrackEntry]:
+    """The tracks of a manifest that has been read and checked before."""
+    for found in content["tracks"]:
+        yield TrackEntry(**({"windows": found["segments"]} | found))
+
+
+def from_json(content: dict[str, Any]) -> Manifest:
     """Every value has the type that packing gives it; foreign ones must not get further."""
     content = {"tracks_sha256": "", "telling": {}} | content  # absent in older ones
     if set(content) != {field.name for field in fields(Manifest)}:
@@ -292,7 +345,7 @@ def _check(path: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         if not _SHARD.fullmatch(shard.name):  # a name may reach a shell, and must stay here
             raise _damaged(path, f"shard name {shard.name!r}")
-    refuse_leaks(manifest.labelled_tracks())
+    refuse_leaks(manifest.tracks)
 
 
 def _damaged(path: Path, got: str) -> UserError:

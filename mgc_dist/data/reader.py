@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +26,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mgc_dist.data import cross_validation, manifest, record
+from mgc_dist.data import cross_validation, opening, record
 from mgc_dist.data.features import Features
-from mgc_dist.data.manifest import Manifest
+from mgc_dist.data.manifest import ShardEntry
 from mgc_dist.data.order import MicroBatch
 from mgc_dist.errors import UserError
-from mgc_dist.files import sha256
 
 log = logging.getLogger(__name__)
 
@@ -75,39 +75,42 @@ class ShardSet:
 
     def __init__(self, folder: Path, fold: int | None = None, *, is_whole: bool = False) -> None:
         self.folder = folder
-        packed = manifest.read(folder)
+        packed, index = opening.opened(folder)
         self.packed_id = packed.dataset_id
         self.manifest = packed if is_whole else cross_validation.of_fold(folder, packed, fold)
-        index = open_index(folder, packed)
         self.index = cross_validation.turned(index, packed, self.manifest)
         self.first_row = cross_validation.first_row(packed, self.manifest)
         self._record_bytes = record.record_bytes(self.manifest.segment_samples)
         audio_bytes = 2 * self.manifest.segment_samples
         self._tail_bytes = self._record_bytes - record.WAVE_OFFSET - audio_bytes
-        _allow_open_files(folder, len(self.manifest.shards))
-        self._files: list[int] = []
-        try:
-            self._open_shards()
-        except BaseException:
-            self.close()
-            raise
-
-    def _open_shards(self) -> None:
-        folder = self.folder
         for shard in self.manifest.shards:
-            path = folder / shard.name
-            size = path.stat().st_size if path.is_file() else None
-            whole = record.shard_bytes(shard.rows, self.manifest.segment_samples)
-            if not size == shard.bytes == whole:
-                got = "no such file" if size is None else f"{size} bytes"
-                raise _not_as_packed(path, got, f"{shard.bytes} ({shard.rows} rows: {whole})")
-            self._files.append(os.open(path, os.O_RDONLY))
+            self._refuse_other_size(shard)
+        most = _most_open(len(self.manifest.shards))
+        self._opened = lru_cache(maxsize=most)(self._open)
+
+    def _refuse_other_size(self, shard: ShardEntry) -> None:
+        path = self.folder / shard.name
+        try:
+            size = path.stat().st_size
+        except OSError:
+            size = None
+        whole = record.shard_bytes(shard.rows, self.manifest.segment_samples)
+        if not size == shard.bytes == whole:
+            got = "no such file" if size is None else f"{size} bytes"
+            expected = f"{shard.bytes} ({shard.rows} rows: {whole})"
+            raise opening.not_as_packed(path, got, expected)
+
+    def _open(self, shard: int) -> "_File":
+        entry = self.manifest.shards[shard]
+        try:
+            return _File(self.folder / entry.name)
+        except FileNotFoundError as error:
+            path = self.folder / entry.name
+            raise opening.not_as_packed(path, "no such file", entry.bytes) from error
 
     def close(self) -> None:
-        """Close the shards."""
-        for handle in self._files:
-            os.close(handle)
-        self._files.clear()
+        """Close the shards; one that is being read is closed when that is done."""
+        self._opened.cache_clear()
 
     def __enter__(self) -> "ShardSet":
         return self
@@ -207,7 +210,7 @@ class ShardSet:
 
     def _read_into(self, parts: record.Parts, shard: int, offset: int) -> int:
         """Read a record straight to where its audio belongs; its checksum, -1 if it is cut."""
-        count = os.preadv(self._files[shard], parts, offset)
+        count = os.preadv(self._opened(shard).handle, parts, offset)
         return record.checksum_of_parts(parts) if count == self._record_bytes else -1
 
     def _damaged(self, row: int) -> UserError:
@@ -216,7 +219,7 @@ class ShardSet:
         shard = self.manifest.shards[number].name
         track = self.manifest.tracks[int(entry["track"])].id
         key = record.key_of(track, int(entry["segment"]))
-        data = os.pread(self._files[number], self._record_bytes, offset)
+        data = os.pread(self._opened(number).handle, self._record_bytes, offset)
         found = record.checksum(data)
         return UserError(
             f"damaged record: shard {self.folder / shard}, key {key}, row {row}, offset {offset}",
@@ -227,98 +230,27 @@ class ShardSet:
         )
 
 
-def _allow_open_files(folder: Path, shards: int) -> None:
-    """Raise this process's limit on open files where there are more shards."""
+class _File:
+    """A file that is open as long as anyone holds this: a thread may read what another lets go."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            os.close(self.handle)
+
+
+def _most_open(shards: int) -> int:
+    """How many shards may be open at a time; this process's limit is raised as far as it may be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = shards + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise UserError(
-                f"data set {folder} of {shards} shards",
-                got=f"a limit of {hard} open files (ulimit -H -n)",
-                expected=f"at least {needed}",
-                cure="raise the limit, or pack with larger --rows-per-shard",
-                this_rank_only=True,
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def open_index(folder: Path, dataset: Manifest) -> NDArray[np.void]:
-    """The index of a data set, memory-mapped; checked against the manifest in every field.
-
-    Args:
-        folder: of the shards.
-        dataset: their manifest.
-
-    Returns:
-        INDEX_DTYPE [N].
-
-    Raises:
-        UserError: it is damaged, of another data set, or not what packing would have written.
-    """
-    path = folder / manifest.INDEX
-    try:
-        digest = sha256(path)
-        if digest != dataset.index_sha256:
-            raise ValueError(f"sha256 {digest[:12]}")
-        index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if index.dtype != record.INDEX_DTYPE or index.shape != (dataset.rows,):
-            raise ValueError(f"{index.shape} entries of {index.dtype}")
-    except (OSError, ValueError) as error:
-        raise _not_as_packed(path, str(error), f"sha256 {dataset.index_sha256[:12]}") from error
-    for row, name, got, expected in _odd_fields(index, dataset):
-        raise _not_as_packed(path, f"{name} {got} of row {row}", f"{name} {expected}")
-    return index
-
-
-def _odd_fields(
-    index: NDArray[np.void], dataset: Manifest
-) -> Iterator[tuple[int, str, object, object]]:
-    """Fields that differ from what the format and the manifest leave as the only possibility."""
-    samples, rows = dataset.segment_samples, [shard.rows for shard in dataset.shards]
-    place = np.concatenate([np.arange(count) for count in rows])
-    offset = place * record.record_bytes(samples)
-    yield from _differing(index, "shard", np.repeat(np.arange(len(rows)), rows))
-    yield from _differing(index, "offset", offset)
-    yield from _differing(index, "wave_offset", offset + record.WAVE_OFFSET)
-    yield from _differing(index, "wave_bytes", np.full(dataset.rows, 2 * samples))
-    yield from _differing(
-        index, "record_bytes", np.full(dataset.rows, record.record_bytes(samples))
-    )
-    yield from _differing(index, "track", np.minimum(index["track"], len(dataset.tracks) - 1))
-    label_of = {genre: label for label, genre in enumerate(dataset.genres)}
-    labels = np.array([label_of.get(track.genre, -1) for track in dataset.tracks])
-    yield from _differing(index, "label", labels[index["track"]])
-    count = np.array([track.segments for track in dataset.tracks])
-    yield from _differing(index, "segment", np.minimum(index["segment"], count[index["track"]] - 1))
-    names = list(dataset.splits)
-    split_of = np.array([names.index(track.split) for track in dataset.tracks])[index["track"]]
-    bounds = [stop - first for first, stop in dataset.splits.values()]
-    for row in np.flatnonzero(split_of != np.repeat(np.arange(len(names)), bounds))[:1].tolist():
-        yield row, "track", int(index["track"][row]), "of the split that the row belongs to"
-    first_segment = np.cumsum(count) - count
-    visits = np.bincount(first_segment[index["track"]] + index["segment"], minlength=dataset.rows)
-    for number in np.flatnonzero(visits != 1)[:1].tolist():
-        track = int(np.searchsorted(first_segment, number, side="right")) - 1
-        key = record.key_of(dataset.tracks[track].id, number - int(first_segment[track]))
-        yield -1, f"number of rows of key {key}", int(visits[number]), 1
-
-
-def _differing(
-    index: NDArray[np.void], name: str, expected: NDArray[np.int64]
-) -> Iterator[tuple[int, str, object, object]]:
-    for row in np.flatnonzero(index[name] != expected)[:1].tolist():
-        yield row, name, int(index[name][row]), int(expected[row])
-
-
-def _not_as_packed(path: Path, got: object, expected: object) -> UserError:
-    return UserError(
-        f"data set file {path}",
-        got=got,
-        expected=f"{expected}, as the manifest says",
-        cure="copy the data set again, or pack it again with --overwrite",
-        this_rank_only=True,
-    )
+    if soft == resource.RLIM_INFINITY:
+        return shards
+    wanted = shards + _OTHER_FILES
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(shards, soft - _OTHER_FILES))
 
 
 class Reader:

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from mgc_dist.errors import UserError
 
@@ -74,13 +75,29 @@ def track_id(path: Path, genre: str) -> str:
     return slug
 
 
-def refuse_leaks(tracks: Iterable[Track]) -> None:
+class Dealt(Protocol):
+    """A track with a split: here, and in a manifest."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+
+    @property
+    def group(self) -> str | None:
+        """Its artist, None if unknown."""
+
+    @property
+    def split(self) -> str:
+        """Its split."""
+
+
+def refuse_leaks(tracks: Iterable[Dealt]) -> None:
     """Check that no track and no known group is in two splits.
 
     Raises:
         UserError: one is; named with its splits.
     """
-    seen: dict[str, Track] = {}
+    seen: dict[str, Dealt] = {}
     for track in tracks:
         for key in (f"track {track.id}", f"group {track.group}" if track.group else ""):
             first = seen.setdefault(key, track)

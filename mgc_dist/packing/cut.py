@@ -7,8 +7,8 @@ bijection, so that a track's segments lie in different shards and no second shuf
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ SPREAD_VERSION = 1
 """Changes whenever the order of rows does."""
 _HEADERS_AT_ONCE = 8
 """Threads that read headers: on a network file system each waits some milliseconds."""
+_ROWS_AT_ONCE = 1 << 18
+"""Rows that are dealt in one go: 2 MB an array."""
 _PRINTED = 10
 """Unusable files that are named one by one; of more, a file holds the names."""
 
@@ -62,16 +64,26 @@ class PackPlan:
     genres: tuple[str, ...]
     excluded: dict[str, str]
 
-    @property
+    @cached_property
     def segments(self) -> NDArray[np.int64]:
         """S of each track: int64 [tracks]."""
         return np.minimum(self.windows, self.cut.max_segments or self.windows)
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """Where each track's part of `rows` ends: int64 [tracks]."""
+        return np.cumsum(self.segments)
+
+    def only(self, index: int) -> "PackPlan":
+        """The plan of one track, as a worker needs it: it knows nothing of rows."""
+        here = slice(index, index + 1)
+        return replace(self, tracks=self.tracks[here], windows=self.windows[here], excluded={})
 
     def window(self, index: int, segment: int) -> int:
         """Which window of a track a segment of it is."""
         return window_of(segment, int(self.segments[index]), int(self.windows[index]))
 
-    @property
+    @cached_property
     def split_rows(self) -> dict[str, int]:
         """Rows of each split."""
         splits = np.array([track.split for track in self.tracks])
@@ -95,17 +107,18 @@ class PackPlan:
                 shards.append((name, min(self.cut.rows_per_shard, rows - first)))
         return shards
 
-    def rows_of_tracks(self) -> list[NDArray[np.int64]]:
-        """The row of each segment of each track: a list of int64 [S]."""
-        rows: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(self.tracks)
+    def rows(self) -> NDArray[np.int64]:
+        """The row of each segment, track after track: int64 [N]."""
+        number_of = {name: number for number, name in enumerate(self.split_rows)}
+        of_track = np.array([number_of[track.split] for track in self.tracks], np.int8)
+        split = np.repeat(of_track, self.segments)
+        rows = np.empty(len(split), np.int64)
         first = 0
-        for number, (split, count) in enumerate(self.split_rows.items()):
-            place = bijection(np.arange(count), count, key_of(SPREAD_VERSION, number)) + first
-            used = 0
-            for index, track in enumerate(self.tracks):
-                if track.split == split:
-                    rows[index] = place[used : used + self.segments[index]]
-                    used += int(self.segments[index])
+        for number, count in enumerate(self.split_rows.values()):
+            key, of_split = key_of(SPREAD_VERSION, number), np.flatnonzero(split == number)
+            for start in range(0, count, _ROWS_AT_ONCE):
+                place = np.arange(start, min(start + _ROWS_AT_ONCE, count))
+                rows[of_split[place]] = bijection(place, count, key) + first
             first += count
         return rows
 

@@ -10,7 +10,7 @@ from mgc_dist.data.manifest import Manifest
 from mgc_dist.errors import UserError
 from mgc_dist.files import fingerprint, sha256
 from mgc_dist.packing.cut import PackPlan
-from mgc_dist.packing.pack import PackedTrack, Settings, track_entries
+from mgc_dist.packing.pack import Settings, track_entries
 from mgc_dist.workers import cores
 
 
@@ -51,10 +51,9 @@ def is_packed(plan: PackPlan, dataset: Manifest, settings: Settings) -> bool:
     same = {key: dataset.settings.get(key) for key in wanted} == wanted
     if plan.excluded != dataset.excluded:
         return False
-    names = [PackedTrack(id=track.id) for track in plan.tracks]
     entries = tuple(replace(entry, source_xxh3="") for entry in dataset.tracks)
     cut = plan.cut
-    if not same or entries != track_entries(plan, names):
+    if not same or entries != track_entries(plan, [""] * len(plan.tracks)):
         return False
     if dataset.settings["segment_samples"] != cut.segment_samples:
         return False

@@ -137,8 +137,9 @@ def repetitions(
     for number, track in enumerate(tracks):
         alike[waves.tracks[track.id].checksum].append(number)
     pairs = {(same[0], other): (1.0, 0.0) for same in alike.values() for other in same[1:]}
-    listen = partial(_landmarks, waves=waves, sample_rate=sample_rate)
-    prints = list(progress(spread(listen, tracks, jobs)))
+    listen = partial(_landmarks, sample_rate=sample_rate)
+    items = ((track, waves.only(track)) for track in tracks)
+    prints = list(progress(spread(listen, items, jobs)))
     for pair in fingerprints.find(prints, lambda number: waves(tracks[number])[0], sample_rate):
         pairs.setdefault((pair.first, pair.second), (pair.speed, pair.start_s))
     return [
@@ -147,7 +148,8 @@ def repetitions(
     ]
 
 
-def _landmarks(track: Track, waves: Waves, sample_rate: int) -> Marks:
+def _landmarks(item: tuple[Track, Waves], sample_rate: int) -> Marks:
+    track, waves = item
     return fingerprints.landmarks(waves(track)[0], sample_rate)
 
 

@@ -100,6 +100,10 @@ class Waves:
             )
         return np.frombuffer(data, "<i2"), entry.source_xxh3
 
+    def only(self, track: Track) -> "Waves":
+        """The wave of one track: what a worker is sent."""
+        return Waves(folder=self.folder, tracks={track.id: self.tracks[track.id]})
+
     def samples(self, track: Track) -> int | str:
         """Length of a track's wave, or why there is none."""
         entry = self.tracks[track.id]

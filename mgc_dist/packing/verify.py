@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mgc_dist.data import manifest, record
 from mgc_dist.data.manifest import Manifest
-from mgc_dist.data.reader import open_index
+from mgc_dist.data.opening import open_index
 from mgc_dist.errors import UserError
 from mgc_dist.files import sha256
 from mgc_dist.packing.pack import identities

@@ -273,16 +273,15 @@ def test_the_index_of_another_data_set_is_refused(copy: Path, shards: Path) -> N
 
 
 LIMITED = """
-import resource, sys
+import os, resource, sys
 from pathlib import Path
 from mgc_dist.data import reader as data
 data._OTHER_FILES = 30
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
-try:
-    with data.ShardSet(Path(sys.argv[1])) as shards:
-        print(len(shards.read(197)))
-except data.UserError as error:
-    print(error)
+with data.ShardSet(Path(sys.argv[1])) as shards:
+    before = len(os.listdir("/proc/self/fd"))
+    rows = [shards.read(row).tobytes() for row in range(0, 198, 7)]
+    print(len(set(rows)), len(os.listdir("/proc/self/fd")) - before)
 """
 
 
@@ -291,8 +290,19 @@ def test_more_shards_than_open_files(shards: Path) -> None:
         command = [sys.executable, "-c", LIMITED, str(shards), str(soft), str(hard)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    assert run(41, 100) == "8000\n"  # 12 shards and 30 others need 42
-    assert "got a limit of 41 open files (ulimit -H -n), expected at least 42" in run(41, 41)
+    assert run(40, 100) == "29 12\n"  # 12 shards and 30 others need 42
+    assert run(36, 36) == "29 6\n"
+
+
+def test_a_shard_is_opened_when_it_is_read_first(copy: Path) -> None:
+    with ShardSet(copy) as data:
+        before = len(os.listdir("/proc/self/fd"))
+        data.read(0)
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        (copy / "train-000001.tar").unlink()
+        with pytest.raises(UserError, match=r"train-000001\.tar: got no such file"):
+            data.read(20)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_failed_opening_leaves_no_file_open(copy: Path) -> None:

@@ -1,5 +1,6 @@
 """A manifest that is cut, edited or foreign is refused."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -83,6 +84,17 @@ def test_dataset_id_depends_on_content_only(shards: Path) -> None:
     assert base != manifest.dataset_id(settings_, ["h"], rows)
     assert base != manifest.dataset_id(settings_, ["g"], rows[::-1])
     assert base != manifest.dataset_id(settings_ | {"hop_samples": 2}, ["g"], rows)
+
+
+def test_dataset_id_is_the_hash_of_one_text_however_many_rows() -> None:
+    settings_ = {"segment_samples": 1, "hop_samples": 2, "sample_rate": 3}
+    odd = ['"rows":[', "rows", "é\u2028"]
+    for count in (0, 1, 4096, 4097, 9000):
+        rows = [(f"a_{n:02d}", "train", None if n % 2 else odd[0], n, "ff") for n in range(count)]
+        content = settings_ | {"format_version": 2, "genres": odd, "rows": rows}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        expected = hashlib.sha256(text.encode()).hexdigest()
+        assert manifest.dataset_id(settings_, odd, iter(rows)) == expected
 
 
 @pytest.mark.parametrize(
