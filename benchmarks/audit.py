@@ -205,7 +205,7 @@ def main() -> None:
             print(key, of[key], flush=True)
         if words.json:
             words.json.parent.mkdir(exist_ok=True)
-            replace_text(words.json, json.dumps(result, indent=1))
+            replace_text(words.json, json.dumps(result, indent=1) + "\n")
     page = render(result)
     print(page)
     if words.json:
