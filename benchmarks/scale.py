@@ -299,7 +299,7 @@ def _made(words: argparse.Namespace, folder: Path, tracks: int) -> Made:
         folder=folder,
         tracks=tracks,
         segments=words.segments,
-        rows_per_shard=words.rows_per_shard or 512,
+        rows_per_shard=words.rows_per_shard,
     )
 
 
