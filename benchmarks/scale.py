@@ -217,21 +217,25 @@ def figures(made: Made) -> Callable[[], object]:
 
 
 def packing_plan(made: Made) -> Callable[[], object]:
-    """From tracks with splits to rows, what each worker is sent, and the data set's id."""
+    """From tracks with splits to rows, and to what each worker is sent: bytes of the largest."""
     ids = [track.id for track in made.plan().tracks]
     waves = Waves(folder=made.folder, tracks={id_: DecodedTrack(id=id_) for id_ in ids})
 
     def work() -> object:
         plan = made.plan()
         work = pack.tasks(plan, plan.rows(), waves, {})
-        sent = max(len(pickle.dumps(task)) for task in work)
-        tracks = pack.track_entries(plan, [""] * made.tracks)
-        index: NDArray[np.void] = np.load(made.folder / manifest.INDEX, mmap_mode="r")
-        identities = pack.identities(index, tracks, ("0" * 32 for _ in range(len(index))))
-        settings = {f"{n}": v for n, v in vars(plan.cut).items()}
-        return sent, manifest.dataset_id(settings, plan.genres, identities)
+        return max(len(pickle.dumps(task)) for task in islice(work, 0, None, 100))
 
     return work
+
+
+def identity(made: Made) -> Callable[[], object]:
+    """The data set's id, from index and tracks."""
+    plan = made.plan()
+    tracks = pack.track_entries(plan, [""] * made.tracks)
+    index: NDArray[np.void] = np.load(made.folder / manifest.INDEX, mmap_mode="r")
+    rows = pack.identities(index, tracks, ("0" * 32 for _ in range(len(index))))
+    return lambda: manifest.dataset_id(dict(vars(plan.cut)), plan.genres, rows)
 
 
 def checking(made: Made) -> Callable[[], object]:
@@ -253,6 +257,7 @@ PARTS: dict[str, Callable[[Made], Callable[[], object]]] = {
     "report": bias_report,
     "evaluate": figures,
     "pack_plan": packing_plan,
+    "identity": identity,
     "first_open": checking,
 }
 
@@ -299,7 +304,7 @@ def _made(words: argparse.Namespace, folder: Path, tracks: int) -> Made:
         folder=folder,
         tracks=tracks,
         segments=words.segments,
-        rows_per_shard=words.rows_per_shard or 512,
+        rows_per_shard=words.rows_per_shard,
     )
 
 

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import resource
 import shutil
 import socket
 import threading
@@ -18,6 +19,9 @@ from typing import Any, BinaryIO
 import xxhash
 
 from mgc_dist.errors import UserError
+
+_OTHER_FILES = 256
+"""Open files that a process has besides its shards, generously."""
 
 
 def sha256(path: Path) -> str:
@@ -66,6 +70,19 @@ def stamp_of(path: Path) -> str:
     facts = path.stat()
     times = f"{facts.st_mtime_ns} {facts.st_ctime_ns}"
     return f"{path.resolve()} {facts.st_ino} {facts.st_size} {times}"
+
+
+def most_open(wanted: int) -> int:
+    """How many of so many files this process may hold open; its limit is raised as far as it may.
+
+    256 are left for all else. At least 1.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _OTHER_FILES))
 
 
 def nearest(path: Path) -> Path:

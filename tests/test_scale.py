@@ -38,6 +38,8 @@ def test_every_part_does_its_work(made: scale.Made) -> None:
     assert len(set(rows[:15_200].tolist())) == 15_200  # an epoch
     assert done["first_batch"].input.shape == (32, scale.SAMPLES)
     assert done["evaluate"]["track"]["count"] == 100
+    assert 0 < done["pack_plan"] < 2000  # bytes, however many tracks there are
+    assert len(done["identity"]) == 64
     assert done["bias"].log_probability.shape == (19_000, scale.GENRES)
     done["open"].close()
     done["first_open"].close()

@@ -16,6 +16,7 @@ JOBS = Range(minimum=0, maximum=1_024, cure="0 means one a core")
 _TRACKS = Range(minimum=1, maximum=20_000, cure="names have five digits")
 _LEAST = Range(minimum=0, maximum=1_000_000, cure="3 leaves out those too small to split")
 _MOST = Range(minimum=1, maximum=1_000_000, cure="leave it out to keep all")
+_SHARD = Range(minimum=1, maximum=1_000_000, cure="leave it out to go by the size of the data set")
 _FRACTION = Range(above=0, below=1, cure="0.15 is usual")
 
 
@@ -139,8 +140,9 @@ class ShardConfig:
         int, Range(minimum=4_000, maximum=192_000, cure="wav2vec2 models want 16000")
     ] = 16_000
     """Sample rate of the shards in Hz; wav2vec2 wants 16000."""
-    rows_per_shard: Annotated[int, Range(minimum=1, maximum=1_000_000, cure="512 is usual")] = 512
-    """Segments in a shard; 512 of 3 s are 50 MB."""
+    rows_per_shard: Annotated[int | None, _SHARD] = None
+    """Segments in a shard. By default 512, of 3 s 50 MB; where that gives more than 256 shards, so
+    many that 256 shards hold all, up to 1 GB a shard."""
     allow_bad: str = "0"
     """Unusable files that may be left out: a number, or a share such as `1%`. The manifest lists
     them."""

@@ -8,7 +8,6 @@ error names shard, key and offset.
 
 import logging
 import os
-import resource
 import time
 import weakref
 from collections import deque
@@ -31,11 +30,9 @@ from mgc_dist.data.features import Features
 from mgc_dist.data.manifest import ShardEntry
 from mgc_dist.data.order import MicroBatch
 from mgc_dist.errors import UserError
+from mgc_dist.files import most_open
 
 log = logging.getLogger(__name__)
-
-_OTHER_FILES = 256
-"""Open files that a training process has besides the shards, generously."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +82,7 @@ class ShardSet:
         self._tail_bytes = self._record_bytes - record.WAVE_OFFSET - audio_bytes
         for shard in self.manifest.shards:
             self._refuse_other_size(shard)
-        most = _most_open(len(self.manifest.shards))
-        self._opened = lru_cache(maxsize=most)(self._open)
+        self._opened = lru_cache(most_open(len(self.manifest.shards)))(self._open)
 
     def _refuse_other_size(self, shard: ShardEntry) -> None:
         path = self.folder / shard.name
@@ -239,18 +235,6 @@ class _File:
     def __del__(self) -> None:
         if hasattr(self, "handle"):
             os.close(self.handle)
-
-
-def _most_open(shards: int) -> int:
-    """How many shards may be open at a time; this process's limit is raised as far as it may be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return shards
-    wanted = shards + _OTHER_FILES
-    if soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, min(shards, soft - _OTHER_FILES))
 
 
 class Reader:

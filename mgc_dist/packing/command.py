@@ -65,7 +65,7 @@ def shard(config: ShardConfig, tell: Callable[[str], None]) -> Packing:
         segment_samples=config.segment_samples,
         hop_samples=config.hop_samples,
         sample_rate=config.sample_rate,
-        rows_per_shard=config.rows_per_shard,
+        rows_per_shard=config.rows_per_shard or 0,
         max_segments=config.max_segments or 0,
     )
     if config.part_of and not config.dry_run:
@@ -102,6 +102,8 @@ def _pack(
     there = existing.read(config)
     lengths = inspect(listed, cut)
     if there:
+        packed = int(there.settings["rows_per_shard"])  # perhaps by an older default
+        cut = replace(cut, rows_per_shard=cut.rows_per_shard or packed)
         if config.same_group:  # found when it was packed
             known = {entry.id: entry.group for entry in there.tracks}
             listed = [replace(track, group=known.get(track.id, track.group)) for track in listed]

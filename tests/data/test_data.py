@@ -275,8 +275,9 @@ def test_the_index_of_another_data_set_is_refused(copy: Path, shards: Path) -> N
 LIMITED = """
 import os, resource, sys
 from pathlib import Path
+from mgc_dist import files
 from mgc_dist.data import reader as data
-data._OTHER_FILES = 30
+files._OTHER_FILES = 30
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
 with data.ShardSet(Path(sys.argv[1])) as shards:
     before = len(os.listdir("/proc/self/fd"))

@@ -53,8 +53,8 @@ GRACE_S = 5.0
 END_S = 90.0
 """How long a command may take to end; what takes longer hangs."""
 _PR_SET_CHILD_SUBREAPER = 36
-NAMES_OF_A_TRY = ("heartbeats", "tensorboard")
-"""Folders of a run whose files are named after its tries."""
+NAMES_OF_A_TRY = ("heartbeats", "tensorboard", ".opened")
+"""Folders whose files are named after a run's tries, or after their place."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,13 @@ from conftest import shard_config, write_tracks
 
 from mgc_dist import files, shard
 from mgc_dist.config import VerifyConfig
-from mgc_dist.data import manifest
+from mgc_dist.data import manifest, record
 from mgc_dist.data.cross_validation import of_fold
 from mgc_dist.data.reader import ShardSet
+from mgc_dist.data.tracks import Track
 from mgc_dist.errors import UserError
 from mgc_dist.packing import existing, pack, parts, verify
+from mgc_dist.packing.cut import Cut, make_plan
 from mgc_dist.packing.splits import NO_FILE, NOT_LISTED, fault_filtered
 
 
@@ -56,6 +58,43 @@ def test_bytes_do_not_depend_on_processes_or_shard_size(few: Path, tmp_path: Pat
     wide = manifest.read(tmp_path / "wide")
     assert wide.dataset_id == manifest.read(tmp_path / "one").dataset_id
     assert [entry.rows for entry in wide.shards] == [18, 18, 18]
+
+
+def test_one_open_shard_at_a_time_is_enough(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard.run(shard_config(few, tmp_path / "all", rows_per_shard=5))
+    monkeypatch.setattr(pack, "most_open", lambda wanted: 1)
+    shard.run(shard_config(few, tmp_path / "one", rows_per_shard=5))
+    assert digests(tmp_path / "one") == digests(tmp_path / "all")
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_a_shard"),
+    [(600, 512), (256 * 512, 512), (256 * 600, 600), (19_000_000, 10_225), (10**8, 10_225)],
+)
+def test_shards_grow_with_the_data_set_up_to_a_gigabyte(rows: int, in_a_shard: int) -> None:
+    cut = Cut(segment_samples=48_000, hop_samples=24_000, sample_rate=16_000, rows_per_shard=0)
+    found = [
+        Track(id=f"{genre}{n}", genre=genre, path=Path("x"), split=split)
+        for genre in "ab"
+        for n, split in enumerate(("train", "validation", "test"))
+    ]
+    windows = {track.id: 100 for track in found} | {"a0": rows - 500}
+    plan = make_plan(found, windows, {}, cut)
+    assert plan.cut.rows_per_shard == in_a_shard
+    assert len(plan.shards()) <= max(258, rows // 10_225 + 3)
+    assert record.shard_bytes(in_a_shard, 48_000) < 1.001e9
+    asked = make_plan(found, windows, {}, replace(cut, rows_per_shard=20))
+    assert asked.cut.rows_per_shard == 20
+
+
+def test_a_data_set_of_an_older_shard_size_is_the_same_one(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard.run(shard_config(few, tmp_path / "out", rows_per_shard=7))
+    shard.run(shard_config(few, tmp_path / "out", rows_per_shard=None))
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_golden_dataset_id(tmp_path: Path) -> None:
