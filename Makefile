@@ -5,7 +5,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Tests wait for processes more than they compute: three at a time keep two cores busy.
 PYTEST := python -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test test-slow test-slurm test-gpu soak hunt exactness check bench speed scale gpu shortcut hear clean
+.PHONY: demo test test-slow test-slurm test-gpu soak hunt exactness families check bench speed scale gpu shortcut hear clean
 
 .venv/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,9 @@ soak: .venv/installed  ## 60 random faults to two runs, and what they lost: noth
 
 exactness: .venv/installed  ## how far runs on other ranks are from one rank, dropout on: a table; 15 minutes
 	$(RUN) PYTHONPATH=tests:tests/faults:tests/training OMP_NUM_THREADS=1 python tests/training/exactness.py
+
+families: .venv/installed  ## each kind of model through each way to train and use it: a table; 25 minutes, needs muq
+	$(RUN) PYTHONPATH=tests:tests/faults:tests/models OMP_NUM_THREADS=1 python tests/models/families.py
 
 HUNT_SEED ?= 0
 hunt: .venv/installed  ## 50 random faults to every command of the whole way, 1 to 3 ranks; 15 minutes
