@@ -31,8 +31,12 @@ LORA = ("--lora", "r=16", "--precision", "bf16-weights")
     [
         pytest.param(MERT_2, 24_000, LORA, 632, 8.0, id="mert-2"),
         # AST's configuration is that of its base: MIT/ast-finetuned-audioset-10-10-0.4593
-        pytest.param(ASTConfig().to_diff_dict(), 16_000, (), 86, 8.0, id="ast"),
-        pytest.param(WHISPER_SMALL, 16_000, (), 88, 8.0, id="whisper-small"),
+        pytest.param(
+            ASTConfig().to_diff_dict(), 16_000, (), 86, 8.0, id="ast", marks=pytest.mark.grid
+        ),
+        pytest.param(
+            WHISPER_SMALL, 16_000, (), 88, 8.0, id="whisper-small", marks=pytest.mark.grid
+        ),
     ],
 )
 def test_a_real_size_takes_two_steps_on_one_rank(
