@@ -37,7 +37,7 @@ exactness: .venv/installed  ## how far runs on other ranks are from one rank, dr
 	$(RUN) PYTHONPATH=tests:tests/faults:tests/training OMP_NUM_THREADS=1 python tests/training/exactness.py
 
 families: .venv/installed  ## each kind of model through each way to train and use it: a table; 25 minutes, needs muq
-	$(RUN) PYTHONPATH=tests:tests/faults:tests/models OMP_NUM_THREADS=1 python tests/models/families.py
+	$(RUN) PYTHONPATH=tests:tests/faults:tests/encoders OMP_NUM_THREADS=1 python tests/models/families.py
 
 HUNT_SEED ?= 0
 hunt: .venv/installed  ## 50 random faults to every command of the whole way, 1 to 3 ranks; 15 minutes

@@ -23,7 +23,7 @@ from measure import between_marks, machine, versions, write
 from torch import Tensor
 from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
-from mgc_dist.models.masks import RowMasks
+from mgc_dist.encoders.masks import RowMasks
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 ROWS, SAMPLES, FRAMES = 8, 48_000, 149
@@ -80,7 +80,7 @@ def render(result: dict[str, Any], page: str) -> str:
         "",
         "| SpecAugment, forward and backward | CPU ms a micro batch |",
         "|---|---|",
-        f"| drawn by row (`models/masks.py`) | {found['ours_ms']:.2f} |",
+        f"| drawn by row (`encoders/masks.py`) | {found['ours_ms']:.2f} |",
         f"| transformers' own | {found['theirs_ms']:.2f} |",
         f"| difference in pairs, median (5 to 95 %) | {middle:.2f} ({low:.2f} to {high:.2f}) |",
         "",

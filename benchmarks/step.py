@@ -387,7 +387,7 @@ def segments_in_memory(job: Job, labels: list[int], order: list[int]) -> list[di
     import torch
 
     from mgc_dist.data.reader import ShardSet
-    from mgc_dist.models.hub import normalise
+    from mgc_dist.encoders.hub import normalise
 
     with ShardSet(job.folder / "shards") as shards:
         first, _ = shards.rows_of("train")
@@ -562,7 +562,7 @@ def make_table(job: Job, say: TextIO) -> dict[str, Any]:
     import torch
 
     from mgc_dist.data.reader import ShardSet
-    from mgc_dist.models.hub import normalise
+    from mgc_dist.encoders.hub import normalise
 
     with ShardSet(job.folder / "shards") as shards:
         genres, keys, (first, stop) = shards.manifest.genres, shards.keys(), shards.rows_of("train")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mgc_dist.cluster import stop
-from mgc_dist.models import hub
+from mgc_dist.encoders import hub
 from mgc_dist.training import engine
 
 

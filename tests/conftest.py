@@ -32,7 +32,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from mgc_dist import shard
 from mgc_dist.config import BiasConfig, ShardConfig
-from mgc_dist.models.main import WaveClassifier, build_main
+from mgc_dist.models.classifier import WaveClassifier
+from mgc_dist.models.main import build_main
 from mgc_dist.packing import music
 from mgc_dist.training import engine
 

@@ -20,8 +20,8 @@ from mgc_dist.config import AuditConfig, ShardConfig, SourceConfig, SynthConfig
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
-from mgc_dist.models import traits
 from mgc_dist.packing import music
+from mgc_dist.sound import traits
 
 OWN = {"tone": "lines", "cutoff": "bandwidth", "tilt": "tilt", "codec": "bandwidth"}
 

@@ -31,10 +31,10 @@ from mgc_dist.config import BiasConfig
 from mgc_dist.data import manifest, rowstore
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tracks import group_key
+from mgc_dist.encoders.hub import normalise
 from mgc_dist.errors import UserError
 from mgc_dist.files import locked, sha256
 from mgc_dist.models.backbone import HiddenMean, LogMel
-from mgc_dist.models.hub import normalise
 
 FILES = (
     tables.TABLE,

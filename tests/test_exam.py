@@ -18,10 +18,10 @@ from mgc_dist.config import ExamConfig
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.models.folder import load_exported, save_exported
-from mgc_dist.models.transformations import transformed
 from mgc_dist.report import exam_report, examination, page
 from mgc_dist.scoring import exams
 from mgc_dist.scoring.metrics import track_means
+from mgc_dist.sound.transformations import transformed
 
 ONLY = ("gain", "polarity", "splice", "mp3", "noise")
 

@@ -24,9 +24,9 @@ from mgc_dist.bias_model.probe_heads import Rows, choose, track_nll
 from mgc_dist.bias_model.states import STORE
 from mgc_dist.config import ProbeConfig, ShardConfig
 from mgc_dist.data.reader import ShardSet
+from mgc_dist.encoders.hub import normalise
 from mgc_dist.errors import UserError
 from mgc_dist.models.backbone import LayerMeans, build_probed
-from mgc_dist.models.hub import normalise
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
 from mgc_dist.models.backbone import build_bias, fingerprint
-from mgc_dist.models.traits import PREFIX, Traits
+from mgc_dist.sound.traits import PREFIX, Traits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
-from mgc_dist.models import traits
-from mgc_dist.models.traits import FAMILIES, PREFIX, Probe
 from mgc_dist.packing import provenance
+from mgc_dist.sound import traits
+from mgc_dist.sound.traits import FAMILIES, PREFIX, Probe
 from mgc_dist.workers import cores, spread
 
 OF_FILES = {

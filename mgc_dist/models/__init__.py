@@ -1,1 +1,1 @@
-"""The only wing that knows transformers: main models, bias backbones, their folders and FLOPs."""
+"""Main models and bias backbones: how they are built, what they cost, where they are kept."""

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from mgc_dist.cluster.ranks import seed_everything
-from mgc_dist.models import custom, hub
-from mgc_dist.models.bands import LAYOUTS
-from mgc_dist.models.hub import normalise
-from mgc_dist.models.main import WaveClassifier, build_main
-from mgc_dist.models.mel import MelSpectrogram
-from mgc_dist.models.traits import Traits
+from mgc_dist.encoders import custom, hub
+from mgc_dist.encoders.bands import LAYOUTS
+from mgc_dist.encoders.hub import normalise
+from mgc_dist.models.classifier import WaveClassifier
+from mgc_dist.models.main import build_main
+from mgc_dist.sound.mel import MelSpectrogram
+from mgc_dist.sound.traits import Traits
 
 
 class LogMel(nn.Module):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from mgc_dist import cli
 from mgc_dist.config import TrainConfig
+from mgc_dist.encoders import custom, pooling, wrapped
 from mgc_dist.errors import UserError
 from mgc_dist.files import replace_text, replacing_folder
 from mgc_dist.journal import read_environment
-from mgc_dist.models import custom, exported, folder, pooling, wrapped
+from mgc_dist.models import exported, folder
 
 CARD = """---
 pipeline_tag: audio-classification

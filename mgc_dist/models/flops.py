@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mgc_dist.models.foreign import unchanged
-from mgc_dist.models.kind import Cut
-from mgc_dist.models.main import WaveClassifier
-from mgc_dist.models.wrapped import CustomAudioClassifier
+from mgc_dist.encoders.foreign import unchanged
+from mgc_dist.encoders.kind import Cut
+from mgc_dist.encoders.wrapped import CustomAudioClassifier
+from mgc_dist.models.classifier import WaveClassifier
 
 _OF_INPUTS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 """Products without a weight: attention's scores, and what they weigh."""

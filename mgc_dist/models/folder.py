@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor
 
 from mgc_dist import cli
+from mgc_dist.encoders import custom, hub, load_errors, pooling
+from mgc_dist.encoders.kind import kind_of
 from mgc_dist.errors import UserError
 from mgc_dist.files import replaced, replacing_folder
-from mgc_dist.models import custom, hub, load_errors, pooling
-from mgc_dist.models.kind import kind_of
+from mgc_dist.models.classifier import TEMPERATURE, WaveClassifier
 from mgc_dist.models.lora import merged
-from mgc_dist.models.main import TEMPERATURE, WaveClassifier
 
 WEIGHTS = "model.safetensors"
 BEST, BEST_EMA = "best", "best-ema"

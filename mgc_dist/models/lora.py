@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mgc_dist.config.lora import Lora
+from mgc_dist.encoders.kind import Kind
 from mgc_dist.errors import UserError
-from mgc_dist.models.kind import Kind
 
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 

@@ -11,7 +11,7 @@ from scipy.special import softmax
 from mgc_dist.data import audio
 from mgc_dist.errors import UserError
 from mgc_dist.models import folder
-from mgc_dist.models.main import WaveClassifier
+from mgc_dist.models.classifier import WaveClassifier
 
 NEAR_CHANCE = 1.5
 """A genre that is less than half more probable than a guess says little: 0.15 of ten genres."""

@@ -12,12 +12,12 @@ from mgc_dist.bias_model.families import OF_FILES
 from mgc_dist.bias_model.findings import Audit
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.files import replace_text
-from mgc_dist.models.traits import PREFIX
 from mgc_dist.report import figures
 from mgc_dist.report.dossier import wav_of
 from mgc_dist.report.figures import Bar
 from mgc_dist.report.page import render
 from mgc_dist.report.section import Drawing, Example, Section, Table
+from mgc_dist.sound.traits import PREFIX
 
 _HEARD = 12
 """Doubted tracks that the page brings along."""

@@ -29,14 +29,14 @@ from mgc_dist.data.reader import Batch, ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.files import fingerprint, locked, replace_text, replacing
 from mgc_dist.models import folder
-from mgc_dist.models.draws import mixed
-from mgc_dist.models.main import WaveClassifier
-from mgc_dist.models.transformations import TRANSFORMATIONS, transformed
+from mgc_dist.models.classifier import WaveClassifier
 from mgc_dist.report import exam_report, measure
 from mgc_dist.scoring import exams, intervals, sufficient
 from mgc_dist.scoring.exams import Bands, Exam, Heard, Key, Line
 from mgc_dist.scoring.score import SplitScores, judge
 from mgc_dist.scoring.walk import all_batches, all_rows
+from mgc_dist.sound.draws import mixed
+from mgc_dist.sound.transformations import TRANSFORMATIONS, transformed
 
 log = logging.getLogger(__name__)
 

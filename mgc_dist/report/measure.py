@@ -21,7 +21,7 @@ from mgc_dist.errors import UserError
 from mgc_dist.files import fingerprint, locked
 from mgc_dist.journal import read_environment
 from mgc_dist.models import folder
-from mgc_dist.models.main import WaveClassifier
+from mgc_dist.models.classifier import WaveClassifier
 from mgc_dist.report import evaluation
 from mgc_dist.report.evaluation import Subject
 from mgc_dist.scoring import shared_genres, subgroups

@@ -20,9 +20,9 @@ from mgc_dist.cluster.ranks import Ranks, seed_everything
 from mgc_dist.data import features
 from mgc_dist.data.features import STORE, Features, FeaturesKey
 from mgc_dist.data.reader import Batch, ShardSet
+from mgc_dist.encoders import kind
 from mgc_dist.errors import EXIT_IO, UserError
-from mgc_dist.models import kind
-from mgc_dist.models.main import WaveClassifier
+from mgc_dist.models.classifier import WaveClassifier
 from mgc_dist.scoring.rows import all_fill
 from mgc_dist.training.caches import LOCK, note_use
 

@@ -26,7 +26,7 @@ from mgc_dist.config import OptimConfig
 from mgc_dist.config.train import Schedule
 from mgc_dist.data.order import Layout
 from mgc_dist.errors import UserError
-from mgc_dist.models.main import WaveClassifier
+from mgc_dist.models.classifier import WaveClassifier
 from mgc_dist.training.engine_state import EngineState, safe_names
 from mgc_dist.training.loss_scale import LossScale
 

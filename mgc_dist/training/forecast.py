@@ -21,8 +21,9 @@ from mgc_dist.data.features import STORE
 from mgc_dist.data.order import Layout, Plan, lay_out
 from mgc_dist.files import nearest
 from mgc_dist.models import flops
+from mgc_dist.models.classifier import WaveClassifier
 from mgc_dist.models.flops import SegmentFlops
-from mgc_dist.models.main import WaveClassifier, describe_main
+from mgc_dist.models.main import describe_main
 
 STAGES = (0, 1, 2, 3)
 GIB = 2**30

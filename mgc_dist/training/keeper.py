@@ -17,8 +17,8 @@ from mgc_dist.events import (
     SaveFailedEvent,
     ValidationEvent,
 )
+from mgc_dist.models.classifier import Base
 from mgc_dist.models.folder import BEST, BEST_EMA, save_exported
-from mgc_dist.models.main import Base
 from mgc_dist.scoring.score import SplitScores, all_score, fit_temperature
 from mgc_dist.training import checkpoint
 from mgc_dist.training.resume import State

@@ -14,8 +14,9 @@ from mgc_dist.data.order import Plan
 from mgc_dist.errors import EXIT_NO_CHECKPOINT, UserError
 from mgc_dist.events import CheckpointEvent, EmaValidationEvent, ValidationEvent, only
 from mgc_dist.journal import read_events
+from mgc_dist.models.classifier import Base
 from mgc_dist.models.folder import BEST, BEST_EMA, settle
-from mgc_dist.models.main import Base, is_at_hand, is_found
+from mgc_dist.models.main import is_at_hand, is_found
 from mgc_dist.training import checkpoint
 from mgc_dist.training.engine import factor_at
 from mgc_dist.training.setup import Run

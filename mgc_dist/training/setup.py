@@ -22,17 +22,16 @@ from mgc_dist.data.order import ORDER_VERSION, Layout, Plan, lay_out
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
 from mgc_dist.journal import Journal
-from mgc_dist.models.augment import Augment
+from mgc_dist.models.classifier import Base, WaveClassifier
 from mgc_dist.models.flops import SegmentFlops, count
 from mgc_dist.models.main import (
-    Base,
-    WaveClassifier,
     build_main,
     configuration,
     configuration_hash,
     draws_dropout,
     frozen_fingerprint,
 )
+from mgc_dist.sound.augment import Augment
 from mgc_dist.training import cache
 from mgc_dist.training.engine import Engine
 from mgc_dist.training.engine_state import whole_weights

@@ -15,7 +15,7 @@ from mgc_dist.bias_model.states import float32
 from mgc_dist.cluster.ranks import seed_everything
 from mgc_dist.data.order import Plan, lay_out, training_batches
 from mgc_dist.data.reader import Reader, ShardSet
-from mgc_dist.models.main import WaveClassifier
+from mgc_dist.models.classifier import WaveClassifier
 
 FLAVOURS = {"large": {}, "base": BASE_FLAVOUR}
 WIDE = {"initializer_range": 0.2, "hidden_size": 64, "conv_dim": [32] * 7}

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mgc_dist.models import flops
-from mgc_dist.models.main import WaveClassifier, describe_main
+from mgc_dist.models.classifier import WaveClassifier
+from mgc_dist.models.main import describe_main
 
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
 FREEZES = ["none", "feature_encoder", "layers:1", "backbone"]

@@ -13,10 +13,10 @@ from transformers import AutoModelForAudioClassification, pipeline
 
 from mgc_dist.config import ModelConfig
 from mgc_dist.config.lora import Lora
+from mgc_dist.encoders.hub import normalise
 from mgc_dist.errors import UserError
 from mgc_dist.models import folder as exported
-from mgc_dist.models.hub import normalise
-from mgc_dist.models.main import WaveClassifier
+from mgc_dist.models.classifier import WaveClassifier
 
 USUAL = Lora(r=4, alpha=8.0, targets=())
 OTHERS = {

@@ -17,12 +17,12 @@ from transformers import (
     pipeline,
 )
 
+from mgc_dist.encoders import hub
+from mgc_dist.encoders.hub import normalise
 from mgc_dist.errors import UserError
 from mgc_dist.models import folder as exported
-from mgc_dist.models import hub
 from mgc_dist.models import main as model
 from mgc_dist.models.backbone import build_bias, fingerprint
-from mgc_dist.models.hub import normalise
 
 GENRES = ("blues", "jazz", "rock")
 RATE = 16_000

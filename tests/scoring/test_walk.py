@@ -9,8 +9,8 @@ from conftest import build_tiny, run_ranks
 
 from mgc_dist.cluster import ranks
 from mgc_dist.data.reader import ShardSet
-from mgc_dist.models.hub import normalise
-from mgc_dist.models.main import WaveClassifier
+from mgc_dist.encoders.hub import normalise
+from mgc_dist.models.classifier import WaveClassifier
 from mgc_dist.scoring import walk as infer
 from mgc_dist.scoring.score import SplitScores, all_score, judge
 

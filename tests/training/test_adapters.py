@@ -23,7 +23,8 @@ from mgc_dist.cluster import ranks
 from mgc_dist.config.lora import Lora
 from mgc_dist.errors import UserError
 from mgc_dist.models import flops
-from mgc_dist.models.main import WaveClassifier, describe_main
+from mgc_dist.models.classifier import WaveClassifier
+from mgc_dist.models.main import describe_main
 from mgc_dist.training.forecast import checkpoint_bytes
 
 LORA = Lora(r=4, alpha=8.0, targets=("q_proj", "output_dense"))

@@ -20,7 +20,7 @@ from mgc_dist.cluster.ranks import seed_everything
 from mgc_dist.config import EvaluateConfig, ExportConfig
 from mgc_dist.data.order import MicroBatch, Plan, lay_out, training_batches
 from mgc_dist.errors import UserError
-from mgc_dist.models.main import WaveClassifier
+from mgc_dist.models.classifier import WaveClassifier
 from mgc_dist.report.dossier import Dossier
 from mgc_dist.training.engine import Engine
 

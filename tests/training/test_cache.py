@@ -25,11 +25,12 @@ from mgc_dist.data.features import STORE, Features, FeaturesKey
 from mgc_dist.data.order import sweep_batches
 from mgc_dist.data.reader import Reader, ShardSet
 from mgc_dist.data.rowstore import CHECKSUMS
+from mgc_dist.encoders import kind
 from mgc_dist.errors import UserError
 from mgc_dist.files import locked
 from mgc_dist.journal import read_status
-from mgc_dist.models import kind
-from mgc_dist.models.main import WaveClassifier, frozen_fingerprint
+from mgc_dist.models.classifier import WaveClassifier
+from mgc_dist.models.main import frozen_fingerprint
 from mgc_dist.scoring import rows
 from mgc_dist.training import cache
 from mgc_dist.training.caches import LOCK, USES

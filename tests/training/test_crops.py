@@ -19,8 +19,8 @@ from mgc_dist.config import EvaluateConfig, TrainConfig
 from mgc_dist.data.order import lay_out, training_batches
 from mgc_dist.data.reader import ShardSet
 from mgc_dist.errors import UserError
-from mgc_dist.models.draws import crop, spaced
 from mgc_dist.models.folder import load_exported
+from mgc_dist.sound.draws import crop, spaced
 from mgc_dist.training import setup
 from mgc_dist.training.forecast import forecast
 

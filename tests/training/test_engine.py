@@ -14,7 +14,7 @@ from mgc_dist.cluster import ranks
 from mgc_dist.config import LossConfig
 from mgc_dist.data.order import Plan, lay_out, training_batches
 from mgc_dist.errors import UserError
-from mgc_dist.models.main import WaveClassifier
+from mgc_dist.models.classifier import WaveClassifier
 from mgc_dist.training.engine import Engine, lr_factor
 from mgc_dist.training.losses import masked_sum, row_losses
 

@@ -19,8 +19,8 @@ from mgc_dist.cluster import ranks
 from mgc_dist.config import EngineConfig, LossConfig
 from mgc_dist.data.order import Plan, lay_out, training_batches
 from mgc_dist.errors import UserError
+from mgc_dist.models.classifier import WaveClassifier
 from mgc_dist.models.folder import save_exported
-from mgc_dist.models.main import WaveClassifier
 from mgc_dist.training.engine import Engine, lr_factor
 from mgc_dist.training.losses import masked_sum, row_losses
 from mgc_dist.training.meters import CENSUS_STEPS, Census
@@ -239,7 +239,7 @@ def exported(file: Path, stage: int, folder: Path) -> tuple[np.ndarray, bool, bo
 def test_the_export_is_the_live_model(stage: int, tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForAudioClassification, pipeline
 
-    from mgc_dist.models.hub import normalise
+    from mgc_dist.encoders.hub import normalise
 
     logits, same, frozen_kept = run_ranks(2, exported, tiny_model, stage, tmp_path)[0]
     assert same, "DeepSpeed's zero_to_fp32 reads the same weights from our checkpoint"

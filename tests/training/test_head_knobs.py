@@ -20,8 +20,8 @@ from mgc_dist.cluster import ranks
 from mgc_dist.config import ExportConfig, TrainConfig
 from mgc_dist.config.head import HeadConfig
 from mgc_dist.errors import UserError
+from mgc_dist.models.classifier import WaveClassifier
 from mgc_dist.models.folder import load_exported
-from mgc_dist.models.main import WaveClassifier
 
 BOTH = HeadConfig(pooling="attention", layer_mix=True)
 LOWER = HeadConfig(pooling="attention", layer_mix=True, from_layer=1)

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from mgc_dist.models import hub
-from mgc_dist.models.masks import applies_masks
+from mgc_dist.encoders import hub
+from mgc_dist.encoders.masks import applies_masks
 
 
 class _Reached(Exception):

@@ -21,9 +21,10 @@ from transformers import Wav2Vec2FeatureExtractor, pipeline
 
 from mgc_dist import export, predict
 from mgc_dist.config import ExportConfig, PredictConfig
+from mgc_dist.encoders import kind
 from mgc_dist.errors import UserError
 from mgc_dist.journal import read_environment
-from mgc_dist.models import flops, kind
+from mgc_dist.models import flops
 from mgc_dist.models import folder as exported
 from mgc_dist.models.exported import GenreClassifier
 from mgc_dist.models.main import configuration, configuration_hash, describe_main

@@ -16,7 +16,7 @@ from mgc_dist import cli
 from mgc_dist.config import AugmentConfig, TrainConfig
 from mgc_dist.config.augment import KINDS
 from mgc_dist.errors import UserError
-from mgc_dist.models.augment import Augment, normal
+from mgc_dist.sound.augment import Augment, normal
 
 RATE = 16_000
 ALL = ",".join(KINDS)

@@ -9,7 +9,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from mgc_dist.models import fbank
+from mgc_dist.sound import fbank
 
 RATE = 16_000
 

@@ -10,9 +10,9 @@ from trainings import config, losses, train_on
 
 from mgc_dist import export
 from mgc_dist.config import ExportConfig
+from mgc_dist.encoders import hub
 from mgc_dist.errors import UserError
 from mgc_dist.models import folder as exported
-from mgc_dist.models import hub
 from mgc_dist.models import main as model
 from mgc_dist.training.forecast import activation_bytes, count_parts
 
@@ -53,7 +53,7 @@ def test_its_bands_are_those_of_the_definition() -> None:
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(512) / 512)
     power = np.abs(np.fft.rfft(frames * window, axis=2)) ** 2  # [B, F, 257]
     bank = mel_filter_bank(257, 40, 0.0, 8000.0, 16_000)
-    from mgc_dist.models.cnn import FLOOR, MEAN, SCALE
+    from mgc_dist.encoders.cnn import FLOOR, MEAN, SCALE
 
     expected = (np.log(power @ bank + FLOOR) - MEAN) / SCALE
     found = seen[0][:, 0].transpose(1, 2).numpy()

@@ -9,8 +9,8 @@ from conftest import build_tiny, write_model
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 from mgc_dist.cluster.ranks import seed_everything
-from mgc_dist.models.kind import kind_of
-from mgc_dist.models.masks import spans
+from mgc_dist.encoders.kind import kind_of
+from mgc_dist.encoders.masks import spans
 
 CASES = [
     (149, 0.05, 10, 2),

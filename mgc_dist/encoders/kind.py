@@ -15,14 +15,14 @@ import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mgc_dist.models import custom, hub
-from mgc_dist.models.bands import LAYOUTS, BandsKind
-from mgc_dist.models.cnn import CnnConfig, LogMelCnnKind
-from mgc_dist.models.foreign import ForeignKind, is_of_wav2vec2
-from mgc_dist.models.masks import RowMasks
-from mgc_dist.models.pooling import ATTENTION
-from mgc_dist.models.wav2vec2 import Wav2Vec2Kind
-from mgc_dist.models.wrapped import CustomAudioClassifier
+from mgc_dist.encoders import custom, hub
+from mgc_dist.encoders.bands import LAYOUTS, BandsKind
+from mgc_dist.encoders.cnn import CnnConfig, LogMelCnnKind
+from mgc_dist.encoders.foreign import ForeignKind, is_of_wav2vec2
+from mgc_dist.encoders.masks import RowMasks
+from mgc_dist.encoders.pooling import ATTENTION
+from mgc_dist.encoders.wav2vec2 import Wav2Vec2Kind
+from mgc_dist.encoders.wrapped import CustomAudioClassifier
 
 _NO_EFFECT = (
     *("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id"),

@@ -19,13 +19,14 @@ from transformers import pipeline
 
 from mgc_dist.config.head import HeadConfig
 from mgc_dist.config.lora import Lora
+from mgc_dist.encoders import kind
 from mgc_dist.errors import UserError
 from mgc_dist.models import exported as genre_file
-from mgc_dist.models import flops, kind
+from mgc_dist.models import flops
 from mgc_dist.models import folder as exported
 from mgc_dist.models import main as model
+from mgc_dist.models.classifier import WaveClassifier
 from mgc_dist.models.exported import GenreClassifier
-from mgc_dist.models.main import WaveClassifier
 from mgc_dist.training.forecast import activation_bytes, count_parts
 
 ATTENTION, MIX = HeadConfig(pooling="attention"), HeadConfig(layer_mix=True)

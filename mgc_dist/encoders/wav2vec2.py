@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mgc_dist.encoders import cut, hub, pooling
+from mgc_dist.encoders.masks import RowMasks, applies_masks
 from mgc_dist.errors import UserError
-from mgc_dist.models import cut, hub, pooling
-from mgc_dist.models.masks import RowMasks, applies_masks
 
 _ADAPTED: dict[str, tuple[str, ...]] = {
     "sew-d": ("query_proj", "value_proj"),
@@ -31,7 +31,7 @@ _NEVER_CALLED: dict[str, tuple[str, ...]] = {"wavlm": ("q_proj", "k_proj", "v_pr
 
 
 class Wav2Vec2Kind:
-    """The adapter (`mgc_dist.models.kind.Kind`).
+    """The adapter (`mgc_dist.encoders.kind.Kind`).
 
     Args:
         net: an audio classifier of transformers.
@@ -171,7 +171,7 @@ def states_of(net: PreTrainedModel, x: Tensor, layers: Iterable[nn.Module]) -> S
 
 
 class Wav2Vec2Cut:
-    """Where the model is cut in two (`mgc_dist.models.kind.Cut`).
+    """Where the model is cut in two (`mgc_dist.encoders.kind.Cut`).
 
     Args:
         net: an audio classifier of transformers.

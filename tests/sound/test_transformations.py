@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import signal
 
-from mgc_dist.models.transformations import TRANSFORMATIONS, quantised, transformed
+from mgc_dist.sound.transformations import TRANSFORMATIONS, quantised, transformed
 
 RATE, SIZE = 16_000, 8_000
 NOTHING = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mgc_dist.config.augment import AugmentConfig
 from mgc_dist.errors import UserError
-from mgc_dist.models.draws import mixed
+from mgc_dist.sound.draws import mixed
 
 _STREAMS = {
     name: number

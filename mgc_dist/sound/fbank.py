@@ -1,6 +1,6 @@
 """Log-mel bands as the feature extractors of transformers make them, on the device of the waves.
 
-Theirs work on the host, file by file. `tests/models/test_fbank.py` compares the two, in float32.
+Theirs work on the host, file by file. `tests/sound/test_fbank.py` compares the two, in float32.
 """
 
 import warnings
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
-from mgc_dist.models.mel import without_autocast
+from mgc_dist.sound.mel import without_autocast
 
 RATE = 16_000
 """Hz; all models of these bands were trained at it."""

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from mgc_dist.config.identity import OLD_MODEL
+from mgc_dist.encoders import load_errors
+from mgc_dist.encoders.wrapped import CustomAudioClassifier, remake_unsaved
 from mgc_dist.errors import UserError
-from mgc_dist.models import load_errors
-from mgc_dist.models.wrapped import CustomAudioClassifier, remake_unsaved
 
 _ADAPTERS = "adapter_config.json"
 _UNREADABLE = (OSError, ValueError, LookupError, EOFError, SafetensorError, UnpicklingError)

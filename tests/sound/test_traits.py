@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy import signal
 
-from mgc_dist.models import traits
 from mgc_dist.models.backbone import LogMel
-from mgc_dist.models.traits import FAMILIES
+from mgc_dist.sound import traits
+from mgc_dist.sound.traits import FAMILIES
 
 RATES = (8_000, 16_000, 22_050, 44_100)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mgc_dist.models.mel import MelSpectrogram
+from mgc_dist.sound.mel import MelSpectrogram
 
 PREFIX = "audit:"
 """Of a family's name, where a bias model is asked for."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mgc_dist.models.draws import mixed
+from mgc_dist.sound.draws import mixed
 
 _STREAMS = {"time": 1, "feature": 2}
 """Streams of numbers of a row, by axis."""

@@ -18,9 +18,9 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mgc_dist.models import codecs
-from mgc_dist.models.augment import normal
-from mgc_dist.models.draws import mixed
+from mgc_dist.sound import codecs
+from mgc_dist.sound.augment import normal
+from mgc_dist.sound.draws import mixed
 
 FULL_SCALE = 32768.0
 _MIDDLE_HZ = 1000.0

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mgc_dist.encoders import hub, load_errors
+from mgc_dist.encoders.masks import RowMasks
+from mgc_dist.encoders.wav2vec2 import states_of
 from mgc_dist.errors import UserError
-from mgc_dist.models import hub, load_errors
-from mgc_dist.models.masks import RowMasks
-from mgc_dist.models.wav2vec2 import states_of
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def is_of_wav2vec2(base: nn.Module) -> bool:
 
 
 class ForeignKind:
-    """The adapter (`mgc_dist.models.kind.Kind`).
+    """The adapter (`mgc_dist.encoders.kind.Kind`).
 
     Args:
         net: a `CustomAudioClassifier`.
@@ -256,7 +256,7 @@ def _freeze_own(base: nn.Module, path: str) -> None:
 
 
 class ForeignCut:
-    """Where the model is cut in two (`mgc_dist.models.kind.Cut`): below the head only.
+    """Where the model is cut in two (`mgc_dist.encoders.kind.Cut`): below the head only.
 
     Args:
         net: a `CustomAudioClassifier`.

@@ -17,10 +17,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from mgc_dist.encoders import hub
+from mgc_dist.encoders.masks import RowMasks
 from mgc_dist.errors import UserError
-from mgc_dist.models import hub
-from mgc_dist.models.masks import RowMasks
-from mgc_dist.models.mel import MelSpectrogram, without_autocast
+from mgc_dist.sound.mel import MelSpectrogram, without_autocast
 
 BANDS, HOP = 40, 256
 GROUPS = 4
@@ -111,7 +111,7 @@ AutoModelForAudioClassification.register(CnnConfig, CnnForAudioClassification)
 
 
 class LogMelCnnKind:
-    """The adapter (`mgc_dist.models.kind.Kind`). Its feature encoder, the bands, has no weights.
+    """The adapter (`mgc_dist.encoders.kind.Kind`). Its feature encoder, the bands, has no weights.
 
     Args:
         net: a `CnnForAudioClassification`.

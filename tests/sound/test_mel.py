@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.audio_utils import mel_filter_bank
 
-from mgc_dist.models.mel import MelSpectrogram, mel_filters
+from mgc_dist.sound.mel import MelSpectrogram, mel_filters
 
 RATES = (8000, 16_000, 22_050, 44_100)
 SHAPES = ((512, 256, 40), (400, 160, 32))

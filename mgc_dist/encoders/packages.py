@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from mgc_dist.encoders import load_errors
 from mgc_dist.errors import UserError
-from mgc_dist.models import load_errors
-from mgc_dist.models.mel import without_autocast
+from mgc_dist.sound.mel import without_autocast
 
 _MUQ, _OMAR = "muq:", "omar-rq:"
 _RATE = 24_000

@@ -14,8 +14,9 @@ from layouts import write_muq
 from safetensors.torch import load_file, save_file
 
 from mgc_dist.config.lora import Lora
+from mgc_dist.encoders import packages
 from mgc_dist.errors import UserError
-from mgc_dist.models import flops, packages
+from mgc_dist.models import flops
 from mgc_dist.models import folder as exported
 from mgc_dist.models.backbone import build_probed
 from mgc_dist.models.main import configuration, describe_main

@@ -17,9 +17,10 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from mgc_dist.models import cut, fbank, hub
-from mgc_dist.models.masks import RowMasks, applies_masks
-from mgc_dist.models.pooling import pooled
+from mgc_dist.encoders import cut, hub
+from mgc_dist.encoders.masks import RowMasks, applies_masks
+from mgc_dist.encoders.pooling import pooled
+from mgc_dist.sound import fbank
 
 MEAN, SCALE = "input_mean", "input_scale"
 """Of AST's bands, in config.json: a checkpoint of a run keeps no feature extractor."""
@@ -138,7 +139,7 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 class BandsKind:
-    """The adapter (`mgc_dist.models.kind.Kind`).
+    """The adapter (`mgc_dist.encoders.kind.Kind`).
 
     Args:
         net: an audio classifier of a family of LAYOUTS.
@@ -299,7 +300,7 @@ class BandsKind:
 
 
 class BandsCut:
-    """Where the model is cut in two (`mgc_dist.models.kind.Cut`): at a layer, or below the head.
+    """Where the model is cut in two (`mgc_dist.encoders.kind.Cut`): at a layer, or below the head.
 
     Args:
         kind: of the model.

@@ -24,9 +24,9 @@ from transformers import (
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
 
+from mgc_dist.encoders import load_errors, packages, pooling
+from mgc_dist.encoders.wrapped import CustomAudioClassifier, class_of
 from mgc_dist.errors import UserError
-from mgc_dist.models import load_errors, packages, pooling
-from mgc_dist.models.wrapped import CustomAudioClassifier, class_of
 
 
 def read_config(

@@ -1,0 +1,1 @@
+"""Pretrained encoders: where they come from, and an adapter for each kind."""

@@ -1,0 +1,1 @@
+"""Waves and spectra on the device: changes, codecs, bands, traits."""
