@@ -161,8 +161,15 @@ def read_config(name: str, revision: str | None, **settings: Any) -> MuqConfig: 
 
 
 def code_of(config: PretrainedConfig) -> str:
-    """The package that a model is of, with its version; else ""."""
-    return f"muq {version('muq')}" if isinstance(config, MuqConfig) else ""
+    """The package that a model is of, with its version; else "".
+
+    Raises:
+        UserError: the package is not there.
+    """
+    if not isinstance(config, MuqConfig):
+        return ""
+    _muq()
+    return f"muq {version('muq')}"
 
 
 def extractor_of(config: PretrainedConfig) -> Wav2Vec2FeatureExtractor | None:
