@@ -253,7 +253,11 @@ def test_errors_of_models_presets_and_arithmetic(packed: Path, tmp_path: Path) -
     common = ("launch/train.py", "--shards", shards, "--loss", "ce", "--run", run)
     refused(answer(*common, "--model", tmp_path / "none"), "correct the path")
     assert not run.exists()  # the next try may use the name
-    refused(answer("launch/bias.py", "--shards", shards), "facebook/wav2vec2-base", "a network")
+    refused(
+        answer("launch/bias.py", "--shards", shards, "--folds", "3"),
+        "facebook/wav2vec2-base",
+        "a network",
+    )
     (tmp_path / "p.yaml").write_text("train: {optim: {global_bach: 3}}\n")
     refused(answer(*common, "--preset", tmp_path / "p.yaml"), "did you mean global_batch?")
     assert answer(*common, "--lrr", "1").returncode == 2

@@ -51,10 +51,14 @@ def test_shards_and_bias_table(old: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (old / "shards/bias/log_probability.npy").stat().st_mtime_ns == made
 
 
+SINCE = {"ece_floor", "overconfidence", "calibration"}
+"""Figures that have come in since."""
+
+
 def same_to_rounding(found: Any, expected: Any) -> None:
     """Equal but for the last digits of numbers, in which processors differ."""
     if isinstance(expected, dict):
-        assert list(found) == list(expected)
+        assert [key for key in found if key not in SINCE] == list(expected)
         for key, value in expected.items():
             same_to_rounding(found[key], value)
     elif isinstance(expected, list):

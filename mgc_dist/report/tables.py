@@ -18,11 +18,12 @@ def evaluation(figures: EvaluationFigures) -> None:
     """Print an evaluation: tracks, segments, aggregates, intervals, genres, subgroups."""
     console = _console()
     title = f"{figures['run']}: {figures['name']}, data set {figures['dataset_id'][:12]}"
-    shown = _table(title, ("tracks by", "count", *(metric.head for metric in METRICS.values())))
+    columns = {name: metric.head for name, metric in METRICS.items() if not metric.aside}
+    shown = _table(title, ("tracks by", "count", *columns.values()))
     ways = [(figures["aggregate"], figures["track"])]
     ways += [each for each in figures["aggregates"].items() if each[0] != figures["aggregate"]]
     for way, each in [*ways, ("(segments)", figures["segment"])]:
-        shown.add_row(way, str(each["count"]), *(_cell(each[name]) for name in METRICS))
+        shown.add_row(way, str(each["count"]), *(_cell(each[name]) for name in columns))
     console.print(shown)
     if sentence := shared_genres.told(figures):
         console.print(f"All of it {sentence}.")
@@ -37,9 +38,10 @@ def evaluation(figures: EvaluationFigures) -> None:
             f"all of it with temperature {tempered['value']:.3f}, fitted on validation tracks; "
             f"without it: NLL {_cell(without['nll'])}, ECE {_cell(without['ece'])}"
         )
+    track = figures["track"]
     console.print(
-        "ECE floor: what a perfectly calibrated model would show. Overconf.: mean confidence "
-        "less accuracy."
+        f"ECE of a perfectly calibrated model of this size: {_cell(track['ece_floor'])}; mean "
+        f"confidence less accuracy: {_signed(track['overconfidence'])}"
     )
     genres = _table("by genre, over tracks", ("genre", "precision", "recall", "95 %", "F1", "n"))
     for genre, row in figures["per_genre"].items():

@@ -79,6 +79,7 @@ class Metric:
             resampled: it has intervals, and runs are compared by it.
         of_probabilities: from probabilities float64 [M, K], labels and predictions int64 [M].
         leads: whether it is shown where there is room for few.
+        aside: whether it is told below a table in place of a column, on the terminal.
     """
 
     head: str
@@ -87,6 +88,7 @@ class Metric:
         Callable[[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]], float] | None
     ) = None
     leads: bool = False
+    aside: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,8 +328,9 @@ METRICS: dict[str, Metric] = {
     "ece_floor": Metric(
         head="ECE floor",
         of_probabilities=lambda given, label, guess: ece_floor(_confidence(given, guess)),
+        aside=True,
     ),
-    "overconfidence": Metric(head="overconf.", of_probabilities=_overconfidence),
+    "overconfidence": Metric(head="overconfidence", of_probabilities=_overconfidence, aside=True),
 }
 """Figures by the name that they have in files."""
 

@@ -170,7 +170,7 @@ def test_a_new_metric_is_one_entry(
     tables.evaluation(written)
     shown = capsys.readouterr().out
     assert f"kappa {low:.3f} to {high:.3f}" in shown
-    assert re.search(r"overconf\.\W+kappa\W", shown)
+    assert re.search(r"ECE\W+kappa\W", shown)
     evaluation.write(tmp_path, subject, result, written)
     found = results.read(tmp_path, "test")
     assert conditions.figures(found)["kappa"] == pytest.approx(expected)
