@@ -282,8 +282,8 @@ def ece_floor(confidence: NDArray[np.float64], bins: int = BINS) -> float:
     """
     if not len(confidence) or not np.isfinite(confidence).all():
         return float("nan")
-    bin_of = _bins_of(confidence, bins)
-    total = sum(_mean_deviation(confidence[bin_of == k]) for k in np.unique(bin_of))
+    chance, bin_of = np.minimum(confidence, 1), _bins_of(confidence, bins)  # 1 + 1e-8, by rounding
+    total = sum(_mean_deviation(chance[bin_of == k]) for k in np.unique(bin_of))
     return float(total) / len(confidence)
 
 

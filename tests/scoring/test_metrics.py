@@ -127,6 +127,7 @@ def test_the_floor_is_the_mean_error_of_models_that_are_right_as_often_as_they_s
     assert floor == pytest.approx(np.mean(errors), abs=4 * np.std(errors) / 2_000**0.5)
     assert np.isnan(metrics.ece_floor(np.array([0.5, np.nan])))
     assert np.isnan(metrics.ece_floor(np.empty(0)))
+    assert metrics.ece_floor(np.full(1_000, 1 + 1e-8)) == 0, "of float32 probabilities"
 
 
 def test_effective_sample_size() -> None:
