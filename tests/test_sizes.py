@@ -25,18 +25,15 @@ LORA = ("--lora", "r=16", "--precision", "bf16-weights")
 
 
 @pytest.mark.slow
+@pytest.mark.grid  # CI has test_slow.py, and memory for one of them at a time
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     ("settings", "sample_rate", "flags", "millions", "most_gib"),
     [
         pytest.param(MERT_2, 24_000, LORA, 632, 8.0, id="mert-2"),
         # AST's configuration is that of its base: MIT/ast-finetuned-audioset-10-10-0.4593
-        pytest.param(
-            ASTConfig().to_diff_dict(), 16_000, (), 86, 8.0, id="ast", marks=pytest.mark.grid
-        ),
-        pytest.param(
-            WHISPER_SMALL, 16_000, (), 88, 8.0, id="whisper-small", marks=pytest.mark.grid
-        ),
+        pytest.param(ASTConfig().to_diff_dict(), 16_000, (), 86, 8.0, id="ast"),
+        pytest.param(WHISPER_SMALL, 16_000, (), 88, 8.0, id="whisper-small"),
     ],
 )
 def test_a_real_size_takes_two_steps_on_one_rank(
