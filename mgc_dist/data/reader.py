@@ -206,7 +206,8 @@ class ShardSet:
 
     def _read_into(self, parts: record.Parts, shard: int, offset: int) -> int:
         """Read a record straight to where its audio belongs; its checksum, -1 if it is cut."""
-        count = os.preadv(self._opened(shard).handle, parts, offset)
+        file = self._opened(shard)  # held: two threads may open one, of which one is kept
+        count = os.preadv(file.handle, parts, offset)
         return record.checksum_of_parts(parts) if count == self._record_bytes else -1
 
     def _damaged(self, row: int) -> UserError:
@@ -215,7 +216,8 @@ class ShardSet:
         shard = self.manifest.shards[number].name
         track = self.manifest.tracks[int(entry["track"])].id
         key = record.key_of(track, int(entry["segment"]))
-        data = os.pread(self._opened(number).handle, self._record_bytes, offset)
+        file = self._opened(number)
+        data = os.pread(file.handle, self._record_bytes, offset)
         found = record.checksum(data)
         return UserError(
             f"damaged record: shard {self.folder / shard}, key {key}, row {row}, offset {offset}",

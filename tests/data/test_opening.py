@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,13 @@ def test_a_folder_without_a_data_set_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no manifest\.json"):
         ShardSet(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_that_nobody_keeps_stays_open_while_it_is_read(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads may open a shard at once; the cache keeps one of the two files."""
+    with ShardSet(shards) as opened:
+        expected = opened.read(0)
+        monkeypatch.setattr(opened, "_opened", lru_cache(0)(opened._open))
+        assert (opened.read(0) == expected).all()
