@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgc_dist.bias_model import families, states, summary, table
-from mgc_dist.bias_model.folds import deal_folds
+from mgc_dist.bias_model.folds import deal_folds, of_tracks
 from mgc_dist.bias_model.heads import cross_fit, head_hash, refuse_empty_folds
-from mgc_dist.bias_model.states import STORE, StatesKey
+from mgc_dist.bias_model.states import StatesKey
 from mgc_dist.cluster.ranks import Ranks
 from mgc_dist.config import BiasConfig
 from mgc_dist.data.manifest import TRACKS, Manifest
 from mgc_dist.data.reader import ShardSet
-from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
 from mgc_dist.models.backbone import build_bias, fingerprint
 from mgc_dist.sound.traits import PREFIX, Traits
@@ -98,7 +97,12 @@ def _all_make(config: BiasConfig, shards: ShardSet, peers: Ranks) -> bool:
     )
     peers.all_decide(
         lambda: _fit_and_write(
-            config, shards, _pooled(config, shards, key, layers), key.bias_hash, layers, folds
+            config,
+            shards,
+            states.of_shards(config.states, key, layers, shards),
+            key.bias_hash,
+            layers,
+            folds,
         )
     )
     return True
@@ -124,14 +128,6 @@ def _all_of_files(
     of_row = family.values[shards.tracks]  # [N, d]
     peers.all_decide(lambda: _fit_and_write(config, shards, of_row, bias_hash, layers, folds))
     return True
-
-
-def _pooled(
-    config: BiasConfig, shards: ShardSet, key: StatesKey, layers: tuple[int, ...]
-) -> NDArray[np.float32]:
-    """Mean states of each row, in the order of the fold: float32 [N, D]."""
-    pooled = states.mean_of_layers(STORE.open(config.states, key), layers)
-    return np.roll(pooled, -shards.first_row, axis=0) if shards.first_row else pooled
 
 
 def resolve_layers(config: BiasConfig, count: int) -> tuple[int, ...]:
@@ -213,12 +209,10 @@ def _fit_and_write(
     folds: dict[str, int],
 ) -> None:
     manifest = shards.manifest
-    keys = [group_key(track.id, track.group) for track in manifest.tracks]
-    of_track = np.array([folds.get(key, -1) for key in keys], np.int64)
     fit = cross_fit(
         hidden,
         shards.labels,
-        of_track[shards.tracks],
+        of_tracks(folds, manifest.tracks)[shards.tracks],
         folds=config.folds,
         genres=len(manifest.genres),
         c=config.head_c,

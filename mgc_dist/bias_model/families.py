@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mgc_dist.bias_model.folds import deal_folds
+from mgc_dist.bias_model.folds import deal_folds, of_tracks
 from mgc_dist.bias_model.heads import CrossFit, cross_fit, refuse_empty_folds
 from mgc_dist.console import progress
 from mgc_dist.data.manifest import Manifest
 from mgc_dist.data.reader import ShardSet
-from mgc_dist.data.tracks import group_key
 from mgc_dist.errors import UserError
 from mgc_dist.packing import provenance
 from mgc_dist.sound import traits
@@ -146,42 +145,36 @@ def family_of(backbone: str) -> str | None:
     return name
 
 
-def fit(
-    values: Values, manifest: Manifest, *, folds: int, seed: int, by_artist: bool = True
-) -> CrossFit:
+def fit(values: Values, label: NDArray[np.int64], fold: NDArray[np.int64], genres: int) -> CrossFit:
     """A linear model of the genre of each of M tracks, by heads that have not seen its fold.
 
     Args:
         values: float32 [M, d], in the manifest's order.
+        label: int64 [M].
+        fold: int64 [M], from `folds_of`: none is empty.
+        genres: K.
+    """
+    return cross_fit(values, label, fold, folds=int(fold.max()) + 1, genres=genres, c=HEAD_C)
+
+
+def folds_of(
+    manifest: Manifest, folds: int, seed: int, *, by_artist: bool = True
+) -> NDArray[np.int64]:
+    """The fold of each track: int64 [M].
+
+    Args:
         manifest: of the data set.
         folds: k.
         seed: of the folds.
         by_artist: whether tracks of an artist are in one fold, where artists are known.
 
     Raises:
-        UserError: a fold would be empty.
+        UserError: a fold would be empty, as there are fewer artists.
     """
-    fold = _folds(manifest, folds, seed, by_artist=by_artist)
-    return cross_fit(
-        values, labels(manifest), fold, folds=folds, genres=len(manifest.genres), c=HEAD_C
-    )
-
-
-def refuse_few(manifest: Manifest, folds: int, seed: int) -> None:
-    """Look whether each fold would hold a track.
-
-    Raises:
-        UserError: one would be empty, as there are fewer artists.
-    """
-    _folds(manifest, folds, seed, by_artist=True)
-
-
-def _folds(manifest: Manifest, folds: int, seed: int, *, by_artist: bool) -> NDArray[np.int64]:
     tracks = manifest.labelled_tracks()
     if not by_artist:
         tracks = [replace(track, group=None) for track in tracks]
-    dealt = deal_folds(tracks, folds, seed)
-    fold = np.array([dealt[group_key(track.id, track.group)] for track in tracks], np.int64)
+    fold = of_tracks(deal_folds(tracks, folds, seed), tracks)
     refuse_empty_folds(np.bincount(fold, minlength=folds), folds)
     return fold
 

@@ -1,6 +1,7 @@
 """The body of `audit`: what tells the genre, what leaks, which labels are doubted."""
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,22 +55,25 @@ def examine(config: AuditConfig, shards: ShardSet) -> Audit:
         UserError: a shard is damaged, or a fold would be empty.
     """
     found = shards.manifest
-    families.refuse_few(found, config.folds, config.seed)  # before the pass, not after it
+    fold = families.folds_of(found, config.folds, config.seed)  # refused before the pass
     gathered, probe = families.gather(shards, config.jobs)
-    label = families.labels(found)
+    label, genres = families.labels(found), len(found.genres)
     units = intervals.units_of([track.group for track in found.tracks])
     unit, cluster = next(iter(units.items()))
     chance = float(np.bincount(label).max() / len(label))
     with progress("models", len(gathered), unit="families") as bar:
         fits = {
-            family.name: families.fit(family.values, found, folds=config.folds, seed=config.seed)
+            family.name: families.fit(family.values, label, fold, genres)
             for family in bar.over(gathered)
         }
-    judged = [_judged(family, fits[family.name], found, cluster, chance) for family in gathered]
+    judged = [
+        _judged(family, fits[family.name], label, found.genres, cluster, chance)
+        for family in gathered
+    ]
     _correct(judged)
     judged.sort(key=lambda each: -each["accuracy"])
     named = [each["name"] for each in judged if each["named"]]
-    labels_fit = families.fit(probe, found, folds=config.folds, seed=config.seed)
+    labels_fit = families.fit(probe, label, fold, genres)
     doubted = _doubts(labels_fit, found, label)
     figures = {
         "dataset_id": found.dataset_id,
@@ -100,9 +104,14 @@ def _threshold(chance: float) -> float:
 
 
 def _judged(
-    family: Traits, fitted: CrossFit, found: Manifest, cluster: NDArray[np.int64], chance: float
+    family: Traits,
+    fitted: CrossFit,
+    label: NDArray[np.int64],
+    genres: Sequence[str],
+    cluster: NDArray[np.int64],
+    chance: float,
 ) -> dict[str, Any]:
-    right = fitted.log_probability.argmax(axis=1) == families.labels(found)
+    right = fitted.log_probability.argmax(axis=1) == label
     interval = intervals.of_share(right, cluster)
     return {
         "name": family.name,
@@ -110,7 +119,7 @@ def _judged(
         "accuracy": float(right.mean()),
         "interval": list(interval) if interval else None,
         "p": intervals.p_above(right, cluster, _threshold(chance)),
-        "uses": families.used(family, fitted, found.genres, _USED),
+        "uses": families.used(family, fitted, genres, _USED),
     }
 
 
@@ -131,7 +140,8 @@ def _inflation(
     groups = [track.group for track in found.tracks]
     if not any(groups):
         return None
-    mixed = families.fit(probe, found, folds=config.folds, seed=config.seed, by_artist=False)
+    fold = families.folds_of(found, config.folds, config.seed, by_artist=False)
+    mixed = families.fit(probe, label, fold, len(found.genres))
     rights = [
         (each.log_probability.argmax(axis=1) == label).astype(np.float64) for each in (mixed, apart)
     ]

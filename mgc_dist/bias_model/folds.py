@@ -1,8 +1,12 @@
 """Folds of the training tracks, so that no head predicts tracks that it was fitted on."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mgc_dist.data.manifest import TrackEntry
 from mgc_dist.data.tracks import Track, group_key, keyed
 
 
@@ -27,3 +31,16 @@ def deal_folds(tracks: Sequence[Track], folds: int, seed: int) -> dict[str, int]
         have[best].update(members[key])
         chosen[key] = best
     return chosen
+
+
+def of_tracks(
+    fold_of: Mapping[str, int], tracks: Iterable[Track | TrackEntry]
+) -> NDArray[np.int64]:
+    """The fold of each track, int64 [M]; -1 for one whose group has none.
+
+    Args:
+        fold_of: group_key -> fold.
+        tracks: in the order of the result.
+    """
+    keys = (group_key(track.id, track.group) for track in tracks)
+    return np.array([fold_of.get(key, -1) for key in keys], np.int64)

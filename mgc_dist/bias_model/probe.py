@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mgc_dist.bias_model import states
-from mgc_dist.bias_model.folds import deal_folds
+from mgc_dist.bias_model.folds import deal_folds, of_tracks
 from mgc_dist.bias_model.heads import refuse_empty_folds
 from mgc_dist.bias_model.probe_heads import Choice, Mix, Net, Rows, choose
 from mgc_dist.bias_model.states import STORE, StatesKey
@@ -26,7 +26,7 @@ from mgc_dist.config import HeadName, ProbeConfig
 from mgc_dist.console import progress
 from mgc_dist.data import cross_validation
 from mgc_dist.data.reader import ShardSet
-from mgc_dist.data.tracks import SPLITS, folds_of, group_key
+from mgc_dist.data.tracks import SPLITS, folds_of
 from mgc_dist.errors import UserError
 from mgc_dist.models.backbone import build_probed, fingerprint
 from mgc_dist.scoring import intervals
@@ -133,7 +133,7 @@ def _folds(folds: int, seed: int, shards: ShardSet) -> NDArray[np.int64]:
     there = folds_of(packed.splits)
     if not there:
         dealt = deal_folds(packed.labelled_tracks(), folds, seed)
-        return np.array([dealt[group_key(t.id, t.group)] for t in packed.tracks], np.int64)
+        return of_tracks(dealt, packed.tracks)
     if there != folds:
         raise UserError(
             f"--folds {folds}",

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from mgc_dist.bias_model import states
+from mgc_dist.bias_model.folds import of_tracks
 from mgc_dist.bias_model.heads import cross_fit
 from mgc_dist.bias_model.states import STORE, StatesKey
 from mgc_dist.bias_model.table import Header
 from mgc_dist.data.reader import ShardSet
-from mgc_dist.data.tracks import group_key
 from mgc_dist.scoring.metrics import scores
 from mgc_dist.scoring.written import ProbeFigures
 
@@ -54,14 +55,13 @@ def measure(
         )
         if not STORE.is_whole(folder, key):
             return None
-        pooled = np.array(STORE.open(folder, key)[:, layer])  # [N, D]
+        hidden = states.of_shards(folder, key, (layer,), shards)  # [N, D]
     except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
         log.debug("no probe in %s: %s", folder, error)
         return None
-    keys = [group_key(track.id, track.group) for track in shards.manifest.tracks]
-    fold = np.array([header.fold_of.get(key, -1) for key in keys], np.int64)[shards.tracks]
+    fold = of_tracks(header.fold_of, shards.manifest.tracks)[shards.tracks]  # [N]
     fit = cross_fit(
-        np.roll(pooled, -shards.first_row, axis=0),
+        hidden,
         shards.labels,
         fold,
         folds=header.folds,

@@ -162,6 +162,21 @@ def mean_of_layers(states: NDArray[np.float32], layers: tuple[int, ...]) -> NDAr
     return (total / len(layers)).astype(np.float32)
 
 
+def of_shards(
+    folder: Path, of: StatesKey, layers: tuple[int, ...], shards: ShardSet
+) -> NDArray[np.float32]:
+    """States that lie in a folder, as `mean_of_layers`, in the order of a data set's rows.
+
+    Args:
+        folder: of the states.
+        of: what they are of.
+        layers: 0 to L - 1.
+        shards: the data set, or a fold of it, whose rows begin elsewhere.
+    """
+    pooled = mean_of_layers(STORE.open(folder, of), layers)
+    return np.roll(pooled, -shards.first_row, axis=0) if shards.first_row else pooled
+
+
 def _all_pass(
     folder: Path,
     of: StatesKey,

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mgc_dist.encoders import hub, load_errors
 from mgc_dist.encoders.masks import RowMasks
+from mgc_dist.encoders.pooling import path_of_layers
 from mgc_dist.encoders.wav2vec2 import states_of
 from mgc_dist.errors import UserError
 
@@ -135,7 +136,7 @@ class ForeignKind:
     def __init__(self, net: PreTrainedModel) -> None:
         self.net = net
         self.cut = ForeignCut(net)
-        self._path = _path_of_layers(self.base, net.config)
+        self._path = path_of_layers(self.base, net.config)
 
     @property
     def fuses_attention(self) -> bool:
@@ -218,15 +219,6 @@ class ForeignKind:
         layers = self.base.get_submodule(self._path) if self._path else nn.ModuleList()
         assert isinstance(layers, nn.ModuleList)
         return layers
-
-
-def _path_of_layers(base: nn.Module, config: PretrainedConfig) -> str:
-    """Name of the list of the encoder's layers, in the base; "" where there is none."""
-    wanted = config.to_dict().get("num_hidden_layers")
-    lists = {
-        name: len(module) for name, module in base.named_modules() if type(module) is nn.ModuleList
-    }
-    return next((name for name, length in lists.items() if length == wanted), "")
 
 
 def _named_below(base: nn.Module, path: str) -> list[tuple[str, nn.Module]]:

@@ -151,10 +151,19 @@ def states_of(
     return states or ([*given, found.last_hidden_state] if given else None)
 
 
+def path_of_layers(base: nn.Module, config: PretrainedConfig) -> str:
+    """Name of the list of as many modules as a configuration has layers; "" where there is none."""
+    wanted = config.to_dict().get("num_hidden_layers")
+    lists = {
+        name: len(module) for name, module in base.named_modules() if type(module) is nn.ModuleList
+    }
+    return next((name for name, length in lists.items() if length == wanted), "")
+
+
 def _layers_of(net: PreTrainedModel) -> Iterable[nn.Module]:
-    """Those of a model's encoder: the list of as many modules as its configuration says."""
-    lists = (module for module in net.base_model.modules() if type(module) is nn.ModuleList)
-    return next((each for each in lists if len(each) == net.config.num_hidden_layers), ())
+    path = path_of_layers(net.base_model, net.config)
+    layers: Any = net.base_model.get_submodule(path) if path else ()
+    return layers  # type: ignore[no-any-return]
 
 
 def _add_parts(net: Any, config: PretrainedConfig) -> None:  # noqa: ANN401

@@ -49,6 +49,13 @@ def with_ce(dossier: Dossier) -> dict[str, Any] | None:
     return found[0] if found and _is_debiased(dossier) else None
 
 
+def accuracy_bounds(pair: dict[str, Any]) -> tuple[float, float, str]:
+    """The interval of a comparison's difference in accuracy, all of it if unknown; its unit."""
+    unit, bounds = by_unit(pair["intervals"])[0]
+    low, high = bounds.get("accuracy") or (-1.0, 1.0)
+    return low, high, unit
+
+
 def _is_debiased(dossier: Dossier) -> bool:
     return dossier.config is not None and dossier.config.objective.needs_bias
 
@@ -89,8 +96,7 @@ def _cells(of: dict[str, Any], interval: list[float] | None) -> tuple[str, str, 
 
 
 def _told(pair: dict[str, Any], names: tuple[str, str], dossier: Dossier, other: Dossier) -> str:
-    unit, bounds = by_unit(pair["intervals"])[0]
-    low, high = bounds.get("accuracy") or (-1.0, 1.0)
+    low, high, unit = accuracy_bounds(pair)
     better = names[1] if low > 0 else names[0] if high < 0 else None
     told = (
         f"On {pair['count']} tracks, {better} is more often right"

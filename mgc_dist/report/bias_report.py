@@ -34,14 +34,13 @@ def bring(table: Path, shards: ShardSet, *, write_anew: bool) -> tuple[Path, Pat
         UserError: no table there, or it does not fit the data set.
     """
     found = tables.read(table, shards.manifest, shards.keys)
-    probe = summary.probe_of(table, found)
+    probe = before = summary.probe_of(table, found)
     if found.header:
-        probe = probe_share.measure(shards.folder / "probe", found.header, shards, probe)
+        probe = probe_share.measure(shards.folder / "probe", found.header, shards, before)
     report = summary.make(found, shards.manifest, shards.labels, shards.tracks, probe)
     show(report)
     files = summary.paths_of(table)
-    is_old = write_anew or probe != summary.probe_of(table, found)
-    if is_old or not all(path.is_file() for path in files):
+    if write_anew or probe != before or not all(path.is_file() for path in files):
         write(table, report)
     return files
 

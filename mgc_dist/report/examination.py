@@ -173,10 +173,10 @@ class _Examiner:
     def all_examine(self, keys: Sequence[Key]) -> Exam | None:
         """Answers, controls, bands, figures (a collective)."""
         self._all_answer([UNTOUCHED, *keys])
-        lines, under_control = self._peers.all_decide(partial(self._first_lines, keys))
+        lines, always, under_control = self._peers.all_decide(partial(self._first_lines, keys))
         self._all_refit(under_control)
         bands = self._all_search()
-        return self._peers.all_decide(partial(self._write, lines, under_control, bands))
+        return self._peers.all_decide(partial(self._write, lines, always, under_control, bands))
 
     def _all_answer(self, keys: Sequence[Key]) -> None:
         """Logits of the split under each transformation that is not kept yet (a collective)."""
@@ -294,21 +294,26 @@ class _Examiner:
         logits = self._kept.get(what, key)
         return judge(logits, self._label, self._track, self._config.split)
 
-    def _first_lines(self, keys: Sequence[Key]) -> tuple[list[Line], list[Key]]:
-        """Figures without controls, and what is to be controlled (rank 0)."""
+    def _first_lines(self, keys: Sequence[Key]) -> tuple[list[Line], float, list[Key]]:
+        """Figures without controls, what is always right, what is to be controlled (rank 0)."""
         found = {key: self._judged("answers", key) for key in keys}
         about = {key: (TRANSFORMATIONS[key[0]].unit, TRANSFORMATIONS[key[0]].about) for key in keys}
         untouched = self._judged("answers", UNTOUCHED)
         lines = exams.lines(untouched, found, about, self._cluster, self._genres)
+        always = exams.always_right([untouched, *found.values()])
         first, stop = self._shards.manifest.splits["train"]
         if self._config.controls == "none" or first == stop:
             log.info("no controls" + ": the data set has no training rows" * (first == stop))
-            return lines, []
+            return lines, always, []
         every = self._config.controls == "all"
-        return lines, [UNTOUCHED, *(keys if every else exams.worst(lines))]
+        return lines, always, [UNTOUCHED, *(keys if every else exams.worst(lines))]
 
     def _write(
-        self, lines: Sequence[Line], under_control: Sequence[Key], bands: Bands | None
+        self,
+        lines: Sequence[Line],
+        always: float,
+        under_control: Sequence[Key],
+        bands: Bands | None,
     ) -> Exam:
         """All figures, written (rank 0)."""
         config, genres = self._config, len(self._genres)
@@ -321,7 +326,6 @@ class _Examiner:
                 after = self._judged("refitted", key)
                 line = exams.controlled(line, refitted, after, self._cluster, genres)
             done.append(line)
-        every = [self._judged("answers", (line.name, line.strength)) for line in lines]
         whole = exams.drop(untouched, untouched, self._cluster, genres)
         exam = Exam(
             run=config.run.resolve().name,
@@ -339,7 +343,7 @@ class _Examiner:
             refitted=refitted.track.accuracy if refitted else None,
             transformations=done,
             worst=exams.worst(lines, 1)[0],
-            always_right=exams.always_right([untouched, *every]),
+            always_right=always,
             heard=[each for key in exams.worst(lines) for each in self._heard(key, untouched)],
             bands=bands,
         )

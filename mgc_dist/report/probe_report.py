@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mgc_dist.bias_model.probe_heads import BATCH, DROPOUT, HIDDEN, PATIENCE
+from mgc_dist.bias_model.probe_share import PROBE
 from mgc_dist.data.tables import plain
 from mgc_dist.files import replace_text
 from mgc_dist.report import canvas, figures
@@ -35,7 +36,7 @@ def bring(found: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _draw(found, folder / "probe.png")
     _write_csv(found, folder / "layers.csv")
-    replace_text(folder / "probe.json", json.dumps(found, indent=1, ensure_ascii=False))
+    replace_text(folder / PROBE, json.dumps(found, indent=1, ensure_ascii=False))
     _show(found, folder)
 
 

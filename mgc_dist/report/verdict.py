@@ -208,8 +208,7 @@ def _of_the_loss(dossier: Dossier, loss: str) -> str:
             f"It says nothing about whether the loss {loss} helped. That takes the same run with "
             "--loss ce, compared on the same tracks, and several seeds."
         )
-    unit, bounds = by_unit(pair["intervals"])[0]
-    low, high = bounds.get("accuracy") or (-1.0, 1.0)
+    low, high, unit = beside.accuracy_bounds(pair)
     helped = "helped" if low > 0 else "hurt" if high < 0 else "made no difference that is shown"
     return (
         f"On these tracks the loss {loss} {helped}: its accuracy less that of --loss ce is "

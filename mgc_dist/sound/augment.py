@@ -1,6 +1,7 @@
 """Augmentation of waves on their device: a pure function of each row's number, the draw."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -64,22 +65,31 @@ class Augment:
 
     def _filtered(self, wave: Tensor, draw: Tensor) -> Tensor:
         """Low-pass and gap, as factors of the spectrum: no phase is moved."""
-        size, half, drawn = wave.shape[1], self._rate / 2, partial(_uniform, draw)
-        hz = torch.fft.rfftfreq(size, 1 / self._rate, device=wave.device)  # [T / 2 + 1]
-        factor = torch.ones_like(hz).expand(len(wave), -1)
+        return filtered(wave, self._rate, partial(self._factor, draw))
+
+    def _factor(self, draw: Tensor, hz: Tensor) -> Tensor:
+        """Of each row's frequencies, [B, T / 2 + 1]."""
+        half, drawn = self._rate / 2, partial(_uniform, draw)
+        factor = torch.ones_like(hz).expand(len(draw), -1)
         if "lowpass" in self._config.kinds:
             lowest = self._config.augment_lowpass_hz
             cutoff = lowest * (half / lowest) ** drawn("lowpass")  # [B]
             # Butterworth of second order: -3 dB at the cutoff, 12 dB an octave above it
             factor = factor / (1 + (hz / cutoff[:, None]) ** 4).sqrt()
         if "bands" in self._config.kinds:
-            top = _mel(torch.tensor(half, device=wave.device))
+            top = _mel(torch.tensor(half, device=hz.device))
             width = drawn("width") * self._config.augment_bands * top  # [B]
             start = (drawn("place") * (top - width))[:, None]
             at = _mel(hz)
             factor = factor.masked_fill((at >= start) & (at < start + width[:, None]), 0)
-        filtered: Tensor = torch.fft.irfft(torch.fft.rfft(wave) * factor, n=size)
-        return filtered
+        return factor
+
+
+def filtered(wave: Tensor, rate: int, factor: Callable[[Tensor], Tensor]) -> Tensor:
+    """Multiply the spectrum: [B, T] -> [B, T], by a function of frequencies in Hz [T // 2 + 1]."""
+    hz = torch.fft.rfftfreq(wave.shape[1], 1 / rate, device=wave.device)
+    found: Tensor = torch.fft.irfft(torch.fft.rfft(wave) * factor(hz), n=wave.shape[1])
+    return found
 
 
 def normal(draw: Tensor, size: int) -> Tensor:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mgc_dist.sound import codecs
-from mgc_dist.sound.augment import normal
+from mgc_dist.sound.augment import filtered, normal
 from mgc_dist.sound.draws import mixed
 
 FULL_SCALE = 32768.0
@@ -155,13 +155,6 @@ def _splice(x: Tensor, given: Given) -> Tensor:
     return torch.cat((parts.flatten(1), x[:, count * size :]), dim=1)
 
 
-def filtered(x: Tensor, rate: int, factor: Callable[[Tensor], Tensor]) -> Tensor:
-    """Multiply the spectrum: [B, T] -> [B, T], by a function of frequencies in Hz [T // 2 + 1]."""
-    hz = torch.fft.rfftfreq(x.shape[1], 1 / rate, device=x.device)
-    found: Tensor = torch.fft.irfft(torch.fft.rfft(x) * factor(hz), n=x.shape[1])
-    return found
-
-
 def _low_shelf(x: Tensor, given: Given) -> Tensor:
     """Of first order: |H|^2 = (f^2 + (g c)^2) / (f^2 + c^2)."""
     gain, corner = 10 ** (given.strength / 20), _LOW_HZ
@@ -194,30 +187,31 @@ def _high_pass(x: Tensor, given: Given) -> Tensor:
     return filtered(x, given.rate, lambda f: (1 + (given.strength / f) ** 8).rsqrt())
 
 
-def _in_octave(hz: Tensor, middle: float) -> Tensor:
-    return (hz >= middle / math.sqrt(2)) & (hz < middle * math.sqrt(2))
+def _octave(x: Tensor, given: Given, *, inside: bool = True) -> Tensor:
+    """What lies within an octave around the strength, or outside of it."""
+    low, high = given.strength / math.sqrt(2), given.strength * math.sqrt(2)
+    return filtered(x, given.rate, lambda f: (((f >= low) & (f < high)) == inside).to(x.dtype))
 
 
 def _band_stop(x: Tensor, given: Given) -> Tensor:
-    return filtered(x, given.rate, lambda f: (~_in_octave(f, given.strength)).to(x.dtype))
+    return _octave(x, given, inside=False)
 
 
 def _band_noise(x: Tensor, given: Given) -> Tensor:
     """Noise in place of a band, of the power that the band had in each row."""
-    noise = normal(given.draw, x.shape[1])
-    inside = filtered(x, given.rate, lambda f: _in_octave(f, given.strength).to(x.dtype))
-    band = filtered(noise, given.rate, lambda f: _in_octave(f, given.strength).to(x.dtype))
-    return x - inside + band * (_level(inside) / _level(band).clamp(min=1e-12))
+    return _replaced(x, _octave(x, given), _octave(normal(given.draw, x.shape[1]), given))
 
 
 def _band_swap(x: Tensor, given: Given) -> Tensor:
     """Another segment's band in place of a band, of the power that it had."""
     assert given.other is not None
-    both = torch.cat((x, given.other))
-    inside, theirs = filtered(
-        both, given.rate, lambda f: _in_octave(f, given.strength).to(x.dtype)
-    ).chunk(2)
-    return x - inside + theirs * (_level(inside) / _level(theirs).clamp(min=1e-12))
+    inside, theirs = _octave(torch.cat((x, given.other)), given).chunk(2)
+    return _replaced(x, inside, theirs)
+
+
+def _replaced(x: Tensor, band: Tensor, other: Tensor) -> Tensor:
+    """Another band in place of a row's own, of the power of that."""
+    return x - band + other * (_level(band) / _level(other).clamp(min=1e-12))
 
 
 def _level(x: Tensor) -> Tensor:
@@ -348,6 +342,7 @@ def _resample(wave: NDArray[np.float32], share: float, rate: int) -> NDArray[np.
 
 
 _TURNS = (-5.0, 1.0, 2.0, 5.0)
+_OCTAVES_HZ = (250, 500, 1000, 2000, 4000, 5600)
 
 TRANSFORMATIONS: dict[str, Transformation] = {
     "gain": Transformation(unit="dB", strengths=(-6, -12, -24), about="softer", change=_gain),
@@ -404,19 +399,19 @@ TRANSFORMATIONS: dict[str, Transformation] = {
     ),
     "band-stop": Transformation(
         unit="Hz",
-        strengths=(250, 500, 1000, 2000, 4000, 5600),
+        strengths=_OCTAVES_HZ,
         about="nothing left of an octave",
         change=_band_stop,
     ),
     "band-noise": Transformation(
         unit="Hz",
-        strengths=(250, 500, 1000, 2000, 4000, 5600),
+        strengths=_OCTAVES_HZ,
         about="an octave filled by noise of its level",
         change=_band_noise,
     ),
     "band-swap": Transformation(
         unit="Hz",
-        strengths=(250, 500, 1000, 2000, 4000, 5600),
+        strengths=_OCTAVES_HZ,
         about="another segment's octave, as loud: what is lost was relied upon",
         change=_band_swap,
         wants_other=True,
